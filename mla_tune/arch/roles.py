@@ -1,0 +1,138 @@
+"""The roles a weight matrix plays in an MLA model, and what is known about an adapter on each.
+
+Dimension letters used everywhere in mla-tune:
+
+    B batch   T query tokens   S cached tokens   D hidden size   H heads
+    P qk_nope_head_dim   R qk_rope_head_dim   V v_head_dim
+    C kv_lora_rank (the latent)   L q_lora_rank   I MLP width   E routed experts   r LoRA rank
+
+Symbols follow DeepSeek-V2 (arXiv:2405.04434, section 2.1): D for down (compression), U for up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a matrix is for.  The values are the names that recipes, tables and JSON use."""
+
+    W_DQ = "W_DQ"
+    W_UQ = "W_UQ"
+    W_Q = "W_Q"
+    W_DKV = "W_DKV"
+    W_UKV = "W_UKV"
+    W_O = "W_O"
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+    SHARED_GATE = "shared_gate"
+    SHARED_UP = "shared_up"
+    SHARED_DOWN = "shared_down"
+    EXPERTS_GATE_UP = "experts_gate_up"
+    EXPERTS_DOWN = "experts_down"
+    ROUTER = "router"
+    LM_HEAD = "lm_head"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleFacts:
+    """What is known about one role.
+
+    `shape` in dimension letters, (out, in).  `cache` and `absorption` say what an adapter there does to the KV cache
+    and to absorbed decoding.  `risk` is low, medium or high, `note` why.  `nemo` is the name of the module that
+    NVIDIA NeMo and Megatron-Core give this matrix.
+    """
+
+    meaning: str
+    shape: str
+    nemo: str
+    risk: str
+    note: str
+    cache: str
+    absorption: str
+
+
+_KEEPS_CACHE = "cache unchanged"
+_NOT_INVOLVED = "not involved"
+_MLP_NOTE = "far from attention; the usual home of new knowledge"
+
+FACTS: dict[Role, RoleFacts] = {
+    Role.W_DQ: RoleFacts(
+        "query compression", "(L, D)", "linear_q_down_proj", "medium",
+        "every head's query passes through it", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
+    Role.W_UQ: RoleFacts(
+        "query up-projection, per head [nope P | rope R]", "(H(P+R), L)", "linear_q_up_proj", "low",
+        "acts on the scores only", _KEEPS_CACHE, "merge before 'fold'; 'split' is not touched",
+    ),
+    Role.W_Q: RoleFacts(
+        "query projection without compression, per head [nope P | rope R]", "(H(P+R), D)", "linear_q_proj", "low",
+        "acts on the scores only", _KEEPS_CACHE, "merge before 'fold'; 'split' is not touched",
+    ),
+    Role.W_DKV: RoleFacts(
+        "KV compression, [latent C | shared rope key R]", "(C+R, D)", "linear_kv_down_proj", "high",
+        "the bottleneck: all keys and values of all heads go through C numbers",
+        "changes the latent: a cached prefix can't be shared with another adapter", _NOT_INVOLVED,
+    ),
+    Role.W_UKV: RoleFacts(
+        "KV up-projection, per head [key P | value V]", "(H(P+V), C)", "linear_kv_up_proj", "medium",
+        "sets keys and values of every head, so the attention scores too", _KEEPS_CACHE,
+        "is what gets absorbed: merge first, or keep it low-rank beside the split",
+    ),
+    Role.W_O: RoleFacts(
+        "attention output", "(D, HV)", "linear_proj", "low",
+        "after the scores; can't disturb them", _KEEPS_CACHE, "merge before 'fold'; 'split' is not touched",
+    ),
+    Role.GATE: RoleFacts("gate of a dense layer's MLP", "(I, D)", "linear_fc1", "low", _MLP_NOTE,
+                         _KEEPS_CACHE, _NOT_INVOLVED),
+    Role.UP: RoleFacts("up-projection of a dense layer's MLP", "(I, D)", "linear_fc1", "low", _MLP_NOTE,
+                       _KEEPS_CACHE, _NOT_INVOLVED),
+    Role.DOWN: RoleFacts("down-projection of a dense layer's MLP", "(D, I)", "linear_fc2", "low", _MLP_NOTE,
+                         _KEEPS_CACHE, _NOT_INVOLVED),
+    Role.SHARED_GATE: RoleFacts("gate of the shared experts", "(I, D)", "shared_experts.linear_fc1", "low", _MLP_NOTE,
+                                _KEEPS_CACHE, _NOT_INVOLVED),
+    Role.SHARED_UP: RoleFacts("up-projection of the shared experts", "(I, D)", "shared_experts.linear_fc1", "low",
+                              _MLP_NOTE, _KEEPS_CACHE, _NOT_INVOLVED),
+    Role.SHARED_DOWN: RoleFacts("down-projection of the shared experts", "(D, I)", "shared_experts.linear_fc2", "low",
+                                _MLP_NOTE, _KEEPS_CACHE, _NOT_INVOLVED),
+    Role.EXPERTS_GATE_UP: RoleFacts(
+        "gate and up-projection of the routed experts, fused", "E × (2I, D)", "experts.linear_fc1", "medium",
+        "an expert learns only from the tokens routed to it", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
+    Role.EXPERTS_DOWN: RoleFacts(
+        "down-projection of the routed experts", "E × (D, I)", "experts.linear_fc2", "medium",
+        "an expert learns only from the tokens routed to it", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
+    Role.ROUTER: RoleFacts(
+        "router: which experts a token goes to", "(E, D)", "router", "high",
+        "a small change re-routes tokens and unbalances the experts", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
+    Role.LM_HEAD: RoleFacts(
+        "output head", "(vocabulary, D)", "output_layer", "medium",
+        "large, and often tied to the embedding", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
+}  # fmt: skip
+
+#: Group names that recipes may use beside single roles.  A group means those of its roles that the model has.
+GROUPS: dict[str, tuple[Role, ...]] = {
+    "query": (Role.W_DQ, Role.W_UQ, Role.W_Q),
+    "attention": (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV, Role.W_O),
+    "dense": (Role.GATE, Role.UP, Role.DOWN),
+    "shared": (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN),
+    "mlp": (Role.GATE, Role.UP, Role.DOWN, Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN),
+    "experts": (Role.EXPERTS_GATE_UP, Role.EXPERTS_DOWN),
+}
+
+#: Whole placements by name.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "safe": ("W_O", "mlp"),
+    "all-linear": ("attention", "mlp", "experts"),
+    "W_UKV-priority": ("query", "W_UKV", "W_O", "mlp"),
+    "attention-only": ("attention",),
+    "bottleneck": ("W_DKV",),
+}
+
+#: Roles that an adapter may sit on at all.
+ADAPTABLE: tuple[Role, ...] = (*GROUPS["attention"], *GROUPS["mlp"], *GROUPS["experts"])

@@ -1,0 +1,68 @@
+"""`mla-tune`: one thin function a verb.  Commands import what is heavy inside the function, so that `--help`, recipe
+errors and `inspect` answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from mla_tune import __version__
+from mla_tune.errors import MlaTuneError, RecipeError
+
+app = typer.Typer(
+    name="mla-tune",
+    help="Fine-tune models with Multi-head Latent Attention, merge and absorb the result, and prove it right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+#: verb → module of this package whose `command` it runs, in the order of `--help`.
+VERBS = {
+    "inspect": "inspect",
+    "plan": "plan",
+    "train": "train",
+    "merge-absorb": "merge_absorb",
+    "generate": "generate",
+    "schema": "schema",
+}
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"mla-tune {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["MLA_TUNE_DEBUG"] = "1"
+
+
+for _verb, _module in VERBS.items():
+    app.command(_verb)(import_module(f"mla_tune.cli.{_module}").command)
+
+
+def main() -> None:
+    """Entry point: a message for an error of the user's or of the work, never a traceback (`--debug` shows it)."""
+    try:
+        app()
+    except MlaTuneError as error:
+        if os.environ.get("MLA_TUNE_DEBUG"):
+            raise
+        lines = error.problems if isinstance(error, RecipeError) else [str(error)]
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

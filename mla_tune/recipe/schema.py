@@ -1,0 +1,232 @@
+"""The recipe: what `mla-tune train` is asked to do.  One class a section; every field says what it means and its unit.
+
+Unknown keys are errors.  Key names are a contract: recipes written today must load tomorrow.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from mla_tune.arch.roles import ADAPTABLE, GROUPS, PRESETS
+from mla_tune.errors import did_you_mean
+
+TARGET_NAMES: tuple[str, ...] = (*(r.value for r in ADAPTABLE), *GROUPS)
+
+
+def _target_name(value: Any) -> Any:
+    if isinstance(value, str) and value not in TARGET_NAMES:
+        hint = did_you_mean(value, TARGET_NAMES)
+        raise ValueError(f"unknown role or group '{value}'{hint} Allowed: {', '.join(TARGET_NAMES)}")
+    return value
+
+
+def _targets(value: Any) -> Any:
+    """A preset name stays one string; a single role or group becomes a list of one."""
+    if isinstance(value, str):
+        if value in PRESETS:
+            return value
+        if value in TARGET_NAMES:
+            return [value]
+        hint = did_you_mean(value, (*PRESETS, *TARGET_NAMES))
+        allowed = ", ".join((*PRESETS, *TARGET_NAMES))
+        raise ValueError(f"unknown preset, role or group '{value}'{hint} Allowed: {allowed}")
+    return value
+
+
+TargetName = Annotated[str, BeforeValidator(_target_name), Field(json_schema_extra={"enum": list(TARGET_NAMES)})]
+PresetName = Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model to start from."""
+
+    base: str | None = None
+    """`embedded` (the model that ships with mla-tune), a folder in Hugging Face form, or a hub id.
+    Default: embedded, when `preset` is not given."""
+    preset: Literal["tiny", "small", "base"] | None = None
+    """An untrained MLA model of about 1 M, 30 M or 150 M parameters, with the embedded tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights in memory. auto: bfloat16 on a GPU, float32 on a CPU."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """transformers' attention implementation. auto: sdpa."""
+    experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
+    """transformers' implementation of the routed experts. auto: grouped_mm (batched_mm copies a weight per token)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if self.base is not None and self.preset is not None:
+            raise ValueError("give 'base' or 'preset', not both")
+        return self
+
+    @property
+    def source(self) -> str:
+        """What the model comes from, as one word for tables."""
+        return f"preset {self.preset}" if self.preset else (self.base or "embedded")
+
+
+class RoleOverride(Section):
+    """What differs for one role."""
+
+    rank: int | None = Field(None, ge=1, le=4096)
+    """LoRA rank r of this role."""
+    alpha: float | None = Field(None, gt=0)
+    """LoRA alpha of this role. Default: the adapter's alpha/rank ratio times this role's rank."""
+    lr_scale: float | None = Field(None, gt=0)
+    """Factor on the learning rate of this role, after `mla_lr_scale`."""
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    method: Literal["lora", "rslora", "dora", "none"] = "lora"
+    """lora: W + (alpha/r)·B·A. rslora: scaled by alpha/√r. dora: magnitude and direction apart.
+    none: no adapter, every weight is trained."""
+    targets: Annotated[PresetName | list[TargetName], BeforeValidator(_targets)] = "safe"
+    """A preset, or a list of roles and groups. An explicit role that the model lacks is an error;
+    a group means those of its roles that the model has."""
+    experts: bool = False
+    """Adapt the routed experts too."""
+    rank: int = Field(16, ge=1, le=4096)
+    """LoRA rank r."""
+    alpha: float = Field(32.0, gt=0)
+    """LoRA alpha; the update is scaled by alpha/r (rslora: alpha/√r)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    roles: dict[TargetName, RoleOverride] = {}
+    """Overrides by role or group; a role's own entry wins over its group's."""
+
+    @property
+    def target_names(self) -> list[str]:
+        names = list(PRESETS[self.targets]) if isinstance(self.targets, str) else list(self.targets)
+        return [*names, "experts"] if self.experts and "experts" not in names else names
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate, as one would use it for LoRA on a standard-attention model."""
+    mla_lr_scale: float = Field(0.65, gt=0)
+    """Factor on the learning rate of every adapter on an MLA model. A hypothesis with range 0.5 to 0.8, not a law.
+    Without an adapter it is not applied."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up; cosine and linear end at 0."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Warm-up in steps; wins over warmup_ratio."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay; norms and biases are left out."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the first moment."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the second moment."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this norm; 0: not clipped."""
+
+
+class DataSection(Section):
+    """What it is trained on."""
+
+    path: str = "mbpp"
+    """`mbpp` or `gsm8k` (they ship with mla-tune), a local .jsonl, .json, .parquet, .csv or .txt file, or a hub id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    name: str | None = None
+    """Configuration name of a hub data set."""
+    format: Literal["auto", "prompt", "chat", "text", "alpaca", "sharegpt"] = "auto"
+    """auto: by the columns found. prompt: prompt and completion. chat: a list of {role, content}.
+    alpaca: instruction, input, output. sharegpt: a list of {from, value}."""
+    prompt: str = "prompt"
+    """Column of the prompt."""
+    completion: str = "completion"
+    """Column of the completion."""
+    messages: str = "messages"
+    """Column of the chat (sharegpt: usually `conversations`)."""
+    text: str = "text"
+    """Column of plain text."""
+    template: Literal["auto", "chat", "none"] = "auto"
+    """How prompt and completion are joined. chat: with the tokenizer's chat template. none: as they stand.
+    auto: chat where the tokenizer has a template."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Tokens that count. completion: the answer, or the assistant's turns of a chat. Plain text: always all."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """A row of more than max_length tokens: cut its end, leave it out (both are counted and told), or stop.
+    A row whose completion lies wholly beyond max_length can't be cut and is an error under `truncate`."""
+    eval_path: str | None = None
+    """A file or data set to evaluate on. Default: a part of `path`."""
+    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the rows held out for evaluation (the embedded sets have a fixed held-out part instead). 0: none."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first so many rows only."""
+
+
+class TrainSection(Section):
+    """How long, in what portions, and what is kept on the way."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data; not used when max_steps is given."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(8, ge=1)
+    """Rows a forward pass and device."""
+    accumulation: int = Field(1, ge=1)
+    """Forward passes an optimizer step."""
+    max_length: int = Field(512, ge=8)
+    """Tokens a row at most."""
+    packing: bool = True
+    """Put several samples in one row; attention and positions stay within each sample."""
+    checkpointing: Literal["none", "full"] = "none"
+    """full: recompute each layer in the backward pass, for less memory and about a third more time."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between evaluations on held-out rows; 0: only before and after."""
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: only when interrupted and at the end."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints are kept."""
+    log_every: int = Field(1, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialisation, data order and dropout."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a better held-out loss; needs eval_every."""
+
+    @model_validator(mode="after")
+    def _early_stopping_needs_eval(self) -> TrainSection:
+        if self.early_stopping and not self.eval_every:
+            raise ValueError("'early_stopping' needs 'eval_every' > 0")
+        return self
+
+
+class OutputSection(Section):
+    """Where the results go."""
+
+    dir: str = "runs/run"
+    """Run folder: adapter/, checkpoints/, recipe.yaml, run.json, metrics.jsonl, loss.png."""
+    overwrite: bool = False
+    """Empty a run folder that is there already."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Also log to these, through transformers."""
+
+
+class Recipe(Section):
+    """A complete recipe."""
+
+    model: ModelSection = ModelSection()
+    adapter: AdapterSection = AdapterSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    output: OutputSection = OutputSection()

@@ -1,0 +1,36 @@
+"""The two streams of every command: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+#: Results that a user asked for.
+out = Console(highlight=False)
+#: Progress, notes, warnings, errors.
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(document: Any) -> None:
+    """Exactly one JSON document on standard output, and nothing else there."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def human_bytes(n: float) -> str:
+    """`1536` → `1.5 KB`; powers of ten, three significant digits."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(n) < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}" if n < 1000 else f"{n:,.0f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def human_count(n: float) -> str:
+    """`671026404352` → `671.03 B`; `12800` → `12.8 K`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(n) >= size:
+            return f"{n / size:,.2f}".rstrip("0").rstrip(".") + f" {unit}"
+    return f"{n:,.0f}"
