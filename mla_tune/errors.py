@@ -59,3 +59,9 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     by_lower = {n.lower(): n for n in names}
     near = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean '{by_lower[near[0]]}'?" if near else ""
+
+
+class Interrupted(MlaTuneError, RuntimeError):
+    """Stopped by a signal, with a checkpoint to go on from."""
+
+    exit_code = 130

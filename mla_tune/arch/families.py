@@ -38,7 +38,8 @@ class Family:
     `attention` and `dense_mlp` are paths inside a decoder layer.  `dense_beside_moe`: every layer has its dense MLPs,
     and the MoE block beside them.  `norms` counts the D-wide norms of a layer.  `peft_remaps_experts`: PEFT rewrites
     any target that ends in gate_proj, up_proj, down_proj or gate to the fused routed experts, so that dense and shared
-    MLPs have to be named as parameters.  `defaults` are transformers' values for keys that a config.json may leave out.
+    MLPs have to be named as parameters.  `architecture` is the entry of `architectures` that tells a published file
+    without a model_type.  `defaults` are transformers' values for keys that a config.json may leave out.
     """
 
     model_type: str
@@ -52,6 +53,7 @@ class Family:
     width_key: str = "intermediate_size"
     peft_remaps_experts: bool = False
     aliases: tuple[str, ...] = ()
+    architecture: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -103,6 +105,7 @@ FAMILIES: tuple[Family, ...] = (
         layers_key="num_layers",
         width_key="ffn_hidden_size",
         peft_remaps_experts=True,
+        architecture="LongcatFlashForCausalLM",
         defaults={"zero_expert_num": 256, "router_bias": False, "moe_topk": 12},
     ),
 )

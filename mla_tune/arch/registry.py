@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_tune.arch.dims import MLADims
-from mla_tune.arch.families import BY_TYPE, Family
+from mla_tune.arch.families import BY_TYPE, FAMILIES, Family
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import InputError, NotMLAError
@@ -48,13 +48,14 @@ def architecture(config: Config, where: str = "config.json") -> Architecture:
     norms = layers * family.norms * D + len(attention_paths) * norms_attention + D
     matrices = sum(s.params for s in sites if s.role != Role.LM_HEAD)
     total = matrices + norms + vocab * D * (1 if tied else 2)
-    idle = 0
+    idle, top_k = 0, 0
     if family.moe and moe_layers:
         routed = sum(s.params for s in sites if s.is_experts)
-        idle = round(routed * (1 - c.int(family.moe.top_k_key) / c.int(family.moe.experts_key)))
+        top_k = c.int(family.moe.top_k_key)
+        idle = round(routed * (1 - top_k / c.int(family.moe.experts_key)))
     quantization = config.get("quantization_config")
     return Architecture(
-        model_type=str(config["model_type"]),
+        model_type=_model_type(config) or family.model_type,
         family=family,
         num_layers=layers,
         dims=dims,
@@ -67,13 +68,20 @@ def architecture(config: Config, where: str = "config.json") -> Architecture:
         mtp_layers=int(c.get("num_nextn_predict_layers", 0) or 0),
         quantization=str(quantization.get("quant_method", "unknown")) if quantization else None,
         active_params=total - idle,
+        experts_per_token=top_k,
     )
 
 
 def _family(config: Config, where: str) -> Family:
-    model_type = config.get("model_type")
+    model_type = _model_type(config)
     if not model_type:
         raise InputError(f"{where}: no 'model_type': not a Hugging Face model configuration")
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and text.get("kv_lora_rank"):
+        raise InputError(
+            f"{where}: model_type '{model_type}' is a wrapper around an MLA text model ('{text.get('model_type')}'), "
+            f"and its layout is not known yet; known: {', '.join(sorted(BY_TYPE))}"
+        )
     if not config.get("kv_lora_rank"):
         raise NotMLAError(f"{where}: {_what_it_is(config)}. mla-tune is for models with Multi-head Latent Attention")
     if model_type not in BY_TYPE:
@@ -82,9 +90,17 @@ def _family(config: Config, where: str) -> Family:
     return BY_TYPE[model_type]
 
 
+def _model_type(config: Config) -> str | None:
+    """The config's `model_type`; where it has none (LongCat-Flash's published file), that of its architecture."""
+    if config.get("model_type"):
+        return str(config["model_type"])
+    names = config.get("architectures") or []
+    return next((f.model_type for f in FAMILIES if f.architecture in names), None)
+
+
 def _what_it_is(config: Config) -> str:
     """A sentence on a model that has no MLA, from the keys that tell attention kinds apart."""
-    name = f"model_type '{config['model_type']}' has no 'kv_lora_rank'"
+    name = f"model_type '{_model_type(config)}' has no 'kv_lora_rank'"
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if not heads:
         return f"{name} and no attention heads that could be read"
@@ -183,5 +199,6 @@ def _moe(base: str, layer: int, D: int, family: Family, c: _Keys) -> list[Site]:
     shared: list[Site] = []
     if moe.shared_key and c.get(moe.shared_key):
         roles = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)
-        shared = _mlp(f"{path}.shared_experts", layer, D, width * c.int(moe.shared_key), roles)
+        bias = bool(c.get("mlp_bias", False))
+        shared = _mlp(f"{path}.shared_experts", layer, D, width * c.int(moe.shared_key), roles, bias)
     return [router, *experts, *shared]

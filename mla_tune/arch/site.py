@@ -78,6 +78,7 @@ class Architecture:
     mtp_layers: int
     quantization: str | None
     active_params: int
+    experts_per_token: int
 
     def by_role(self, role: Role) -> list[Site]:
         return [s for s in self.sites if s.role == role]

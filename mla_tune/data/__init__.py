@@ -1,0 +1,4 @@
+"""Rows from files or the hub, their tokens and labels, and how they are put into batches.
+
+rows.load_rows → encode.encode → collate.rows_for → collate.Collator
+"""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from mla_tune.arch.roles import ADAPTABLE, GROUPS, PRESETS
 from mla_tune.errors import did_you_mean
@@ -15,32 +15,49 @@ from mla_tune.errors import did_you_mean
 TARGET_NAMES: tuple[str, ...] = (*(r.value for r in ADAPTABLE), *GROUPS)
 
 
-def _target_name(value: Any) -> Any:
-    if isinstance(value, str) and value not in TARGET_NAMES:
-        hint = did_you_mean(value, TARGET_NAMES)
-        raise ValueError(f"unknown role or group '{value}'{hint} Allowed: {', '.join(TARGET_NAMES)}")
-    return value
+def _unknown(kind: str, name: Any, allowed: tuple[str, ...]) -> str:
+    hint = did_you_mean(str(name), allowed) or "."
+    return f"unknown {kind} '{name}'{hint} Allowed: {', '.join(allowed)}"
 
 
 def _targets(value: Any) -> Any:
-    """A preset name stays one string; a single role or group becomes a list of one."""
+    """A preset stays a word, a single role or group becomes a list; every unknown name is told at once."""
     if isinstance(value, str):
         if value in PRESETS:
             return value
-        if value in TARGET_NAMES:
-            return [value]
-        hint = did_you_mean(value, (*PRESETS, *TARGET_NAMES))
-        allowed = ", ".join((*PRESETS, *TARGET_NAMES))
-        raise ValueError(f"unknown preset, role or group '{value}'{hint} Allowed: {allowed}")
+        if value not in TARGET_NAMES:
+            raise ValueError(_unknown("preset, role or group", value, (*PRESETS, *TARGET_NAMES)))
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a preset or a list of roles and groups, got {value!r}")
+    wrong = [v for v in value if v not in TARGET_NAMES]
+    if wrong:
+        raise ValueError("; ".join(_unknown("role or group", v, TARGET_NAMES) for v in wrong))
     return value
 
 
-TargetName = Annotated[str, BeforeValidator(_target_name), Field(json_schema_extra={"enum": list(TARGET_NAMES)})]
-PresetName = Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]
+def _role_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        wrong = [v for v in value if v not in TARGET_NAMES]
+        if wrong:
+            raise ValueError("; ".join(_unknown("role or group", v, TARGET_NAMES) for v in wrong))
+    return value
+
+
+_NAMES: dict[str, Any] = {"type": "string", "enum": list(TARGET_NAMES)}
+Targets = Annotated[
+    list[str] | str,
+    BeforeValidator(_targets),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "enum": [*PRESETS, *TARGET_NAMES]}, {"type": "array", "items": _NAMES}]}
+    ),
+]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, strict=True
+    )
 
 
 class ModelSection(Section):
@@ -93,7 +110,7 @@ class AdapterSection(Section):
     method: Literal["lora", "rslora", "dora", "none"] = "lora"
     """lora: W + (alpha/r)·B·A. rslora: scaled by alpha/√r. dora: magnitude and direction apart.
     none: no adapter, every weight is trained."""
-    targets: Annotated[PresetName | list[TargetName], BeforeValidator(_targets)] = "safe"
+    targets: Targets = "safe"
     """A preset, or a list of roles and groups. An explicit role that the model lacks is an error;
     a group means those of its roles that the model has."""
     experts: bool = False
@@ -104,7 +121,9 @@ class AdapterSection(Section):
     """LoRA alpha; the update is scaled by alpha/r (rslora: alpha/√r)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    roles: dict[TargetName, RoleOverride] = {}
+    roles: Annotated[
+        dict[str, RoleOverride], BeforeValidator(_role_keys), Field(json_schema_extra={"propertyNames": _NAMES})
+    ] = {}
     """Overrides by role or group; a role's own entry wins over its group's."""
 
     @property

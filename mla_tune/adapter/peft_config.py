@@ -1,0 +1,78 @@
+"""A `Placement` → the PEFT `LoraConfig` that reaches exactly those matrices, also after save and load.
+
+In families where PEFT rewrites MLP module names to the routed experts (`Family.peft_remaps_experts`), dense and shared
+MLPs are named as parameters (`mlp.gate_proj.weight`): parameters are not rewritten, and the saved keys are the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from peft import LoraConfig
+
+from mla_tune.adapter.placement import REMAPPED, Placement, PlannedSite
+from mla_tune.arch.site import Architecture, Site
+
+
+def peft_config(arch: Architecture, placement: Placement) -> LoraConfig:
+    """LoRA configuration for `peft.get_peft_model` on the transformers model of `arch`."""
+    modules: list[Site] = []
+    parameters: list[Site] = []
+    for p in placement.sites:
+        as_parameter = p.site.is_experts or (arch.family.peft_remaps_experts and p.site.role in REMAPPED)
+        (parameters if as_parameter else modules).append(p.site)
+
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    parameter_paths = {s.path for s in parameters}
+    for p in placement.sites:
+        key = _pattern(p, p.site.path in parameter_paths)
+        if p.rank != placement.rank:
+            rank_pattern[key] = p.rank
+        if p.alpha != placement.alpha:
+            alpha_pattern[key] = _number(p.alpha)
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=placement.rank,
+        lora_alpha=_number(placement.alpha),  # type: ignore[arg-type]
+        lora_dropout=placement.dropout,
+        use_rslora=placement.method == "rslora",
+        use_dora=placement.method == "dora",
+        target_modules=_module_names(arch, modules),
+        target_parameters=sorted({_tail(s.parameter) for s in parameters}) or None,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        bias="none",
+    )
+
+
+def _module_names(arch: Architecture, sites: list[Site]) -> list[str]:
+    """Leaf names (`o_proj`) where a name means exactly the planned modules, full paths where it would mean more."""
+    planned: dict[str, set[str]] = defaultdict(set)
+    for s in sites:
+        planned[s.path.rpartition(".")[2]].add(s.path)
+    everywhere: dict[str, set[str]] = defaultdict(set)
+    for s in arch.sites:
+        everywhere[s.path.rpartition(".")[2]].add(s.path)
+    names: list[str] = []
+    for leaf, paths in planned.items():
+        names += [leaf] if paths == everywhere[leaf] else sorted(paths)
+    return names
+
+
+def _tail(parameter: str) -> str:
+    """The part of a parameter's name below its decoder layer: `mlp.shared_experts.up_proj.weight`."""
+    return re.sub(r"^.*?\.layers\.\d+\.", "", parameter)
+
+
+def _pattern(p: PlannedSite, as_parameter: bool) -> str:
+    """A key for rank_pattern and alpha_pattern; PEFT matches it as a regular expression at the end of a name, which
+    for parameters is that of the parameter."""
+    return re.escape(_tail(p.site.parameter if as_parameter else p.site.path))
+
+
+def _number(x: float) -> float | int:
+    """Whole alphas as whole numbers, as PEFT and engines expect them in adapter_config.json."""
+    return int(x) if x == int(x) else x

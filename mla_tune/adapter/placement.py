@@ -1,0 +1,139 @@
+"""Roles of a recipe → the exact matrices to adapt, with rank, alpha and learning-rate factor of each.  Pure Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mla_tune.arch.roles import GROUPS, PRESETS, Role
+from mla_tune.arch.site import Architecture, Site
+from mla_tune.errors import PlacementError, did_you_mean
+from mla_tune.recipe.schema import AdapterSection, RoleOverride
+
+#: MLP roles whose module names (gate_proj, up_proj, down_proj) PEFT rewrites to the routed experts in some families.
+REMAPPED: frozenset[Role] = frozenset(GROUPS["mlp"])
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSite:
+    """One matrix to adapt: LoRA rank r, alpha, and the factor on the learning rate beside `mla_lr_scale`."""
+
+    site: Site
+    rank: int
+    alpha: float
+    lr_scale: float
+
+    @property
+    def lora_params(self) -> int:
+        return self.site.lora_params(self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """All matrices to adapt, in the order of the model's layers.  Empty for `method: none`."""
+
+    method: str
+    dropout: float
+    rank: int
+    alpha: float
+    sites: tuple[PlannedSite, ...]
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Roles adapted, in the order of `Role`."""
+        present = {p.site.role for p in self.sites}
+        return tuple(r for r in Role if r in present)
+
+    def by_role(self, role: Role) -> list[PlannedSite]:
+        return [p for p in self.sites if p.site.role == role]
+
+    @property
+    def trainable_params(self) -> int:
+        """Numbers in A and B, plus DoRA's magnitude: one for each output row."""
+        dora = sum(p.site.shape[0] for p in self.sites) if self.method == "dora" else 0
+        return sum(p.lora_params for p in self.sites) + dora
+
+
+def place(arch: Architecture, adapter: AdapterSection) -> Placement:
+    """Resolve the recipe's roles and groups on this architecture.
+
+    A group means those of its roles that the model has.  Raises `PlacementError` for an explicit role or group that
+    the model lacks, for an override of something that is not adapted, and for what PEFT can't do on this family.
+    """
+    if adapter.method == "none":
+        return Placement("none", 0.0, adapter.rank, adapter.alpha, ())
+    roles = _resolve(arch, adapter)
+    overrides = _overrides(arch, adapter, roles)
+    _refuse_impossible(arch, adapter, roles)
+    planned = []
+    for site in arch.sites:
+        if site.role in roles and site.attachable:
+            o = overrides.get(site.role, RoleOverride())
+            rank = o.rank or adapter.rank
+            # A role of another rank keeps the adapter's strength alpha/r, unless its alpha is given too.
+            alpha = o.alpha if o.alpha is not None else adapter.alpha / adapter.rank * rank
+            planned.append(PlannedSite(site, rank, alpha, o.lr_scale or 1.0))
+    return Placement(adapter.method, adapter.dropout, adapter.rank, adapter.alpha, tuple(planned))
+
+
+def _resolve(arch: Architecture, adapter: AdapterSection) -> set[Role]:
+    present = set(arch.roles)
+    roles: set[Role] = set()
+    for name in adapter.target_names:
+        if name in GROUPS:
+            found = present & set(GROUPS[name])
+            asked = not isinstance(adapter.targets, str) or (adapter.experts and name not in PRESETS[adapter.targets])
+            if not found and asked:
+                raise PlacementError(
+                    f"adapter.targets: {arch.family.title} has nothing in the group '{name}' "
+                    f"({', '.join(GROUPS[name])}). Roles of this model: {', '.join(arch.roles)}"
+                )
+            roles |= found
+        else:
+            role = Role(name)
+            if role not in present:
+                raise PlacementError(f"adapter.targets: {_absent(arch, role)}")
+            roles.add(role)
+    return roles
+
+
+def _absent(arch: Architecture, role: Role) -> str:
+    why = ""
+    if role in (Role.W_DQ, Role.W_UQ) and arch.dims.L is None:
+        why = " (it has no query compression: its query projection is W_Q)"
+    elif role == Role.W_Q and arch.dims.L is not None:
+        why = " (its query is compressed: W_DQ and W_UQ)"
+    return f"this {arch.family.title} model has no {role}{why}. Roles of this model: {', '.join(arch.roles)}"
+
+
+def _overrides(arch: Architecture, adapter: AdapterSection, roles: set[Role]) -> dict[Role, RoleOverride]:
+    """Override of each adapted role; a role's own entry wins, field by field, over its groups'."""
+    result: dict[Role, RoleOverride] = {}
+    # Wide groups first, single roles last, so that the narrower entry wins.
+    for name in sorted(adapter.roles, key=lambda n: -len(GROUPS.get(n, (n,)))):
+        members = {r for r in GROUPS[name] if r in roles} if name in GROUPS else {Role(name)} & roles
+        if not members:
+            targeted = ", ".join(r for r in Role if r in roles)
+            raise PlacementError(
+                f"adapter.roles.{name}: nothing of it is adapted, so the override would do nothing. "
+                f"Adapted: {targeted}{did_you_mean(name, [r.value for r in roles])}"
+            )
+        for role in members:
+            old = result.get(role, RoleOverride()).model_dump(exclude_none=True)
+            result[role] = RoleOverride(**(old | adapter.roles[name].model_dump(exclude_none=True)))
+    return result
+
+
+def _refuse_impossible(arch: Architecture, adapter: AdapterSection, roles: set[Role]) -> None:
+    """What PEFT's `target_parameters` can't do: DoRA and dropout.  It serves fused experts, and dense and shared MLPs
+    of the families in which PEFT rewrites their module names to the experts."""
+    through_parameters = roles & set(GROUPS["experts"])
+    if arch.family.peft_remaps_experts:
+        through_parameters |= roles & REMAPPED
+    asked = "method: dora" if adapter.method == "dora" else f"dropout: {adapter.dropout:g}" if adapter.dropout else ""
+    if not asked or not through_parameters:
+        return
+    names = ", ".join(r for r in Role if r in through_parameters)
+    raise PlacementError(
+        f"adapter.{asked}: PEFT can't do that for {names} of {arch.family.title}, which it can only reach as "
+        f"parameters. Use method lora or rslora without dropout, or adapt attention only (targets: attention-only)"
+    )

@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all: written beside, flushed to the disk, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from mla_tune.errors import FileError
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write; `file` appears, or is replaced, when the block ends well, and is untouched otherwise."""
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut.  Does nothing where folders can't be opened (Windows)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(file: Path, document: Any) -> None:
+    """Whole or not at all, in the style of Hugging Face's own JSON files."""
+    with replacing(file) as stream:
+        stream.write((json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json_object(file: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `file`; `what` says in an error what the file is.  Raises `FileError`."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{file}: no such file: {what} is missing") from None
+    except OSError as error:
+        raise FileError(f"{file}: can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise FileError(f"{file}: {what} is not valid JSON ({error}). Download or save it again") from error
+    if not isinstance(document, dict):
+        raise FileError(f"{file}: {what} must hold a JSON object, not {type(document).__name__}")
+    return document

@@ -1,0 +1,234 @@
+"""A checkpoint folder as its safetensors headers describe it: which tensor lies where.  No torch, no weight is read.
+
+Format (https://github.com/huggingface/safetensors#format): 8 bytes, little-endian, give the length N of a JSON header;
+N bytes of JSON, {key: {dtype, shape, data_offsets: [begin, end]}}; then the data, in row-major order, without holes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mla_tune.checkpoint.files import read_json_object
+from mla_tune.errors import FileError, InputError, did_you_mean
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+#: Bits of one number of each dtype of the format.
+DTYPE_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+#: The longest header that the safetensors library itself accepts.
+_MAX_HEADER = 100_000_000
+#: Endings of weight files in formats that are not read.
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor's data."""
+    return prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where one tensor lies: `begin` and `end` are byte offsets from the start of `file`."""
+
+    key: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its tensors in the order of their data, and its `__metadata__`."""
+
+    file: Path
+    tensors: dict[str, TensorRef]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint folder.  `tensors` has the keys in the order of the index, or of the single file."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    tensors: dict[str, TensorRef]
+    index: dict[str, Any] | None
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read and check all headers of `folder`.
+
+        Raises `FileError` for a folder, file or index that is missing or damaged and `InputError` for a folder whose
+        weights are not in safetensors files.
+        """
+        if not folder.is_dir():
+            raise FileError(f"{folder}: no such folder: a model folder with config.json and *.safetensors was expected")
+        single, index_file = folder / SINGLE_FILE, folder / INDEX_FILE
+        if index_file.exists():
+            index = read_json_object(index_file, "the index of the checkpoint")
+            weight_map = _weight_map(index_file, index)
+            if single.exists() and set(weight_map.values()) != {SINGLE_FILE}:
+                raise InputError(
+                    f"{folder}: holds both {SINGLE_FILE} and an index of other files, and programs differ in which one "
+                    "they read: remove the one that does not belong to the model"
+                )
+            shards = tuple(read_shard(folder / name) for name in dict.fromkeys(weight_map.values()))
+            return cls(folder, shards, _indexed(index_file, weight_map, shards), index)
+        if single.exists():
+            shard = read_shard(single)
+            return cls(folder, (shard,), dict(shard.tensors), None)
+        raise _no_weights(folder)
+
+    def __getitem__(self, key: str) -> TensorRef:
+        """The tensor of this key; an `InputError` names the nearest key otherwise."""
+        if key not in self.tensors:
+            raise InputError(f"{self.folder}: the checkpoint has no tensor '{key}'{nearest(key, self.tensors)}")
+        return self.tensors[key]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        return read_json_object(self.folder / "config.json", "the model's configuration")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(ref.nbytes for shard in self.shards for ref in shard.tensors.values())
+
+
+def nearest(key: str, keys: Iterable[str]) -> str:
+    """`"; did you mean '…'?"` for a tensor key.  Looks first among keys with the same ending: comparing with all the
+    100,000 keys of a large model would take minutes."""
+    names = list(keys)
+    ending = key.split(".")[-2:]
+    alike = [name for name in names if name.split(".")[-2:] == ending]
+    return did_you_mean(key, (alike or names)[:2000])
+
+
+def _no_weights(folder: Path) -> InputError | FileError:
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHER_FORMATS)
+    if others:
+        return InputError(
+            f"{folder}: holds {others[0]} but no {SINGLE_FILE}: only safetensors checkpoints are read. "
+            "Download the model's safetensors version, or save it again with save_pretrained"
+        )
+    return FileError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}: not a complete model folder")
+
+
+def _weight_map(index_file: Path, index: dict[str, Any]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileError(f"{index_file}: has no 'weight_map' from keys to files: the index is damaged")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise FileError(f"{index_file}: '{key}' points at {name!r}, which is not a safetensors file")
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise FileError(f"{index_file}: '{key}' points at {name!r}, outside the folder")
+        if not (index_file.parent / name).is_file():
+            raise FileError(
+                f"{index_file}: '{key}' is in {name}, which is missing: the download or copy is not complete"
+            )
+    return weight_map
+
+
+def _indexed(index_file: Path, weight_map: dict[str, str], shards: tuple[Shard, ...]) -> dict[str, TensorRef]:
+    by_name = {str(shard.file.relative_to(index_file.parent).as_posix()): shard for shard in shards}
+    for shard_name, shard in by_name.items():
+        for key in shard.tensors:
+            # A key that the index does not list is carried along; a second copy of a listed one would go stale.
+            if weight_map.get(key, shard_name) != shard_name:
+                raise FileError(f"{index_file}: '{key}' is in {weight_map[key]} and in {shard_name} too: remove one")
+    tensors = {}
+    for key, name in weight_map.items():
+        if key not in by_name[name].tensors:
+            raise FileError(
+                f"{index_file}: '{key}' should be in {name}, which does not hold it: "
+                "the index and the files are of different versions"
+            )
+        tensors[key] = by_name[name].tensors[key]
+    return tensors
+
+
+def read_shard(file: Path) -> Shard:
+    """The checked header of one safetensors file.  Raises `FileError`."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise _damaged(file, f"its first 8 bytes announce a header of {length:,} bytes in {size:,} bytes")
+            raw = stream.read(length)
+    except FileNotFoundError:
+        raise FileError(f"{file}: no such file") from None
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{file}: can't be read: {error.strerror}") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"its header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(file, "its header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(file, "its '__metadata__' is not a table of strings")
+    start = 8 + length
+    refs = sorted((_ref(file, start, k, v) for k, v in header.items()), key=lambda ref: (ref.begin, ref.end))
+    expected = start
+    for ref in refs:
+        if ref.begin != expected:
+            what = "overlaps the tensor before it" if ref.begin < expected else "leaves a hole before it"
+            raise _damaged(file, f"the data of '{ref.key}' {what}")
+        expected = ref.end
+    if expected != size:
+        raise _damaged(file, f"the header describes {expected:,} bytes, the file has {size:,}")
+    return Shard(file, {ref.key: ref for ref in refs}, metadata)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def _ref(file: Path, start: int, key: str, entry: Any) -> TensorRef:
+    """One header entry, checked by itself."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise _damaged(file, f"the entry of '{key}' lacks dtype, shape or data_offsets")
+    if dtype not in DTYPE_BITS:
+        known = ", ".join(DTYPE_BITS)
+        raise FileError(f"{file}: '{key}' has the dtype {dtype!r}, which is not known here; known: {known}")
+    if not all(isinstance(n, int) and n >= 0 for n in shape) or not 0 <= begin <= end:
+        raise _damaged(file, f"the shape {shape} or the offsets [{begin}, {end}] of '{key}' are impossible")
+    if (end - begin) * 8 != prod(shape) * DTYPE_BITS[dtype]:
+        raise _damaged(file, f"'{key}' is {dtype} {shape}, but its offsets give it {end - begin:,} bytes")
+    return TensorRef(key, file, dtype, tuple(shape), start + begin, start + end)
+
+
+def _damaged(file: Path, what: str) -> FileError:
+    return FileError(f"{file}: damaged or incomplete: {what}. Download or save it again")

@@ -1,0 +1,52 @@
+"""`mla-tune inspect`: what a model is made of and where an adapter can sit, from config.json alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder, a config.json, a shipped name such as deepseek-v3, or a hub id."
+        ),
+    ],
+    recipe: Annotated[str | None, typer.Option(help="Mark what this recipe adapts, at its ranks.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="16", help="LoRA rank to count parameters for; with --recipe: adapter.rank."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    depth: Annotated[
+        Literal["roles", "layers", "all"],
+        typer.Option(help="One row a role, a module of each block of equal layers, or a module."),
+    ] = "roles",
+) -> None:
+    """Show a model's MLA dimensions, KV cache, every linear layer, and what an adapter there would do."""
+    from mla_tune.arch.registry import architecture
+    from mla_tune.console import out, print_json
+    from mla_tune.survey.inspect import DEFAULT_RANK, survey
+    from mla_tune.survey.source import load_config
+
+    config, where, _ = load_config(model)
+    arch = architecture(config, where)
+    placement = None
+    if recipe:
+        from mla_tune.adapter.placement import place
+        from mla_tune.recipe.load import load_recipe
+
+        loaded = load_recipe(recipe, [] if rank is None else [f"adapter.rank={rank}"])
+        placement = place(arch, loaded.adapter)
+        rank = loaded.adapter.rank
+    document = {"model": model, **survey(arch, rank or DEFAULT_RANK, placement=placement)}
+    if recipe:
+        document["recipe"] = recipe
+    if as_json:
+        print_json(document)
+        return
+    from mla_tune.report.inspect_table import render
+
+    render(document, depth, out)

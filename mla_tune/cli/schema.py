@@ -1,0 +1,12 @@
+"""`mla-tune schema`: the JSON Schema of a recipe, for editors."""
+
+from __future__ import annotations
+
+
+def command() -> None:
+    """Print the JSON Schema of a recipe (editors use it for completion and checks)."""
+    from mla_tune.recipe.schema import Recipe
+    from mla_tune.console import print_json
+
+    schema = Recipe.model_json_schema()
+    print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})

@@ -1,0 +1,60 @@
+"""`mla-tune train`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.max_steps=50.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder, instead of output.dir.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty a run folder that is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print run.json, and nothing else, on standard output.")] = False,
+) -> None:
+    """Train an adapter as a recipe says."""
+    from mla_tune.recipe.checks import warnings
+    from mla_tune.recipe.load import load_recipe
+    from mla_tune.console import err, human_count, out, print_json
+
+    overrides = list(set_ or [])
+    if output:
+        overrides.append(f"output.dir={output}")
+    if overwrite:
+        overrides.append("output.overwrite=true")
+    loaded = load_recipe(recipe, overrides)
+    # Torch and its friends take seconds to import; what can be wrong with placement is found before.
+    _check_placement(loaded)
+    for note in warnings(loaded):
+        err.print(f"note: {note}")
+    from mla_tune.train.run import train
+
+    run = train(loaded, resume=resume)
+    if json:
+        print_json(run)
+        return
+    adapter: dict[str, Any] = run["adapter"]
+    out.print(
+        f"trained {human_count(adapter['trainable_params'])} parameters, {run['steps']['done']} steps, "
+        f"{run['seconds']:.0f} s, {run['tokens_per_s']:,.0f} tokens/s"
+    )
+    loss = run.get("held_out_loss")
+    if loss:
+        before, after = loss["before"], loss["after"]
+        out.print(f"held-out loss {before:.4f} → {after:.4f} ({(after / before - 1) * 100:+.1f} %)")
+    directory = loaded.output.dir
+    out.print(f"run folder: {directory}", soft_wrap=True)
+    if adapter["method"] != "none":
+        out.print(f"next: mla-tune merge-absorb {directory}", soft_wrap=True)
+
+
+def _check_placement(recipe: Any) -> None:
+    from mla_tune.adapter.placement import place
+    from mla_tune.arch.registry import architecture
+    from mla_tune.survey.source import load_config
+
+    config, where, _ = load_config(recipe.model.preset or recipe.model.base or "embedded")
+    place(architecture(config, where), recipe.adapter)

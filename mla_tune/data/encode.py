@@ -1,0 +1,182 @@
+"""Rows → samples: token ids, and for each token whether it counts towards the loss.
+
+A model predicts token i from the tokens before it, so the first token of a sample is never predicted: its label is
+always -100.  That makes `trained_tokens` exact, and keeps a packed sample from being predicted by its neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mla_tune.data.chat import marked_tokens, marks_assistant, render, tokens_of, turn_tokens
+from mla_tune.data.formats import Kind, Row
+from mla_tune.errors import InputError
+from mla_tune.recipe.schema import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a token that doesn't count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sequence; `labels[i]` is `input_ids[i]` or -100, and `labels[0]` is -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Samples, and what became of the rows."""
+
+    samples: list[Sample]
+    truncated: int
+    """Rows whose end was cut off."""
+    dropped: int
+    """Rows left out as too long."""
+    tokens: int
+    """Tokens of all samples."""
+    trained_tokens: int
+    """Tokens that count towards the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A row before it is cut: `counts[i]` says whether token i is trained; `answer` is the first that must stay."""
+
+    ids: list[int]
+    counts: list[bool]
+    answer: int = 0
+
+
+def encode(
+    rows: list[Row],
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSection,
+    max_length: int,
+    part: str = "data",
+) -> Encoded:
+    """Tokenise rows and mask what doesn't count.
+
+    prompt: rendered as a user's and an assistant's turn, or (template none) bos + prompt + completion + eos, tokenised
+    apart so that no token spans the border.  chat: rendered by the template.  text: bos + text + eos.  Rendered ids are
+    those of `tokenizer.apply_chat_template`.
+
+    A text longer than `max_length` is cut into several samples unless `too_long` says drop or error.  Each piece begins
+    with the last token of the piece before it, so that every token but the first is predicted once.
+
+    Args:
+        max_length: tokens a sample at most.
+        part: which rows these are, for messages.
+
+    Raises:
+        InputError: the tokenizer lacks a template or an end token, the template refuses a row, a row is too long for
+            what `too_long` says, or no token is left to train on.  No rows at all is no error.
+    """
+    tokenised = _tokenised(rows, kind, tokenizer, data, part)
+    samples: list[Sample] = []
+    truncated = dropped = 0
+    misfits: list[tuple[int, _Tokens]] = []
+    for number, row in enumerate(tokenised, start=1):
+        if len(row.ids) <= max_length:
+            samples.append(_sample(row, 0, max_length))
+        elif data.too_long == "drop":
+            dropped += 1
+        elif data.too_long == "error" or row.answer >= max_length:
+            misfits.append((number, row))
+        elif kind == "text":
+            samples += (_sample(row, start, max_length) for start in range(0, len(row.ids) - 1, max_length - 1))
+        else:
+            truncated += 1
+            samples.append(_sample(row, 0, max_length))
+    if misfits:
+        raise InputError(_too_long(rows, misfits, data, max_length, part))
+    trained = sum(len(s.labels) - s.labels.count(IGNORED) for s in samples)
+    if rows and not trained:
+        why = (
+            f"all {dropped} rows are longer than train.max_length ({max_length} tokens) and were dropped; raise it"
+            if dropped == len(rows)
+            else f"all labels are masked in all {len(samples)} samples, so nothing would be learnt; see data.loss_on, "
+            "and whether the chat template's {% generation %} part holds the assistant's turns"
+        )
+        raise InputError(f"{part}: {why}")
+    return Encoded(samples, truncated, dropped, sum(len(s.input_ids) for s in samples), trained)
+
+
+def _sample(row: _Tokens, start: int, max_length: int) -> Sample:
+    ids, counts = row.ids[start : start + max_length], row.counts[start : start + max_length]
+    labels = [token if count else IGNORED for token, count in zip(ids, counts, strict=True)]
+    labels[0] = IGNORED
+    return Sample(ids, labels)
+
+
+def _too_long(rows: list[Row], misfits: list[tuple[int, _Tokens]], data: DataSection, length: int, part: str) -> str:
+    number, row = misfits[0]
+    if data.too_long == "error":
+        fault = f"{len(row.ids)} tokens, but train.max_length is {length} and data.too_long says error"
+    else:
+        fault = (
+            f"its first {row.answer} tokens are prompt and train.max_length is {length}, "
+            "so no token of the completion would be left"
+        )
+    longest = max(len(r.ids) for _, r in misfits)
+    others = f" ({len(misfits)} such rows, the longest of {longest} tokens)" if len(misfits) > 1 else ""
+    todo = f"set data.too_long: drop to leave such rows out, or train.max_length: {longest} to keep all"
+    return f"{_where(rows, number, part)}: {fault}{others}; {todo}"
+
+
+def _where(rows: list[Row], number: int, part: str) -> str:
+    """Rows are told by their beginning too: after a split the number isn't the line of a file."""
+    row = rows[number - 1]
+    text = row["messages"][0]["content"] if "messages" in row else row.get("prompt", row.get("text", ""))
+    begin = " ".join(text[:200].split())
+    return f"{part}: row {number} ('{begin[:40]}{'…' if len(begin) > 40 else ''}')"
+
+
+def _tokenised(
+    rows: list[Row], kind: Kind, tokenizer: PreTrainedTokenizerBase, data: DataSection, part: str
+) -> Iterator[_Tokens]:
+    has_template = bool(tokenizer.chat_template)
+    chat = kind == "chat" or (
+        kind == "prompt" and (data.template == "chat" or (data.template == "auto" and has_template))
+    )
+    if kind == "chat" and data.template == "none":
+        raise InputError("data.template: none can't join the turns of a chat; use auto or chat")
+    if chat and not has_template:
+        todo = "set data.template: none, or " if kind == "prompt" else ""
+        raise InputError(f"data.template: the tokenizer has no chat template; {todo}take a model that has one")
+    if not chat and tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no eos token to end a row with; set one in its tokenizer_config.json")
+    for number, row in enumerate(rows, start=1):
+        try:
+            yield _row(row, kind, chat, tokenizer, data.loss_on == "all")
+        except InputError as err:
+            raise InputError(f"{_where(rows, number, part)}: {err}") from err
+
+
+def _row(row: Row, kind: Kind, chat: bool, tokenizer: PreTrainedTokenizerBase, count_all: bool) -> _Tokens:
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if kind == "text":
+        ids = [*bos, *tokens_of(tokenizer, row["text"]), tokenizer.eos_token_id]
+        return _Tokens(ids, [True] * len(ids))
+    if kind == "chat":
+        if count_all:
+            ids = tokens_of(tokenizer, render(tokenizer, row["messages"]))
+            return _Tokens(ids, [True] * len(ids))
+        split = marked_tokens if marks_assistant(tokenizer) else turn_tokens
+        ids, counts = split(tokenizer, row["messages"])
+    elif chat:
+        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        ids, counts = turn_tokens(tokenizer, turns)
+    else:
+        head = [*bos, *tokens_of(tokenizer, row["prompt"])]
+        ids = [*head, *tokens_of(tokenizer, row["completion"]), tokenizer.eos_token_id]
+        counts = [i >= len(head) for i in range(len(ids))]
+    answer = counts.index(True) if True in counts else 0
+    return _Tokens(ids, [True] * len(ids) if count_all else counts, answer)

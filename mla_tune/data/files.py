@@ -1,0 +1,189 @@
+"""Read a local file into a table of raw rows, each with the place it came from.
+
+    .jsonl    one object a line; blank lines are skipped
+    .json     a list of objects
+    .csv      a header line, then one row a record; every cell is a string
+    .parquet  one row a record
+    .txt      the whole file is one row with the column `text`; encoding cuts it into pieces later
+
+Text is UTF-8, with or without a byte order mark.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mla_tune.errors import FileError, InputError, did_you_mean
+
+# The csv module refuses cells of more than 128 KiB unless told otherwise; a document may be longer.
+_CSV_CELL = 1 << 30
+
+
+@dataclass(frozen=True)
+class Table:
+    """Raw rows and where they stand."""
+
+    name: str
+    """What it was read from, for messages."""
+    rows: list[Any]
+    """One decoded record each; not yet checked to be objects."""
+    places: Sequence[int]
+    """The line or row number of each, from 1."""
+    unit: str = "row"
+    """What `places` counts: `line` or `row`."""
+
+    def where(self, index: int) -> str:
+        return f"{self.name}: {self.unit} {self.places[index]}"
+
+    def first(self, count: int) -> Table:
+        return Table(self.name, self.rows[:count], self.places[:count], self.unit)
+
+
+def read_file(path: Path, key: str) -> Table:
+    """The rows of a local file.
+
+    Args:
+        path: the file.
+        key: the recipe's key that named it, for messages.
+
+    Raises:
+        FileError: missing, a folder, not UTF-8, or a damaged parquet file.
+        InputError: a suffix that isn't read, broken JSON or CSV, or no row at all.
+    """
+    if not path.is_file():
+        raise FileError(f"{key}: {path}: {_missing(path)}")
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        allowed = ", ".join(_READERS)
+        raise InputError(
+            f"{key}: {path}: the suffix '{path.suffix}' isn't one that is read; allowed: {allowed}. "
+            "Convert the file, or rename it if it is one of these"
+        )
+    table = _READERS[suffix](path)
+    if not table.rows:
+        raise InputError(f"{path}: holds no rows ({path.stat().st_size} bytes); {key} needs at least one")
+    return table
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return f"is a folder; name one file in it ({', '.join(SUFFIXES)})"
+    if not path.parent.is_dir():
+        return f"no such file; there is no folder {path.parent} either"
+    names = sorted(p.name for p in path.parent.iterdir() if p.is_file())
+    hint = did_you_mean(path.name, names)
+    return f"no such file{hint or f'; nothing in {path.parent.resolve()} has a name like it'}"
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        # `err.start` doesn't count a byte order mark; `err.object` is what was left to decode.
+        line = err.object.count(b"\n", 0, err.start) + 1
+        raise FileError(
+            f"{path}: line {line}: byte 0x{err.object[err.start]:02x} isn't UTF-8; text must be UTF-8. "
+            "Convert it, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
+        ) from err
+
+
+def _json_fault(text: str, err: json.JSONDecodeError) -> str:
+    near = text[max(0, err.pos - 15) : err.pos + 15]
+    return f"{err.msg} near {near!r}" if near else f"{err.msg}; nothing stands there"
+
+
+def _read_jsonl(path: Path) -> Table:
+    rows: list[Any] = []
+    places: list[int] = []
+    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as err:
+            raise InputError(
+                f"{path}: line {number}, column {err.colno}: not JSON: {_json_fault(line, err)}. "
+                "Each line must be one whole JSON object"
+            ) from err
+        places.append(number)
+    return Table(str(path), rows, places, "line")
+
+
+def _read_json(path: Path) -> Table:
+    text = _text(path)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as err:
+        lines = err.msg == "Extra data" and err.lineno > 1
+        todo = "It looks like one object a line: name it .jsonl" if lines else "The file must be one list of objects"
+        raise InputError(
+            f"{path}: line {err.lineno}, column {err.colno}: not JSON: {_json_fault(text, err)}. {todo}"
+        ) from err
+    if not isinstance(rows, list):
+        found = f"an object with the keys {', '.join(map(str, rows))}" if isinstance(rows, dict) else repr(rows)[:60]
+        raise InputError(f"{path}: must be a list of objects, found {found}; put the list alone in the file")
+    return Table(str(path), rows, range(1, len(rows) + 1))
+
+
+def _read_csv(path: Path) -> Table:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    rows: list[Any] = []
+    places: list[int] = []
+    limit = csv.field_size_limit(_CSV_CELL)
+    try:
+        header = next(reader, [])
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise InputError(
+                f"{path}: line 1: the header names {', '.join(twice)} twice; give each column its own name"
+            )
+        place = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise InputError(
+                    f"{path}: line {place}: {len(cells)} cells, but the header has {len(header)} "
+                    f"({', '.join(header)}); a cell with a comma or a line break needs quotes around it"
+                )
+            if cells:
+                rows.append(dict(zip(header, cells, strict=True)))
+                places.append(place)
+            place = reader.line_num + 1
+    except csv.Error as err:
+        raise InputError(f"{path}: line {reader.line_num}: not CSV: {err}; is a quote left open?") from err
+    finally:
+        csv.field_size_limit(limit)
+    return Table(str(path), rows, places, "line")
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as err:
+        reason = str(err).splitlines()[0]
+        raise FileError(f"{path}: isn't a whole parquet file: {reason}; fetch or write it again") from err
+    return Table(str(path), rows, range(1, len(rows) + 1))
+
+
+def _read_txt(path: Path) -> Table:
+    text = _text(path)
+    return Table(str(path), [{"text": text}] if text.strip() else [], (1,))
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".txt": _read_txt,
+}
+SUFFIXES: tuple[str, ...] = tuple(_READERS)

@@ -1,0 +1,73 @@
+"""From what the user names to the three folders of a merge: adapter, base, output."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mla_tune.adapter.files import CONFIG_FILE, RUN_SUBFOLDER, adapter_folder
+from mla_tune.checkpoint.files import read_json_object
+from mla_tune.errors import FileError, InputError
+from mla_tune.resources import EMBEDDED_MODEL
+
+#: What `mla-tune train` records about a run; its `base_path` is the base model's folder.
+RUN_FILE = "run.json"
+#: Name of the default output folder.
+OUT_NAME = "merged"
+#: The word for the model that ships with mla-tune.
+EMBEDDED = "embedded"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The folders of one merge."""
+
+    adapter: Path
+    base: Path
+    out: Path
+
+
+def locate(named: Path, base: Path | str | None, out: Path | None) -> Places:
+    """Find the adapter in `named` (an adapter folder, or a run folder), its base and the output folder.
+
+    The base is `base`, else run.json's `base_path`, else adapter_config.json's `base_model_name_or_path`: a folder, the
+    word `embedded`, or a hub id whose files are in the hub's cache on this computer (nothing is downloaded).
+    The output is `out`, else `merged` in the run folder, or in the adapter's where it is not the run's result.
+    Raises `FileError` and `InputError`.
+    """
+    adapter = adapter_folder(named)
+    # A run holds its result in adapter/ and its checkpoints in checkpoints/checkpoint-N/.
+    run = next((f for f in (adapter.parent, adapter.parent.parent) if (f / RUN_FILE).is_file()), None)
+    if out is None:
+        # A checkpoint must not land in the run's own `merged`.
+        out = (run if run and adapter == run / RUN_SUBFOLDER else adapter) / OUT_NAME
+    if base is not None:
+        return Places(adapter, _folder(str(base), "--base", None), out)
+    settings = read_json_object(adapter / CONFIG_FILE, "the adapter's configuration")
+    recorded, source = settings.get("base_model_name_or_path"), adapter / CONFIG_FILE
+    if run is not None:
+        in_run = read_json_object(run / RUN_FILE, "the record of the run").get("base_path")
+        recorded, source = (in_run, run / RUN_FILE) if in_run else (recorded, source)
+    if not recorded:
+        raise InputError(f"{source}: does not say which base model the adapter belongs to: name its folder with --base")
+    return Places(adapter, _folder(str(recorded), str(source), settings.get("revision")), out)
+
+
+def _folder(name: str, source: str, revision: str | None) -> Path:
+    """The folder of a base model; `source` says in an error who named it."""
+    folder = EMBEDDED_MODEL if name == EMBEDDED else Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if _HUB_ID.fullmatch(name):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        with suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    raise FileError(
+        f"{source}: the base model is '{name}', and there is no such folder on this computer. "
+        "Give the folder that holds it (downloaded, or where it was moved to) with --base"
+    )

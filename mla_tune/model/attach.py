@@ -1,0 +1,67 @@
+"""Attach the planned adapter with PEFT, then compare what is there with what was planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+from mla_tune.adapter.peft_config import peft_config
+from mla_tune.adapter.placement import Placement
+from mla_tune.arch.site import Architecture
+from mla_tune.errors import CheckError
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """One LoRA that PEFT made: the base parameter it adapts, its rank and its scale s."""
+
+    parameter: str
+    rank: int
+    scale: float
+    layer: LoraLayer
+
+
+def attach(model: torch.nn.Module, arch: Architecture, placement: Placement, seed: int) -> PeftModel:
+    """Wrap `model` with the planned LoRA; A is drawn from `seed`, B is zero.
+
+    Raises `CheckError` with the difference if PEFT attached anything else than planned.
+    """
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(model, peft_config(arch, placement))  # type: ignore[arg-type]
+    check_attached(peft_model, placement)
+    return peft_model  # type: ignore[return-value]
+
+
+def attached(model: torch.nn.Module, adapter: str = "default") -> list[Attached]:
+    """Every LoRA in a PEFT model, by the name that its base parameter has in the model without PEFT."""
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+            continue
+        path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        leaf = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+        found.append(Attached(f"{path}.{leaf}", module.r[adapter], module.scaling[adapter], module))
+    return found
+
+
+def check_attached(model: torch.nn.Module, placement: Placement) -> None:
+    """Planned set == attached set, rank and scale of each included, and nothing else trainable."""
+    rslora = placement.method == "rslora"
+    want = {p.site.parameter: (p.rank, p.alpha / (p.rank**0.5 if rslora else p.rank)) for p in placement.sites}
+    have = {a.parameter: (a.rank, a.scale) for a in attached(model)}
+    problems = [f"planned, but PEFT attached nothing: {k}" for k in want.keys() - have.keys()]
+    problems += [f"attached, but not planned: {k}" for k in have.keys() - want.keys()]
+    for k in want.keys() & have.keys():
+        if want[k][0] != have[k][0] or abs(want[k][1] - have[k][1]) > 1e-9 * want[k][1]:
+            problems.append(f"{k}: planned rank {want[k][0]}, scale {want[k][1]:g}; got {have[k][0]}, {have[k][1]:g}")
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    problems += [f"trainable, but no part of an adapter: {n}" for n in trainable if ".lora_" not in n]
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckError(
+            f"the adapter that PEFT attached is not the one planned; nothing was trained:\n  {shown}{more}"
+        )

@@ -1,0 +1,140 @@
+"""A recipe's model section → a transformers model with its tokenizer and architecture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from mla_tune.arch.registry import architecture
+from mla_tune.arch.site import Architecture
+from mla_tune.errors import CheckError, FileError, InputError
+from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
+from mla_tune.recipe.schema import ModelSection
+from mla_tune.resources import CONFIGS, EMBEDDED_MODEL
+from mla_tune.survey.source import load_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to be adapted.  `base` is what an adapter records as its base: a folder or a hub id, or None for
+    an untrained preset, whose weights exist nowhere else yet."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    arch: Architecture
+    base: str | None
+    device: torch.device
+    dtype: str
+
+
+def quiet() -> None:
+    """Keep transformers' own chatter off standard error: mla-tune says itself what it does."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where torch sees one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("model.device: cuda was asked for, but torch sees no GPU here; use auto or cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = False) -> Loaded:
+    """Load weights, or build a preset with weights drawn from `seed`.
+
+    `full_precision` keeps the weights in float32 whatever the dtype (all weights are trained then, and the dtype is
+    that of autocast).  Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
+    """
+    config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
+    arch = architecture(config, where)
+    if arch.quantization and not section.preset:
+        raise InputError(f"{where}: the weights are quantised ({arch.quantization}); train on a bf16 checkpoint")
+    device = pick_device(section.device)
+    dtype = pick_dtype(section.dtype, device)
+    kwargs: dict[str, Any] = {
+        "dtype": torch.float32 if full_precision else DTYPES[dtype],
+        "attn_implementation": "sdpa" if section.attention == "auto" else section.attention,
+        "experts_implementation": "grouped_mm" if section.experts == "auto" else section.experts,
+    }
+    if section.preset:
+        preset = CONFIGS / "presets" / f"{section.preset}.json"
+        cfg = AutoConfig.for_model(**json.loads(preset.read_text()))
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(cfg, **kwargs)
+        base = None
+    else:
+        base = str(EMBEDDED_MODEL) if section.base in (None, "embedded") else str(folder or section.base)
+        if folder and not list(folder.glob("*.safetensors")):
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+            raise FileError(f"{folder}: no .safetensors file; found: {found}")
+        hub = {"revision": section.revision} if section.revision and folder is None else {}
+        model = _from_pretrained(base, trust_remote_code=section.trust_remote_code, **kwargs, **hub)
+    tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
+    check_sites(model, arch)
+    return Loaded(model.to(device), tokenizer, arch, base, device, dtype)
+
+
+def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
+    model, info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **kwargs)
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise CheckError(f"{base}: weights missing or of another shape, which would be random: {shown}")
+    return model
+
+
+def check_sites(model: torch.nn.Module, arch: Architecture) -> None:
+    """Every site of the architecture is in the model, with the shape expected.
+
+    Raises `CheckError`: the family table and this version of transformers disagree.
+    """
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = []
+    for site in arch.sites:
+        if site.path == "lm_head" and arch.tied:
+            continue
+        have = shapes.get(site.parameter)
+        if have is None or have[-2:] != site.shape:
+            wrong.append(f"{site.parameter}: expected {site.shape}, found {have or 'nothing'}")
+    if wrong:
+        shown = "\n  ".join(wrong[:5])
+        raise CheckError(f"the model differs from its config.json as mla-tune reads it:\n  {shown}")
+
+
+def base_hash(base: str) -> dict[str, str]:
+    """sha256 of a checkpoint folder: of whole files up to 4 GB in all, above that of sizes and safetensors headers
+    (`kind` says which).  A hub id has no folder: its name is all there is."""
+    folder = Path(base)
+    if not folder.is_dir():
+        return {"kind": "name", "sha256": hashlib.sha256(base.encode()).hexdigest()}
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    whole = sum(f.stat().st_size for f in files) <= 4e9
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as f:
+            if not whole and file.suffix == ".safetensors":
+                digest.update(f.read(int.from_bytes(f.read(8), "little")))
+                continue
+            while block := f.read(1 << 24):
+                digest.update(block)
+    return {"kind": "files" if whole else "headers", "sha256": digest.hexdigest()}

@@ -1,0 +1,163 @@
+"""A recipe's name or path, and `--set` overrides → a validated `Recipe`; all faults in one error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from mla_tune.errors import FileError, RecipeError, did_you_mean
+from mla_tune.recipe.schema import Recipe
+from mla_tune.recipe.yaml import Document, parse, scalar
+from mla_tune.resources import RECIPES, recipe_names
+
+
+def find_recipe(name: str) -> Path:
+    """A path as given, else the shipped recipe of that name."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise FileError(f"{name}: is a folder; a recipe is a YAML file, or one of {', '.join(recipe_names())}")
+    stem = name.removesuffix(".yaml").removesuffix(".yml")
+    if "/" not in name and stem in recipe_names():
+        return RECIPES / f"{stem}.yaml"
+    hint = did_you_mean(stem, recipe_names())
+    raise FileError(
+        f"{name}: no such file, and no shipped recipe of that name{hint} Shipped: {', '.join(recipe_names())}"
+    )
+
+
+def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Load a recipe file or a shipped recipe, apply `a.b=value` overrides, validate.
+
+    Raises `FileError` for a missing file and `RecipeError`, with one line for each fault, for everything else.
+    """
+    path = find_recipe(name)
+    where = name if path.name == Path(name).name else f"{path.stem} (shipped recipe)"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError([f"{where}: not UTF-8 text (byte {error.start})"]) from None
+    except OSError as error:
+        raise FileError(f"{where}: can't be read: {error.strerror}") from None
+    return build(parse(text, where), where, overrides)
+
+
+def build(doc: Document, where: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Validate a parsed document with overrides; `where` names it in messages."""
+    data = {} if doc.value is None else doc.value
+    if not isinstance(data, dict):
+        raise RecipeError([f"{where}: expected sections ({', '.join(Recipe.model_fields)}), got a {_kind(data)}"])
+    problems: list[str] = []
+    from_set: dict[tuple, str] = {}
+    for text in overrides:
+        problem = _override(data, text, from_set)
+        if problem:
+            problems.append(problem)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        problems += [_problem(e, doc, where, from_set) for e in error.errors(include_url=False)]
+        recipe = None
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _override(data: dict, text: str, from_set: dict[tuple, str]) -> str | None:
+    key, eq, value = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not eq or not all(path):
+        return f"--set {text}: expected a.b=value, such as --set train.max_steps=50"
+    try:
+        parsed = scalar(value, f"--set {text}")
+    except RecipeError as error:
+        return error.problems[0]
+    here: Any = data
+    for part in path[:-1]:
+        if here.get(part) is None:
+            here[part] = {}
+        here = here[part]
+        if not isinstance(here, dict):
+            return f"--set {text}: '{part}' is a {_kind(here)}, not a section"
+    here[path[-1]] = parsed
+    for i in range(1, len(path) + 1):
+        from_set[path[:i]] = f"--set {text}"
+    return None
+
+
+def _problem(error: Any, doc: Document, where: str, from_set: dict[tuple, str]) -> str:
+    """One fault as `where:line: a.b: what, what was allowed`."""
+    loc = tuple(p for p in error["loc"] if p != "[key]")
+    path = loc
+    while path and path not in doc.lines and path not in from_set:
+        path = path[:-1]
+    if path in from_set:
+        at = from_set[path]
+    else:
+        at = f"{where}:{doc.lines[path]}" if path in doc.lines else where
+    dotted = ".".join(map(str, loc))
+    return f"{at}: {dotted + ': ' if dotted else ''}{_what(error, loc)}"
+
+
+def _what(error: Any, loc: tuple) -> str:
+    kind, ctx, got = error["type"], error.get("ctx", {}), error.get("input")
+    if kind == "extra_forbidden":
+        fields = list(_model_at(loc[:-1]).model_fields)
+        section = ".".join(map(str, loc[:-1]))
+        kind_of = f"keys of {section}" if section else "sections"
+        return f"unknown key '{loc[-1]}'{did_you_mean(str(loc[-1]), fields) or '.'} The {kind_of}: {', '.join(fields)}"
+    if kind == "value_error":
+        return str(ctx.get("error", error["msg"]))
+    if kind == "literal_error":
+        allowed = ctx["expected"].replace(" or ", ", ")
+        names = [n.strip().strip("'") for n in allowed.split(",")]
+        return f"expected one of {', '.join(names)}, got {got!r}{did_you_mean(str(got), names)}"
+    expected = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "list_type": "a list",
+        "dict_type": "a mapping of keys to values",
+        "model_type": "a section with keys",
+        "model_attributes_type": "a section with keys",
+        "finite_number": "a finite number",
+    }.get(kind)
+    if expected:
+        return f"expected {expected}, got {got!r} ({_kind(got)})"
+    bounds = {"greater_than": "more than {gt}", "greater_than_equal": "at least {ge}", "less_than": "less than {lt}",
+              "less_than_equal": "at most {le}"}  # fmt: skip
+    if kind in bounds:
+        return f"expected {bounds[kind].format(**ctx)}, got {got!r}"
+    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {got!r}"
+
+
+def _model_at(loc: tuple) -> type[BaseModel]:
+    """The section class that a path of keys leads to."""
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        info = model.model_fields.get(str(part))
+        if info is None:
+            continue  # a key of a mapping such as adapter.roles.W_O
+        for candidate in (info.annotation, *get_args(info.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+                break
+    return model
+
+
+def _kind(value: Any) -> str:
+    return {dict: "mapping", list: "list", str: "text", bool: "true/false", int: "whole number", float: "number"}.get(
+        type(value), "nothing" if value is None else type(value).__name__
+    )
+
+
+def dump(recipe: Recipe) -> str:
+    """A recipe as YAML with every default spelled out, as the run folder keeps it."""
+    import yaml
+
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,52 @@
+"""The plan as a person reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from mla_tune.console import human_bytes, human_count, out
+from mla_tune.recipe.schema import Recipe
+
+
+def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
+    """Print matrices by role, data, memory and warnings of `survey.plan.plan`."""
+    out.print(
+        f"{plan['model']} ({plan['model_type']}, {human_count(plan['params_total'])} parameters), {plan['method']}: "
+        f"{human_count(plan['trainable_params'])} trained, {plan['trainable_share'] * 100:.2f} %"
+    )
+    if plan["roles"]:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("role", "matrices", "rank", "alpha", "parameters", "learning rate"):
+            table.add_column(name, justify="left" if name == "role" else "right")
+        for r in plan["roles"]:
+            cells = (f"{r['matrices']:,}", f"{r['rank']}", f"{r['alpha']:g}", f"{r['params']:,}")
+            table.add_row(r["role"], *cells, f"{r['learning_rate']:.3g}")
+        out.print(table)
+    else:
+        out.print(f"learning rate {plan['learning_rate']['all']:.3g}")
+    data = plan["data"]
+    if data:
+        for side, name in (("train", "train"), ("held_out", "held out")):
+            if side not in data:
+                continue
+            d = data[side]
+            note = f", {d['truncated']} cut" * bool(d["truncated"]) + f", {d['dropped']} left out" * bool(d["dropped"])
+            out.print(
+                f"{name}: {d['samples']:,} samples in {d['rows']:,} rows, {d['tokens']:,} tokens, "
+                f"{d['trained_tokens']:,} of them count{note}"
+            )
+    t = recipe.train
+    batch = f"{t.batch_size} rows" + (f" × {t.accumulation}" if t.accumulation > 1 else "")
+    tokens = f", {plan['tokens']:,} tokens" if plan["tokens"] else ""
+    out.print(f"{plan['steps'] or '?'} steps of {batch} of up to {t.max_length} tokens{tokens}")
+    m = plan["memory"]
+    parts = ("weights", "adapters", "gradients", "optimizer", "activations")
+    detail = ", ".join(f"{name} {human_bytes(m[name])}" for name in parts if m[name])
+    peak = human_bytes(max(m["logits"], m["transient"]))
+    out.print(f"memory, estimated ({plan['dtype']}): {human_bytes(m['total'])} = {detail}, working set {peak}")
+    if plan["adapter_bytes"]:
+        out.print(f"adapter on disk: {human_bytes(plan['adapter_bytes'])}")
+    for warning in plan["warnings"]:
+        out.print(f"note: {warning}")

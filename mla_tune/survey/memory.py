@@ -1,0 +1,164 @@
+"""An estimate of the memory that a training run needs, from shapes alone.  No torch.
+
+Activations are counted as autograd keeps them for the backward pass in transformers' MLA models under PEFT LoRA, tensor
+by tensor (a test compares the count with what autograd really saves).  Letters as in `arch.roles`; `k` is the number of
+experts a token goes to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mla_tune.adapter.placement import REMAPPED, Placement
+from mla_tune.arch.dims import DTYPE_BYTES
+from mla_tune.arch.roles import GROUPS, Role
+from mla_tune.arch.site import Architecture, Site
+
+#: Rows of the output head computed at a time by the trainer's fused head (trl's tile), for the transient logits.
+HEAD_TILE = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What memory depends on beside the model: `batch` rows of `length` tokens, weights in `dtype`, on a GPU or not."""
+
+    batch: int
+    length: int
+    dtype: str
+    gpu: bool = False
+    packing: bool = True
+    attention: str = "sdpa"
+    checkpointing: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by purpose.  `transient` is the largest working set within one step beside what is kept."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    transient: int
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights
+            + self.adapters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + max(self.logits, self.transient)
+        )
+
+
+def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
+    """Peak bytes of one process that holds the whole model, without the process's own (interpreter, libraries)."""
+    full = placement.method == "none"
+    size = 4 if full else DTYPE_BYTES[run.dtype]
+    trainable = arch.params_total if full else placement.trainable_params
+    layers = [_layer_bytes(arch, placement, run, i) for i in range(arch.num_layers)]
+    tokens = run.batch * run.length
+    if run.checkpointing == "full":
+        kept = arch.num_layers * tokens * arch.dims.D * DTYPE_BYTES[run.dtype] + max(layers)
+    else:
+        kept = sum(layers)
+    tile = min(tokens, HEAD_TILE) * arch.vocab_size * 4
+    return Memory(
+        weights=arch.params_total * size,
+        adapters=0 if full else trainable * 4,
+        gradients=trainable * 4,
+        # AdamW: two float32 moments of every trained number.
+        optimizer=trainable * 8,
+        activations=kept + tokens * arch.dims.D * (size + 4),
+        # Logits, their softmax, and the gradient of one tile.
+        logits=3 * tile + (arch.vocab_size * arch.dims.D * 4 if full else 0),
+        transient=_transient(arch, placement, run),
+    )
+
+
+def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int) -> int:
+    """Bytes that autograd keeps for one decoder layer."""
+    full = placement.method == "none"
+    adapted = {p.site.parameter: p for p in placement.sites if p.site.layer == layer}
+    sites = [s for s in arch.sites if s.layer == layer]
+    low = DTYPE_BYTES[run.dtype]  # what matrix products keep
+    tokens = run.batch * run.length
+
+    def trains(site: Site | None) -> bool:
+        return site is not None and (full or site.parameter in adapted)
+
+    per_token = 0
+    weights = 0
+    for path in [p for p in arch.attention_paths if p.startswith(f"model.layers.{layer}.")]:
+        here = {s.role: s for s in sites if s.path.startswith(path + ".")}
+        per_token += _attention_bytes(arch, here, trains, run, low)
+    dense = {s.path.rpartition(".")[0] for s in sites if s.role == Role.GATE}
+    shared = {s.path.rpartition(".")[0] for s in sites if s.role == Role.SHARED_GATE}
+    for block in dense | shared:
+        members = {s.path.rpartition(".")[2]: s for s in sites if s.path.rpartition(".")[0] == block}
+        width = members["gate_proj"].shape[0]
+        # gate, up, silu(gate); their product for down's A; the block's input for A of gate and up.
+        per_token += 3 * width * low
+        per_token += width * low if trains(members["down_proj"]) else 0
+        inputs = trains(members["gate_proj"]) or trains(members["up_proj"])
+        per_token += arch.dims.D * low if inputs else 0
+        for site in members.values():
+            if trains(site) and not full and arch.family.peft_remaps_experts and site.role in REMAPPED:
+                # PEFT reaches these as parameters: W + ΔW is materialised and kept.
+                weights += site.shape[0] * site.shape[1] * low
+    experts = {s.role: s for s in sites if s.is_experts}
+    if experts:
+        gate_up, down = experts[Role.EXPERTS_GATE_UP], experts[Role.EXPERTS_DOWN]
+        k, width = arch.experts_per_token, down.shape[1]
+        # gate and up, silu(gate), and the output of every expert that a token went to.
+        per_token += k * (3 * width + arch.dims.D) * low
+        per_token += k * arch.dims.D * low if trains(gate_up) else 0
+        per_token += k * width * low if trains(down) else 0
+        for site in (gate_up, down):
+            if trains(site) and not full:
+                weights += site.count * site.shape[0] * site.shape[1] * low
+    # Inputs of the two norms, in float32; A's output of every adapter.
+    per_token += arch.family.norms * arch.dims.D * 4
+    per_token += sum(p.rank * 4 for p in adapted.values() if not _materialised(arch, p.site))
+    return per_token * tokens + weights
+
+
+def _attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Run, low: int) -> int:
+    """Bytes a token of one attention module."""
+    d = arch.dims
+    q = d.H * (d.P + d.R)
+    kept = (d.C + d.R + (d.L or 0)) * 4  # inputs of the two latent norms
+    inputs = (Role.W_DQ, Role.W_Q, Role.W_DKV)
+    kept += d.D * low if any(trains(here.get(r)) for r in inputs) else 0
+    kept += (d.L or 0) * low if trains(here.get(Role.W_UQ)) else 0
+    kept += d.C * low if trains(here.get(Role.W_UKV)) else 0
+    if run.attention == "eager" or (not run.gpu and d.P + d.R != d.V):
+        # No fused kernel for unequal head sizes on a CPU: scores are materialised, operands copied.
+        kept += (2 * q + d.H * d.V + d.H * run.length) * low
+        kept += d.H * d.V * low if trains(here.get(Role.W_O)) else 0
+    else:
+        # Query, key, the expansion that values are a view of, the output (which W_O's A takes as it is).
+        kept += (2 * q + d.H * (d.P + d.V) + 2 * d.H * d.V) * low
+        kept -= 0 if trains(here.get(Role.W_O)) else d.H * d.V * low
+        kept += run.length * low if run.packing else 0  # a mask row
+    return kept
+
+
+def _materialised(arch: Architecture, site: Site) -> bool:
+    return site.is_experts or (arch.family.peft_remaps_experts and site.role in REMAPPED)
+
+
+def _transient(arch: Architecture, placement: Placement, run: Run) -> int:
+    """Working set of the widest block: its intermediates and their gradients, in float32 for adapted weights."""
+    tokens = run.batch * run.length
+    low = DTYPE_BYTES[run.dtype]
+    widest = max(
+        s.shape[0] * (arch.experts_per_token if s.is_experts else 1) for s in arch.sites if s.layer is not None
+    )
+    stacks = [p.site for p in placement.sites if p.site.role in GROUPS["experts"]]
+    gradient = max((s.count * s.shape[0] * s.shape[1] * 4 for s in stacks), default=0)
+    return 3 * widest * tokens * low + 2 * gradient

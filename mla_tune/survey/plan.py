@@ -1,0 +1,103 @@
+"""What `train` would do with a recipe, worked out without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mla_tune.adapter.placement import Placement, place
+from mla_tune.arch.registry import architecture
+from mla_tune.arch.roles import Role
+from mla_tune.arch.site import Architecture
+from mla_tune.recipe.checks import warnings
+from mla_tune.recipe.schema import Recipe
+from mla_tune.survey.memory import Memory, Run, estimate
+from mla_tune.survey.source import load_config
+
+
+def role_rates(placement: Placement, recipe: Recipe) -> dict[str, float]:
+    """Peak learning rate by role: learning_rate × mla_lr_scale × the role's lr_scale (`all`, unscaled, without an
+    adapter)."""
+    o = recipe.optimizer
+    if placement.method == "none":
+        return {"all": o.learning_rate}
+    base = o.learning_rate * o.mla_lr_scale
+    return {r.value: base * placement.by_role(r)[0].lr_scale for r in placement.roles}
+
+
+def serving_notes(arch: Architecture, placement: Placement) -> list[str]:
+    """Where this adapter can't be served unmerged, or only with care."""
+    notes = []
+    roles = set(placement.roles)
+    if Role.W_UKV in roles:
+        notes.append(
+            "W_UKV: vLLM loads an unmerged kv_b_proj adapter and applies it nowhere (issue 48974), llama.cpp's "
+            "converter refuses it; SGLang applies it. Merge it with mla-tune merge-absorb, or leave W_UKV out"
+        )
+    if Role.W_DKV in roles:
+        notes.append("W_DKV: changes the latent, so a cached prefix can't be shared between this adapter and the base")
+    if roles & {Role.EXPERTS_GATE_UP, Role.EXPERTS_DOWN}:
+        notes.append("experts: few engines serve an unmerged adapter on routed experts; merge it")
+    if len({(p.rank, p.alpha) for p in placement.sites}) > 1:
+        notes.append(
+            "ranks differ by role: an engine that reads only r and lora_alpha would scale it wrongly; merge it"
+        )
+    if placement.method == "dora":
+        notes.append("DoRA: vLLM and SGLang refuse unmerged DoRA adapters; merge it")
+    return notes
+
+
+def plan(recipe: Recipe, *, data: dict[str, Any] | None, steps: int | None, gpu: bool, dtype: str) -> dict[str, Any]:
+    """The plan as one JSON document.  `data` is `Prepared.summary()`, None where the data was not looked at."""
+    section = recipe.model
+    config, where, _ = load_config(section.preset or section.base or "embedded")
+    arch = architecture(config, where)
+    placement = place(arch, recipe.adapter)
+    t = recipe.train
+    attention = "sdpa" if section.attention == "auto" else section.attention
+    run = Run(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.checkpointing)
+    memory: Memory = estimate(arch, placement, run)
+    rates = role_rates(placement, recipe)
+    roles = [
+        {
+            "role": r.value,
+            "matrices": sum(p.site.count for p in placement.by_role(r)),
+            "rank": placement.by_role(r)[0].rank,
+            "alpha": placement.by_role(r)[0].alpha,
+            "params": sum(p.lora_params for p in placement.by_role(r)),
+            "learning_rate": rates[r.value],
+        }
+        for r in placement.roles
+    ]
+    trainable = arch.params_total if placement.method == "none" else placement.trainable_params
+    tokens = None
+    if data and steps:
+        per_row = data["train"]["tokens"] / max(1, data["train"]["rows"])
+        tokens = round(steps * t.batch_size * t.accumulation * per_row)
+    return {
+        "model": section.source,
+        "model_type": arch.model_type,
+        "params_total": arch.params_total,
+        "method": placement.method,
+        "adapted": [p.site.parameter for p in placement.sites],
+        "roles": roles,
+        "learning_rate": rates,
+        "trainable_params": trainable,
+        "trainable_share": trainable / arch.params_total,
+        # PEFT keeps adapters of half-precision models in float32, and saves them so.
+        "adapter_bytes": 0 if placement.method == "none" else trainable * 4,
+        "steps": steps,
+        "tokens": tokens,
+        "data": data,
+        "dtype": dtype,
+        "memory": {
+            "weights": memory.weights,
+            "adapters": memory.adapters,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "activations": memory.activations,
+            "logits": memory.logits,
+            "transient": memory.transient,
+            "total": memory.total,
+        },
+        "warnings": [*warnings(recipe), *serving_notes(arch, placement)],
+    }

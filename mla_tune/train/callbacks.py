@@ -1,0 +1,178 @@
+"""What happens beside the training step: the gradient check, metrics, progress, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from mla_tune.errors import CheckError, WorkError
+from mla_tune.model.attach import attached
+from mla_tune.console import err
+
+
+class GradientCheck(TrainerCallback):
+    """After the first backward pass every adapter has a finite, non-zero gradient, or the run stops and names those
+    that don't.  (With B = 0, A's gradient is zero in the first step: one of the two has to be alive.)"""
+
+    done = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.done:
+            return
+        self.done = True
+        problems = gradient_problems(kwargs["model"])
+        if problems:
+            shown = "\n  ".join(problems[:20])
+            more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise CheckError(
+                f"after the first step {len(problems)} adapters are not learning; stopped:\n  {shown}{more}"
+            )
+
+
+def gradient_problems(model: torch.nn.Module) -> list[str]:
+    """A line for every LoRA (or, without adapters, every weight) whose gradient is missing, zero, or not finite."""
+    problems = []
+    loras = attached(model)
+    named = (
+        [(a.parameter, [*a.layer.lora_A.parameters(), *a.layer.lora_B.parameters()]) for a in loras]
+        if loras
+        else [(n, [p]) for n, p in model.named_parameters() if p.requires_grad]
+    )
+    for name, parameters in named:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if not grads:
+            problems.append(f"{name}: no gradient reached it")
+        elif not all(bool(torch.isfinite(g).all()) for g in grads):
+            problems.append(f"{name}: its gradient is not finite")
+        elif loras and not any(bool(g.any()) for g in grads):
+            problems.append(f"{name}: its gradient is zero")
+    return problems
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop.  A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        err.print("stopping after this step and saving a checkpoint (once more to stop at once)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class Metrics(TrainerCallback):
+    """One JSON line a logged step: `metrics.jsonl` of the run folder."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self.path = path
+        self.trainer: Any = None
+        kept = []
+        if start_step and path.exists():  # a resumed run: what came after its checkpoint is written again
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.began = time.monotonic()
+        self.tokens_before = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = dict(logs or {})
+        if "train_runtime" in logs:
+            return
+        line: dict[str, Any] = {"step": state.global_step}
+        if "loss" in logs:
+            line |= {"loss": float(logs["loss"]), "grad_norm": float(logs.get("grad_norm", math.nan))}
+            line["learning_rate"] = rates_now(kwargs.get("optimizer"))
+            line["tokens"] = self.trainer.real_tokens
+            line["tokens_per_s"] = round(self.trainer.real_tokens / (time.monotonic() - self.began), 1)
+            if not math.isfinite(line["loss"]):
+                raise WorkError(
+                    f"step {state.global_step}: the loss is {line['loss']}; lower optimizer.learning_rate "
+                    f"(--set optimizer.learning_rate=…) or use model.dtype float32"
+                )
+        for key in ("eval_loss",):
+            if key in logs:
+                line[key] = float(logs[key])
+        if len(line) > 1:
+            with self.path.open("a") as f:
+                f.write(json.dumps(line) + "\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.monotonic()
+
+
+def rates_now(optimizer: Any) -> dict[str, float]:
+    """Current learning rate of each role."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    return {g["role"]: g["lr"] for g in optimizer.param_groups} if optimizer is not None else {}
+
+
+class ProgressLine(TrainerCallback):
+    """A live line on a terminal; elsewhere a plain line ten times a run."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.text = ""
+        self.bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first, self.total = state.global_step, state.max_steps
+        if err.is_terminal:
+            columns = [
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+            ]
+            self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total, completed=self.first)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        seconds = max(time.monotonic() - self.metrics.began, 1e-9)
+        rate = self.metrics.trainer.real_tokens / seconds
+        top = max(rates_now(kwargs.get("optimizer")).values(), default=0.0)
+        self.text = f"loss {float(logs['loss']):.3f}  lr {top:.1e}  {rate:,.0f} tok/s"
+        done = state.global_step - self.first
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step, description=self.text)
+        elif done and state.global_step % max(1, self.total // 10) == 0:
+            left = seconds / done * (self.total - state.global_step)
+            print(f"step {state.global_step}/{self.total}  {self.text}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,45 @@
+"""The learning rate of each role: recipe keys → optimizer parameter groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mla_tune.adapter.placement import Placement
+from mla_tune.arch.roles import Role
+from mla_tune.errors import CheckError
+from mla_tune.model.attach import attached
+from mla_tune.recipe.schema import Recipe
+from mla_tune.survey.plan import role_rates
+
+
+def param_groups(model: torch.nn.Module, placement: Placement, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups for AdamW, one a role and kind of decay, each with its peak `lr` and its `role`.
+
+    Matrices get `weight_decay`, vectors (norms, biases, DoRA magnitudes) none.  Every trainable parameter is in exactly
+    one group, or `CheckError`.
+    """
+    rates, weight_decay = role_rates(placement, recipe), recipe.optimizer.weight_decay
+    role_of: dict[int, str] = {}
+    if placement.method != "none":
+        roles: dict[str, Role] = {p.site.parameter: p.site.role for p in placement.sites}
+        for a in attached(model):
+            # Through the LoRA's own containers: a wrapper nested in another one holds both experts matrices.
+            for container in (a.layer.lora_A, a.layer.lora_B, a.layer.lora_magnitude_vector):
+                for parameter in container.parameters():
+                    role_of[id(parameter)] = roles[a.parameter].value
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role = "all" if placement.method == "none" else role_of.get(id(parameter))
+        if role is None:
+            raise CheckError(f"{name} is trainable but belongs to no role of the recipe")
+        decays = parameter.ndim >= 2
+        group = groups.setdefault(
+            (role, decays),
+            {"params": [], "role": role, "lr": rates[role], "weight_decay": weight_decay if decays else 0.0},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
