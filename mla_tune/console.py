@@ -30,7 +30,7 @@ def human_bytes(n: float) -> str:
 
 def human_count(n: float) -> str:
     """`671026404352` → `671.03 B`; `12800` → `12.8 K`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(n) >= size:
             return f"{n / size:,.2f}".rstrip("0").rstrip(".") + f" {unit}"
     return f"{n:,.0f}"

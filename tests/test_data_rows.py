@@ -132,7 +132,7 @@ def test_configured_columns_are_used(tmp_path):
     "row, keys, words",
     [
         ({"question": "q", "answer": "a"}, {}, "d.jsonl: line 2: no format fits the columns found: question, answer"),
-        ({"promt": "q", "completion": "a"}, {}, "Perhaps data.prompt: promt"),
+        ({"promt": "q", "completion": "a"}, {}, "Perhaps data.prompt: promt$"),
         (PROMPT | CHAT, {}, "fit the formats prompt and chat; say which with data.format"),
         (["q", "a"], {}, r"line 2: must be an object with named columns, found the list \['q', 'a'\]"),
         ({"promt": "q", "completion": "a"}, {"format": "prompt"}, "no column 'prompt'; did you mean 'promt'"),
@@ -141,8 +141,16 @@ def test_configured_columns_are_used(tmp_path):
             {"format": "prompt"},
             "columns found: q, completion; name the right column with data.prompt",
         ),
-        ({"instruction": "i"}, {"format": "alpaca"}, "no column 'output'; columns found: instruction"),
-        ({"prompt": 3, "completion": "a"}, {}, "line 2: prompt must be a string, found the number 3"),
+        (
+            {"instruction": "i"},
+            {"format": "alpaca"},
+            "no column 'output'; columns found: instruction; data.format: alpaca needs",
+        ),
+        (
+            {"prompt": 3, "completion": "a"},
+            {},
+            "line 2: prompt must be a string, found the number 3; write it as a string",
+        ),
         ({"prompt": "q", "completion": None}, {}, r"completion must be a string, found nothing \(null\)"),
         ({"prompt": ["q"], "completion": "a"}, {}, "a list of messages belongs to data.format: chat"),
         ({"prompt": "q", "completion": " \n"}, {}, "line 2: completion is empty.*fill it or remove the row"),
@@ -217,6 +225,9 @@ def test_wrong_encoding_names_line_and_byte(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "caf\xe9"}\n')
     with pytest.raises(FileError, match=r"line 2: byte 0xe9 isn't UTF-8.*iconv"):
         load(path)
+    path.write_bytes('{"text": "a"}'.encode("utf-16"))
+    with pytest.raises(FileError, match=r"line 1: byte 0xff isn't UTF-8.*iconv -f UTF-16"):
+        load(path)
 
 
 def test_damaged_parquet(tmp_path):
@@ -234,6 +245,10 @@ def test_missing_files_name_the_nearest(tmp_path, monkeypatch):
         load("./zzz")
     with pytest.raises(FileError, match="there is no folder sub either"):
         load("sub/train.jsonl")
+    with pytest.raises(FileError, match="no such file; there is no folder"):
+        load("some/where/else")
+    with pytest.raises(FileError, match=r"data.path: zzz.tsv: no such file"):
+        load("zzz.tsv")
     with pytest.raises(FileError, match="is a folder; name one file"):
         load(tmp_path)
     with pytest.raises(FileError, match=r"data.eval_path: test.jsonl: no such file"):
@@ -292,8 +307,8 @@ def test_hash_sees_content_and_side(tmp_path):
     one = digest(PROMPT)
     assert one == digest(PROMPT | {"id": 7})
     assert one != digest(PROMPT | {"completion": "5"})
-    other = jsonl(tmp_path / "e.jsonl", *numbered(1))
-    assert digest(*numbered(2)) != digest(numbered(2)[1], eval_path=other)
+    first, second = numbered(2)
+    assert digest(first, second) != digest(first, eval_path=jsonl(tmp_path / "e.jsonl", second))
 
 
 def test_errors_are_ours_and_nothing_heavy_is_imported():

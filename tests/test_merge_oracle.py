@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from merge_helpers import load, logits_of, make_adapter, make_base, peft_merge
 from safetensors.torch import load_file
 
 from mla_tune.merge.run import merge_absorb
+from tests.merge_helpers import edit_tensors, load, logits_of, make_adapter, make_base, peft_merge
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 DENSE_AND_SHARED = [
@@ -36,32 +36,40 @@ PATTERNS = {
     },
 }
 
+V3: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ATTENTION},
+    "rslora": {"target_modules": ATTENTION, "target_parameters": EXPERTS, "use_rslora": True},
+    "dora": {"target_modules": ATTENTION, "use_dora": True},
+    "dora with rslora's scale": {"target_modules": ["kv_b_proj"], "use_dora": True, "use_rslora": True},
+    "dense and shared": {"target_modules": ["o_proj"], "target_parameters": DENSE_AND_SHARED},
+    "experts": {"target_parameters": EXPERTS},
+    "gate_up alone": {"target_parameters": EXPERTS[:1]},
+    "down alone": {"target_parameters": EXPERTS[1:]},
+    "gate_up in one layer alone": {"target_parameters": ["layers.1.mlp.experts.gate_up_proj", EXPERTS[1]]},
+    "patterns": {"target_modules": ATTENTION, "target_parameters": DENSE_AND_SHARED + EXPERTS, **PATTERNS},
+    "patterns with rslora": {
+        "target_modules": ATTENTION,
+        "target_parameters": DENSE_AND_SHARED + EXPERTS,
+        "use_rslora": True,
+        **PATTERNS,
+    },
+    "all-linear, router too": {"target_modules": "all-linear"},
+    "lm_head": {"target_modules": ["lm_head", "kv_b_proj"]},
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("deepseek_v3", {"target_modules": ATTENTION}),
-    "rslora": ("deepseek_v3", {"target_modules": ATTENTION, "target_parameters": EXPERTS, "use_rslora": True}),
-    "dora": ("deepseek_v3", {"target_modules": ATTENTION, "use_dora": True}),
-    "dora with rslora scale": ("deepseek_v3", {"target_modules": ["kv_b_proj"], "use_dora": True, "use_rslora": True}),
-    "dense and shared": ("deepseek_v3", {"target_modules": ["o_proj"], "target_parameters": DENSE_AND_SHARED}),
-    "experts": ("deepseek_v3", {"target_parameters": EXPERTS}),
-    "gate_up alone": ("deepseek_v3", {"target_parameters": EXPERTS[:1]}),
-    "down alone": ("deepseek_v3", {"target_parameters": EXPERTS[1:]}),
-    "gate_up in one layer alone": ("deepseek_v3", {"target_parameters": ["layers.1.mlp.experts.gate_up_proj", EXPERTS[1]]}),
-    "patterns": ("deepseek_v3", {"target_modules": ATTENTION, "target_parameters": DENSE_AND_SHARED + EXPERTS} | PATTERNS),
-    "patterns with rslora": (
-        "deepseek_v3",
-        {"target_modules": ATTENTION, "target_parameters": DENSE_AND_SHARED + EXPERTS, "use_rslora": True} | PATTERNS,
-    ),
-    "all-linear, router too": ("deepseek_v3", {"target_modules": "all-linear"}),
-    "lm_head": ("deepseek_v3", {"target_modules": ["lm_head", "kv_b_proj"]}),
+    **{name: ("deepseek_v3", settings) for name, settings in V3.items()},
     "v2": ("deepseek_v2", {"target_modules": ["q_proj", "kv_b_proj", "o_proj"], "target_parameters": EXPERTS}),
     "v2 dora": ("deepseek_v2", {"target_modules": ["q_proj", "kv_a_proj_with_mqa"], "use_dora": True}),
     "minicpm3": ("minicpm3", {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}),
     "minicpm3 dora": ("minicpm3", {"target_modules": ["kv_b_proj", "down_proj"], "use_dora": True}),
     "longcat": (
         "longcat_flash",
-        {"target_modules": ATTENTION, "target_parameters": [*EXPERTS, "mlps.0.gate_proj.weight", "mlps.1.down_proj.weight"]},
+        {
+            "target_modules": ATTENTION,
+            "target_parameters": [*EXPERTS, "mlps.0.gate_proj.weight", "mlps.1.down_proj.weight"],
+        },
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +88,10 @@ def test_equals_pefts_merge_and_the_unmerged_logits(case: str, bases: dict[str, 
     before, merged = load(base).state_dict(), load(tmp_path / "out").state_dict()
     assert merged.keys() == expected.keys()
     for key, tensor in expected.items():
+        # LongCat-Flash's identity experts have rows in gate_up_proj that nothing reads: PEFT adds a delta to them too.
+        real = slice(4) if family == "longcat_flash" and key.endswith("gate_up_proj") else slice(None)
         # Both add in float32; a matmul in another order differs in the last bits of the delta.
-        assert (merged[key] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), key
+        assert (merged[key][real] - tensor[real]).abs().max() <= 1e-6 * tensor.abs().max(), key
     changed = {key for key in merged if not torch.equal(merged[key], before[key])}
     assert changed == {key for key in expected if not torch.equal(expected[key], before[key])}
     assert changed
@@ -148,8 +158,6 @@ def test_bfloat16_is_the_exact_sum_rounded_once(tmp_path: Path) -> None:
 
 
 def test_a_saved_adapter_of_another_dtype_merges_in_float32(bases: dict[str, Path], tmp_path: Path) -> None:
-    from merge_helpers import edit_tensors
-
     adapter = make_adapter(tmp_path / "adapter", bases["minicpm3"], target_modules=ATTENTION)
 
     def to_bfloat16(tensors: dict[str, torch.Tensor]) -> None:

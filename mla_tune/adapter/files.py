@@ -61,18 +61,23 @@ _KEY = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The tensors of one adapted site, as stored: A (E·r, in), B (out, r·E) with E = 1 but for experts; the scale s on
-    B·A; DoRA's magnitude (out) or None."""
+    """The tensors of one adapted site, as stored: A (E·r, in) and B (out, r·E) for `experts` E, the scale s on B·A, and
+    DoRA's magnitude (out) or None."""
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
     magnitude: torch.Tensor | None
+    experts: int
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterDelta:
-    """The adapter of one site, by reference: shapes are checked, weights not read."""
+    """The adapter of one site, by reference: shapes are checked, weights not read.
+
+    `experts` is the number of experts in the factors: 1 for a single matrix, and more than the site's where the model
+    holds unused weights for its identity experts (LongCat-Flash); the site's come first.
+    """
 
     site: Site
     rank: int
@@ -80,6 +85,7 @@ class AdapterDelta:
     A: TensorRef
     B: TensorRef
     magnitude: TensorRef | None
+    experts: int
 
     def refs(self) -> Iterator[TensorRef]:
         yield self.A
@@ -89,7 +95,7 @@ class AdapterDelta:
 
     def load(self) -> Factors:
         magnitude = None if self.magnitude is None else read_tensor(self.magnitude)
-        return Factors(read_tensor(self.A), read_tensor(self.B), self.scale, magnitude)
+        return Factors(read_tensor(self.A), read_tensor(self.B), self.scale, magnitude, self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +179,8 @@ def open_adapter(folder: Path, arch: Architecture) -> Adapter:
         parts[match["stem"]][part] = ref
     if not parts:
         raise InputError(f"{file}: the adapter holds no tensor")
-    found = {stems[stem].path: _delta(file, stem, stems[stem], found, names) for stem, found in parts.items()}
-    return Adapter(folder, settings, tuple(found[s.path] for s in arch.sites if s.path in found))
+    deltas = {stems[stem].path: _delta(file, stem, stems[stem], found, names, arch) for stem, found in parts.items()}
+    return Adapter(folder, settings, tuple(deltas[s.path] for s in arch.sites if s.path in deltas))
 
 
 class _Names:
@@ -217,7 +223,9 @@ def _stems(arch: Architecture, names: _Names) -> dict[str, Site]:
     return stems
 
 
-def _delta(file: Path, stem: str, site: Site, found: dict[str, TensorRef], names: _Names) -> AdapterDelta:
+def _delta(
+    file: Path, stem: str, site: Site, found: dict[str, TensorRef], names: _Names, arch: Architecture
+) -> AdapterDelta:
     needed = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if names.settings.get("use_dora") else set())
     if found.keys() != needed:
         extra, missing = sorted(found.keys() - needed), sorted(needed - found.keys())
@@ -225,24 +233,46 @@ def _delta(file: Path, stem: str, site: Site, found: dict[str, TensorRef], names
         raise InputError(f"{file}: the adapter of '{stem}' {what}: the adapter is not complete")
     # PEFT matches patterns against the parameter's name where a parameter was targeted, else the module's.
     name = site.parameter if names.is_parameter(site.parameter) else site.path
-    rank = names.number("r", "rank_pattern", name)
-    scale = scaling(
-        names.number("lora_alpha", "alpha_pattern", name), int(rank), bool(names.settings.get("use_rslora"))
-    )
+    rank = int(names.number("r", "rank_pattern", name))
+    alpha = names.number("lora_alpha", "alpha_pattern", name)
+    rows = found["lora_A"].shape[0] if found["lora_A"].shape else 0
+    experts = _experts(site, arch, rows // rank)
     out, inner = site.shape
-    rows = int(rank) * site.count
-    expected = {"lora_A": (rows, inner), "lora_B": (out, rows), "lora_magnitude_vector": (out,)}
+    expected = {
+        "lora_A": (experts * rank, inner),
+        "lora_B": (out, rank * experts),
+        "lora_magnitude_vector": (out,),
+    }
     for part, ref in found.items():
         if ref.dtype not in FLOATS:
             raise InputError(f"{file}: '{ref.key}' is {ref.dtype}; an adapter in {', '.join(FLOATS)} was expected")
         if ref.shape != expected[part]:
-            experts = f" of {site.count} experts" if site.is_experts else ""
+            of_experts = f" in each of {site.count} experts" if site.is_experts else ""
             raise InputError(
                 f"{file}: '{ref.key}' is {ref.shape}, but {expected[part]} was expected: {site.path} of the base model "
-                f"is {site.shape}{experts}, and {CONFIG_FILE} gives it the rank {rank:g}. "
+                f"is {site.shape}{of_experts}, and {CONFIG_FILE} gives it the rank {rank}. "
                 "Was the adapter trained on another base model?"
             )
-    return AdapterDelta(site, int(rank), scale, found["lora_A"], found["lora_B"], found.get("lora_magnitude_vector"))
+    return AdapterDelta(
+        site=site,
+        rank=rank,
+        scale=scaling(alpha, rank, bool(names.settings.get("use_rslora"))),
+        A=found["lora_A"],
+        B=found["lora_B"],
+        magnitude=found.get("lora_magnitude_vector"),
+        experts=experts,
+    )
+
+
+def _experts(site: Site, arch: Architecture, held: int) -> int:
+    """Experts in the factors of a site: its own, or as many as the router knows, if that is what the file holds.
+
+    transformers gives LongCat-Flash's gate_up_proj rows for the identity experts too, which nothing reads.
+    """
+    if not site.is_experts:
+        return 1
+    outputs = [router.shape[0] for router in arch.by_role(Role.ROUTER) if router.layer == site.layer]
+    return held if held in outputs else site.count
 
 
 def _hint(key: str, stems: Iterable[str]) -> str:
@@ -255,5 +285,9 @@ def _hint(key: str, stems: Iterable[str]) -> str:
         return f": target_parameters in {CONFIG_FILE} does not say which of the experts' weights it adapts"
     if "lora_embedding" in key:
         return ": adapters on the embedding are not supported"
-    part = key[key.rfind(".lora_") :] if ".lora_" in key else ".lora_A.weight"
-    return nearest(key, [f"base_model.model.{stem}{part}" for stem in stems])
+    if ".lora_" not in key:
+        return (
+            ": it is a whole weight saved beside the LoRA. Save the adapter again, with save_embedding_layers=False "
+            "where PEFT added the embedding or the output head by itself"
+        )
+    return nearest(key, [f"base_model.model.{stem}{key[key.rfind('.lora_') :]}" for stem in stems])

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 def command() -> None:
     """Print the JSON Schema of a recipe (editors use it for completion and checks)."""
-    from mla_tune.recipe.schema import Recipe
     from mla_tune.console import print_json
+    from mla_tune.recipe.schema import Recipe
 
     schema = Recipe.model_json_schema()
     print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})

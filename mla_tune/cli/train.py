@@ -16,9 +16,9 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print run.json, and nothing else, on standard output.")] = False,
 ) -> None:
     """Train an adapter as a recipe says."""
+    from mla_tune.console import err, human_count, out, print_json
     from mla_tune.recipe.checks import warnings
     from mla_tune.recipe.load import load_recipe
-    from mla_tune.console import err, human_count, out, print_json
 
     overrides = list(set_ or [])
     if output:

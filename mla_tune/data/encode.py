@@ -127,7 +127,7 @@ def _too_long(rows: list[Row], misfits: list[tuple[int, _Tokens]], data: DataSec
         )
     longest = max(len(r.ids) for _, r in misfits)
     others = f" ({len(misfits)} such rows, the longest of {longest} tokens)" if len(misfits) > 1 else ""
-    todo = f"set data.too_long: drop to leave such rows out, or train.max_length: {longest} to keep all"
+    todo = f"set data.too_long: drop to leave such rows out, or train.max_length: {longest} to keep them whole"
     return f"{_where(rows, number, part)}: {fault}{others}; {todo}"
 
 

@@ -11,6 +11,7 @@ Text is UTF-8, with or without a byte order mark.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -88,9 +89,10 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as err:
         # `err.start` doesn't count a byte order mark; `err.object` is what was left to decode.
         line = err.object.count(b"\n", 0, err.start) + 1
+        likely = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "WINDOWS-1252"
         raise FileError(
             f"{path}: line {line}: byte 0x{err.object[err.start]:02x} isn't UTF-8; text must be UTF-8. "
-            "Convert it, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
+            f"Convert it, for example with `iconv -f {likely} -t UTF-8`"
         ) from err
 
 
@@ -169,7 +171,7 @@ def _read_parquet(path: Path) -> Table:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as err:
-        reason = str(err).splitlines()[0]
+        reason = str(err).splitlines()[0].rstrip(".")
         raise FileError(f"{path}: isn't a whole parquet file: {reason}; fetch or write it again") from err
     return Table(str(path), rows, range(1, len(rows) + 1))
 

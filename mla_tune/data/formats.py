@@ -87,7 +87,7 @@ def detect(table: Table, data: DataSection) -> str:
     near = [
         f"data.{key}: {column}"
         for key, name in wanted.items()
-        if (column := next((c for c in first if did_you_mean(name, [c])), None)) is not None
+        if name not in first and (column := next((c for c in first if did_you_mean(name, [c])), None)) is not None
     ]
     hint = f". Perhaps {', '.join(near)}" if near else ""
     raise InputError(
@@ -182,8 +182,10 @@ def _filled(raw: Row, column: str, key: str | None = None) -> str:
 
 def _checked(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        chat = "; a list of messages belongs to data.format: chat" if isinstance(value, list) else ""
-        raise _Fault(f"{name} must be a string, found {_what(value)}{chat}")
+        todo = "fill it or remove the row" if value is None else "write it as a string"
+        if isinstance(value, list):
+            todo = "a list of messages belongs to data.format: chat"
+        raise _Fault(f"{name} must be a string, found {_what(value)}; {todo}")
     if not value.isascii():
         try:
             value.encode()
@@ -193,7 +195,7 @@ def _checked(value: Any, name: str) -> str:
 
 
 def _missing(raw: Row, column: str, key: str | None) -> _Fault:
-    todo = f"; name the right column with {key}" if key else ""
+    todo = f"; name the right column with {key}" if key else "; data.format: alpaca needs instruction and output"
     return _Fault(
         f"no column '{column}'{did_you_mean(column, map(str, raw)) or ';'} columns found: {_names(raw)}{todo}"
     )

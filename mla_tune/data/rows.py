@@ -123,14 +123,14 @@ def split(rows: list[Row], fraction: float, seed: int, source: str = "data") -> 
             f"{source}: all {len(rows)} rows are equal, so none can be held out; "
             "set data.eval_fraction: 0 or give data.eval_path"
         )
-    wanted = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    wanted = min(round(fraction * len(rows)), len(rows) - 1)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     chosen: set[int] = set()
     for group in order:
         if len(chosen) + len(group) <= wanted:
             chosen.update(group)
-    if not chosen:
+    if not chosen:  # nothing is that small, but something must be held out
         chosen.update(min(order, key=len))
     train = [row for i, row in enumerate(rows) if i not in chosen]
     return train, [row for i, row in enumerate(rows) if i in chosen]

@@ -110,8 +110,8 @@ def _added(change: Change, factors: Factors, dtype: torch.dtype) -> torch.Tensor
     if not site.is_experts:
         return delta(factors.A, factors.B, factors.scale, dtype)
     if change.expert is None:
-        return expert_delta(factors.A, factors.B, factors.scale, site.count, dtype)
-    A, B = expert_factors(factors.A, factors.B, site.count)
+        return expert_delta(factors.A, factors.B, factors.scale, factors.experts, dtype)[: site.count]
+    A, B = expert_factors(factors.A, factors.B, factors.experts)
     return delta(A[change.expert], B[change.expert, slice(*change.rows)], factors.scale, dtype)
 
 

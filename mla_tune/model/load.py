@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.registry import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import CheckError, FileError, InputError
@@ -30,7 +31,7 @@ class Loaded:
     an untrained preset, whose weights exist nowhere else yet."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     arch: Architecture
     base: str | None
     device: torch.device
@@ -57,6 +58,14 @@ def pick_dtype(name: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
+def pick_experts(name: str, arch: Architecture, itemsize: int) -> str:
+    """`auto` is grouped_mm, unless its kernel can't take these sizes: it wants rows of a multiple of 16 bytes."""
+    if name != "auto":
+        return name
+    odd = any(size * itemsize % 16 for site in arch.sites if site.is_experts for size in site.shape)
+    return "eager" if odd else "grouped_mm"
+
+
 def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = False) -> Loaded:
     """Load weights, or build a preset with weights drawn from `seed`.
 
@@ -72,7 +81,7 @@ def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = F
     kwargs: dict[str, Any] = {
         "dtype": torch.float32 if full_precision else DTYPES[dtype],
         "attn_implementation": "sdpa" if section.attention == "auto" else section.attention,
-        "experts_implementation": "grouped_mm" if section.experts == "auto" else section.experts,
+        "experts_implementation": pick_experts(section.experts, arch, 4 if full_precision else DTYPE_BYTES[dtype]),
     }
     if section.preset:
         preset = CONFIGS / "presets" / f"{section.preset}.json"
@@ -89,11 +98,13 @@ def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = F
         model = _from_pretrained(base, trust_remote_code=section.trust_remote_code, **kwargs, **hub)
     tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
     check_sites(model, arch)
-    return Loaded(model.to(device), tokenizer, arch, base, device, dtype)
+    net: Any = model
+    return Loaded(net.to(device), tokenizer, arch, base, device, dtype)
 
 
 def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **kwargs)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **kwargs)
+    model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")

@@ -96,11 +96,11 @@ class ModelSection(Section):
 class RoleOverride(Section):
     """What differs for one role."""
 
-    rank: int | None = Field(None, ge=1, le=4096)
+    rank: int | None = Field(default=None, ge=1, le=4096)
     """LoRA rank r of this role."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(default=None, gt=0)
     """LoRA alpha of this role. Default: the adapter's alpha/rank ratio times this role's rank."""
-    lr_scale: float | None = Field(None, gt=0)
+    lr_scale: float | None = Field(default=None, gt=0)
     """Factor on the learning rate of this role, after `mla_lr_scale`."""
 
 
@@ -115,11 +115,11 @@ class AdapterSection(Section):
     a group means those of its roles that the model has."""
     experts: bool = False
     """Adapt the routed experts too."""
-    rank: int = Field(16, ge=1, le=4096)
+    rank: int = Field(default=16, ge=1, le=4096)
     """LoRA rank r."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """LoRA alpha; the update is scaled by alpha/r (rslora: alpha/√r)."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     roles: Annotated[
         dict[str, RoleOverride], BeforeValidator(_role_keys), Field(json_schema_extra={"propertyNames": _NAMES})
@@ -135,24 +135,24 @@ class AdapterSection(Section):
 class OptimizerSection(Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate, as one would use it for LoRA on a standard-attention model."""
-    mla_lr_scale: float = Field(0.65, gt=0)
+    mla_lr_scale: float = Field(default=0.65, gt=0)
     """Factor on the learning rate of every adapter on an MLA model. A hypothesis with range 0.5 to 0.8, not a law.
     Without an adapter it is not applied."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up; cosine and linear end at 0."""
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
-    warmup_steps: int | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
     """Warm-up in steps; wins over warmup_ratio."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay; norms and biases are left out."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's decay of the first moment."""
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     """AdamW's decay of the second moment."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm; 0: not clipped."""
 
 
@@ -186,40 +186,40 @@ class DataSection(Section):
     A row whose completion lies wholly beyond max_length can't be cut and is an error under `truncate`."""
     eval_path: str | None = None
     """A file or data set to evaluate on. Default: a part of `path`."""
-    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    eval_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the rows held out for evaluation (the embedded sets have a fixed held-out part instead). 0: none."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use the first so many rows only."""
 
 
 class TrainSection(Section):
     """How long, in what portions, and what is kept on the way."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the data; not used when max_steps is given."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Rows a forward pass and device."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(default=1, ge=1)
     """Forward passes an optimizer step."""
-    max_length: int = Field(512, ge=8)
+    max_length: int = Field(default=512, ge=8)
     """Tokens a row at most."""
     packing: bool = True
     """Put several samples in one row; attention and positions stay within each sample."""
     checkpointing: Literal["none", "full"] = "none"
     """full: recompute each layer in the backward pass, for less memory and about a third more time."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on held-out rows; 0: only before and after."""
-    save_every: int = Field(0, ge=0)
+    save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0: only when interrupted and at the end."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """How many checkpoints are kept."""
-    log_every: int = Field(1, ge=1)
+    log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of initialisation, data order and dropout."""
-    early_stopping: int | None = Field(None, ge=1)
+    early_stopping: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a better held-out loss; needs eval_every."""
 
     @model_validator(mode="after")

@@ -10,24 +10,27 @@ import yaml
 
 from mla_tune.errors import RecipeError
 
-#: YAML 1.2's float, which also takes `1e-4` (YAML 1.1, PyYAML's, wants `1.0e-4`) and leaves `1:30` a string.
+# YAML 1.2's scalars.  PyYAML follows 1.1, in which `1e-4` is text, `010` is 8, `1:30` is 90 and `on` is true.
+_INT = re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
-    r"^[-+]?(?:\d[\d_]*\.?[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"
 )
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_OURS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool")}
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with its own resolvers: floats and booleans of YAML 1.2 (`on`, `off`, `yes`, `no` stay words)."""
+    """SafeLoader with the numbers and booleans of YAML 1.2."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rx) for tag, rx in pairs if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [(tag, rx) for tag, rx in pairs if tag not in _OURS]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
 
 
 @dataclass(slots=True)

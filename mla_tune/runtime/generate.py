@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -68,11 +69,11 @@ def generate(
         if not (adapter_path / "adapter_config.json").is_file():
             raise FileError(f"{adapter_path}: no adapter_config.json: not an adapter folder")
     loaded = load_model(ModelSection(base=base))
-    tokenizer, net = loaded.tokenizer, loaded.model.eval()
+    tokenizer, net = loaded.tokenizer, cast(Any, loaded.model.eval())
     if adapter_path is not None:
         from peft import PeftModel
 
-        net = PeftModel.from_pretrained(loaded.model, str(adapter_path)).eval()  # type: ignore[assignment]
+        net = PeftModel.from_pretrained(loaded.model, str(adapter_path)).eval()
     if raw or not tokenizer.chat_template:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         ids = ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []) + list(ids)

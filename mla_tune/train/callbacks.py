@@ -14,9 +14,9 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from mla_tune.console import err
 from mla_tune.errors import CheckError, WorkError
 from mla_tune.model.attach import attached
-from mla_tune.console import err
 
 
 class GradientCheck(TrainerCallback):

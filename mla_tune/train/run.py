@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import shutil
@@ -27,10 +28,10 @@ from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import Recipe
 from mla_tune.report.plots import plot_run
 from mla_tune.resources import EMBEDDED_MODEL
+from mla_tune.survey.plan import role_rates
 from mla_tune.survey.source import load_config
 from mla_tune.train.callbacks import GradientCheck, Metrics, ProgressLine, StopOnSignal
 from mla_tune.train.folder import RunFolder, check_folder, environment, make_folder
-from mla_tune.survey.plan import role_rates
 from mla_tune.train.optim import param_groups
 from mla_tune.train.trainer import CountingCollator, RoleTrainer
 
@@ -128,7 +129,10 @@ def _run(
     metrics.trainer = trainer
 
     if data.held_out_rows and "held_out_loss" not in run:
-        run["held_out_loss"] = {"before": trainer.evaluate()["eval_loss"], "after": None}
+        before = trainer.evaluate()["eval_loss"]
+        if not math.isfinite(before):
+            raise WorkError(f"before any training the held-out loss is {before}: the base model or its dtype is broken")
+        run["held_out_loss"] = {"before": before, "after": None}
         folder.write(run)
     began = time.monotonic()
     with stop:
@@ -191,7 +195,7 @@ def _arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, ha
         logging_nan_inf_filter=False,
         seed=t.seed,
         data_seed=t.seed,
-        report_to=recipe.output.report_to or "none",
+        report_to=list(recipe.output.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,

@@ -28,6 +28,8 @@ class CountingCollator:
 class RoleTrainer(SFTTrainer):
     """`groups` builds the optimizer's parameter groups from the model."""
 
+    model: Any
+
     def __init__(self, *args: Any, groups: Callable[[torch.nn.Module], list[dict[str, Any]]], **kwargs: Any) -> None:
         self.groups = groups
         self.real_tokens = 0

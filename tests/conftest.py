@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import os
+
+# The tests' models are tiny: one thread is fastest, and several test processes don't fight for cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass
+class CliResult:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., CliResult]:
+    """Run `mla-tune ARGS` in this process, with its real entry point."""
+
+    def run(*args: str) -> CliResult:
+        from mla_tune.cli.app import main
+
+        monkeypatch.setattr(sys, "argv", ["mla-tune", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return CliResult(code, captured.out, captured.err)
+
+    return run
