@@ -123,24 +123,24 @@ def test_dead_and_broken_gradients_are_named() -> None:
 
 
 def test_learning_rates_reach_the_right_parameters() -> None:
-    recipe = load_recipe(
-        "all-linear",
-        ["optimizer.learning_rate=1e-3", "optimizer.weight_decay=0.1", "adapter.roles={W_UKV: {lr_scale: 2.0}, experts_down: {lr_scale: 0.1}}"],
-    )  # fmt: skip
+    roles = "{W_UKV: {lr_scale: 2.0}, experts_down: {lr_scale: 0.1}}"
+    sets = ["optimizer.learning_rate=1e-3", "optimizer.weight_decay=0.1", f"adapter.roles={roles}"]
+    recipe = load_recipe("all-linear", sets)
     arch = architecture(TINY["deepseek_v3"])
     placement = place(arch, recipe.adapter)
     model = attach(build("deepseek_v3"), arch, placement, 0)
     rate = {id(p): (g["lr"], g["weight_decay"]) for g in param_groups(model, placement, recipe) for p in g["params"]}
     names = {n: rate.pop(id(p)) for n, p in model.named_parameters() if p.requires_grad}
     assert not rate
+    outer = model.base_model.model.model.layers[1].mlp.experts
+    inner = outer.base_layer
+    scale = {outer.parameter_name: "mlp.experts.lora_", inner.parameter_name: "mlp.experts.base_layer.lora_"}
     for name, (lr, decay) in names.items():
         if "kv_b_proj" in name:
             want = 1e-3 * 0.65 * 2.0
-        elif "mlp.experts.lora_" in name:  # the outer wrapper is `down` (checked against its shape)
+        elif scale["down_proj"] in name:
             want = 1e-3 * 0.65 * 0.1
         else:
             want = 1e-3 * 0.65
         assert lr == pytest.approx(want), name
         assert decay == 0.1
-    outer = model.base_model.model.model.layers[1].mlp.experts
-    assert outer.parameter_name in ("down_proj", "gate_up_proj")

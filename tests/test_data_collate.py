@@ -13,7 +13,7 @@ from mla_tune.data.encode import Sample
 from mla_tune.errors import InputError
 
 PAD, VOCAB, LENGTH = 2, 96, 24
-# Rounding alone: fp32 sums in another order, over rows of other lengths; the logits are about 1 to 5.
+# Rounding alone: fp32 sums in another order, over rows of other lengths; the logits reach 3.
 CLOSE = 1e-5
 
 
@@ -53,7 +53,7 @@ def model(request):
         qk_rope_head_dim=8,
         v_head_dim=10,
         max_position_embeddings=64,
-        initializer_range=0.2,  # far from zero, so that a leak between samples shows
+        initializer_range=0.1,  # far from zero, so that a leak between samples shows
         pad_token_id=PAD,
         attn_implementation=request.param,
     )

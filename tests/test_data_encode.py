@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
-from data_helpers import make_tokenizer, no_marks, pretrain_script, section
 
 from mla_tune.data.encode import encode
 from mla_tune.errors import InputError
+from tests.data_helpers import make_tokenizer, no_marks, pretrain_script, section
 
 TEMPLATE = pretrain_script().CHAT_TEMPLATE
 CHAT = [

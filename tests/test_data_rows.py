@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_helpers import section
 
 from mla_tune.data.rows import EMBEDDED, load_rows, split
 from mla_tune.errors import FileError, InputError, MlaTuneError
+from tests.data_helpers import section
 
 PROMPT = {"prompt": "2+2?", "completion": "4"}
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}

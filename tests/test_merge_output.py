@@ -193,10 +193,10 @@ def test_dtype(dtype: str, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["kv_b_proj"], target_parameters=EXPERTS)
     report = merge_absorb(adapter, base, tmp_path / "out", dtype=dtype)
     assert report.dtype == dtype
-    assert report.checks.unchanged == 2, "the two routing biases stay in float32"
+    assert report.checks.unchanged == 2, "the two routing biases stay as they are"
     wanted, old = getattr(torch, dtype), tensors_of(base)
     for key, tensor in tensors_of(tmp_path / "out").items():
-        assert tensor.dtype == (torch.float32 if key.endswith("e_score_correction_bias") else wanted), key
+        assert tensor.dtype == (old[key].dtype if key.endswith("e_score_correction_bias") else wanted), key
         if "kv_b_proj" not in key and ".experts." not in key:
             assert torch.equal(tensor, old[key].to(tensor.dtype)), key
     assert {t.dtype for t in load_file(tmp_path / "out" / "absorbed.safetensors").values()} == {wanted}
@@ -235,7 +235,6 @@ def test_an_adapter_that_was_never_trained_gives_the_base(tmp_path: Path) -> Non
     report = merge_absorb(adapter, base, tmp_path / "out")
     row = report.roles[0]
     assert (row.relative, row.kept, row.cosine) == (0, None, None)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes()[8:] != b""
     old, new = tensors_of(base), tensors_of(tmp_path / "out")
     assert all(torch.equal(old[key], new[key]) for key in old)
 

@@ -140,9 +140,13 @@ def test_groups_mean_what_the_model_has() -> None:
         ("minicpm3", {"targets": ["shared_up"]}, "has no shared_up"),
         ("deepseek_v3", {"targets": ["W_O"], "roles": {"W_UKV": {"rank": 2}}}, "the override would do nothing"),
         ("deepseek_v3", {"method": "dora"}, "method: dora: PEFT can't do that for gate, up, down, shared_gate"),
-        ("deepseek_v3", {"dropout": 0.1, "targets": ["experts"]}, "dropout: 0.1: PEFT can't do that for experts_gate_up"),
+        (
+            "deepseek_v3",
+            {"dropout": 0.1, "targets": ["experts"]},
+            "dropout: 0.1: PEFT can't do that for experts_gate_up, experts_down of DeepSeek-V3",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_can_not_be_placed_is_refused_by_name(model: str, adapter: dict, words: str) -> None:
     with pytest.raises(PlacementError) as error:
         place(architecture(TINY[model]), AdapterSection.model_validate(adapter))

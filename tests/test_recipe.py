@@ -21,7 +21,8 @@ from mla_tune.resources import RECIPES, recipe_names
 
 CONTRACT = """\
 model:     {base: embedded, dtype: float32}
-adapter:   {method: lora, targets: [W_O, mlp], rank: 16, alpha: 32, dropout: 0.0, roles: {W_O: {rank: 8, lr_scale: 0.5}}}
+adapter:   {method: lora, targets: [W_O, mlp], rank: 16, alpha: 32, dropout: 0.0,
+            roles: {W_O: {rank: 8, lr_scale: 0.5}}}
 optimizer: {learning_rate: 2e-4, mla_lr_scale: 0.65, schedule: cosine, warmup_ratio: 0.05}
 data:      {path: mbpp, prompt: prompt, completion: completion, eval_fraction: 0.1}
 train:     {max_steps: 100, batch_size: 8, max_length: 512, packing: true, seed: 0}

@@ -108,8 +108,11 @@ class Adapter:
 
     @property
     def method(self) -> str:
-        base = "rslora" if self.settings.get("use_rslora") else "lora"
-        return f"dora ({base} scale)" if self.settings.get("use_dora") else base
+        """What the adapter is, in the words of the recipe."""
+        scale = "rslora" if self.settings.get("use_rslora") else "lora"
+        if self.settings.get("use_dora"):
+            return "dora" if scale == "lora" else "dora with rslora's scale"
+        return scale
 
     def check_finite(self) -> None:
         """Read every tensor once.  Raises `InputError` naming the first with a NaN or an infinity."""

@@ -116,11 +116,11 @@ class Checkpoint:
 
 
 def nearest(key: str, keys: Iterable[str]) -> str:
-    """`"; did you mean '…'?"` for a tensor key.  Looks first among keys with the same ending: comparing with all the
-    100,000 keys of a large model would take minutes."""
-    names = list(keys)
-    ending = key.split(".")[-2:]
-    alike = [name for name in names if name.split(".")[-2:] == ending]
+    """`"; did you mean '…'?"` for a tensor key.  Looks first among keys with the same ending or the same parents:
+    comparing with all the 100,000 keys of a large model would take minutes."""
+    names, parts = list(keys), key.split(".")
+    parents, ending = ".".join(parts[:-2]), ".".join(parts[-2:])
+    alike = [name for name in names if name.endswith(ending) or (parents and name.startswith(parents))]
     return did_you_mean(key, (alike or names)[:2000])
 
 

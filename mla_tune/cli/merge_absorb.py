@@ -42,7 +42,7 @@ def command(
     from mla_tune.merge.run import merge_absorb
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=err, transient=True) as bars:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
         tasks = {stage: bars.add_task(stage, total=None, start=False) for stage in ("merge", "check")}
 
         def show(stage: str, done: int, total: int) -> None:

@@ -116,9 +116,7 @@ def _run(
     trainer = RoleTrainer(
         model=model,
         args=_arguments(recipe, folder, loaded, steps, bool(data.held_out_rows)),
-        data_collator=CountingCollator(
-            Collator(loaded.tokenizer.pad_token_id, recipe.train.max_length, recipe.train.packing)
-        ),
+        data_collator=CountingCollator(_collator(recipe, loaded)),
         train_dataset=Dataset.from_list(data.train_rows),
         eval_dataset=Dataset.from_list(data.held_out_rows) if data.held_out_rows else None,
         processing_class=loaded.tokenizer,
@@ -159,6 +157,13 @@ def _run(
     folder.write(run)
     with contextlib.suppress(ValueError):
         plot_run(folder.metrics, folder.plot, run)
+
+
+def _collator(recipe: Recipe, loaded: Loaded) -> Collator:
+    t = recipe.train
+    # Flash attention finds the borders of packed samples only in a batch of one row.
+    flat = t.packing and recipe.model.attention.startswith("flash")
+    return Collator(loaded.tokenizer.pad_token_id, t.max_length, t.packing, flat)
 
 
 def _arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has_eval: bool) -> SFTConfig:
@@ -206,15 +211,12 @@ def _arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, ha
 
 
 def _base_of(loaded: Loaded, recipe: Recipe, folder: RunFolder) -> str:
-    """What the adapter's base is, for run.json; a preset's random weights are kept, or the adapter would fit nothing."""
+    """What the adapter's base is, for run.json.  A preset's random weights are kept: the adapter fits nothing else."""
     if loaded.base is not None:
-        return (
-            "embedded"
-            if loaded.base == str(EMBEDDED_MODEL)
-            else str(Path(loaded.base).resolve())
-            if Path(loaded.base).is_dir()
-            else loaded.base
-        )
+        folder_of_base = Path(loaded.base)
+        if folder_of_base == EMBEDDED_MODEL:
+            return "embedded"
+        return str(folder_of_base.resolve()) if folder_of_base.is_dir() else loaded.base
     if recipe.adapter.method == "none":
         return f"preset {recipe.model.preset}"
     if not folder.base.exists():
