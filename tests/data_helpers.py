@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from mla_tune.recipe.schema import DataSection
 
-ROOT = Path(__file__).resolve().parent.parent
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜pad｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+SPECIALS = [BOS, EOS, PAD, USER, ASSISTANT]
+TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- for m in messages -%}"
+    "{%- if m['role'] == 'system' -%}{{- m['content'] + '\n\n' -}}"
+    "{%- elif m['role'] == 'user' -%}{{- '" + USER + "' + m['content'] -}}"
+    "{%- elif m['role'] == 'assistant' -%}"
+    "{{- '" + ASSISTANT + "' -}}{%- generation -%}{{- m['content'] + eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- raise_exception('unknown role ' + m['role']) -}}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '" + ASSISTANT + "' -}}{%- endif -%}"
+)
 # Border merges are what tests need: " the", "\n\n" and "ab" are tokens of their own here.
 CORPUS = ["the cat sat on the mat.\n\nabab abba baab the end\n\n" * 20, "def f(x):\n    return x + 1\n" * 20]
 
 
-@cache
-def pretrain_script() -> Any:
-    spec = importlib.util.spec_from_file_location("pretrain_tiny", ROOT / "scripts/pretrain_tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make_tokenizer(template: str | None = TEMPLATE) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
-
-def make_tokenizer(template: str | None = "embedded") -> Any:
-    """`template`: the embedded model's, another, or None."""
-    tokenizer = pretrain_script().train_tokenizer([("prose", text) for text in CORPUS], 320)
-    if template != "embedded":
-        tokenizer.chat_template = template
-    return tokenizer
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template=template,
+        model_max_length=1024,
+    )
 
 
 def section(**keys: Any) -> DataSection:

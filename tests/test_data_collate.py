@@ -102,9 +102,10 @@ def test_without_positions_packed_samples_leak(model):
     assert largest_gap(model, batch) > 0.1
 
 
-def test_a_cache_would_undo_the_borders(model):
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_cache_would_undo_the_borders(model, training):
     """Why a packed batch carries `use_cache`: with the model's default they leak although positions restart."""
-    model.eval()
+    model.train(training)
     batch = Collator(PAD, LENGTH, packed=True)(rows_for(SAMPLES, LENGTH, packing=True))
     assert batch["use_cache"] is False
     del batch["use_cache"]

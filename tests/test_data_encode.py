@@ -8,9 +8,8 @@ import pytest
 
 from mla_tune.data.encode import encode
 from mla_tune.errors import InputError
-from tests.data_helpers import make_tokenizer, no_marks, pretrain_script, section
+from tests.data_helpers import SPECIALS, TEMPLATE, make_tokenizer, no_marks, section
 
-TEMPLATE = pretrain_script().CHAT_TEMPLATE
 CHAT = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "the cat?"},
@@ -44,7 +43,7 @@ def pieces(tokenizer, *parts):
 
 
 def specials(tokenizer):
-    return (tokenizer.convert_tokens_to_ids(t) for t in pretrain_script().SPECIALS)
+    return (tokenizer.convert_tokens_to_ids(t) for t in SPECIALS)
 
 
 # ------------------------------------------------------------------------------------------------- prompt

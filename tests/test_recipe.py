@@ -197,3 +197,9 @@ def test_a_recipe_error_imports_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "did you mean 'train'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_documented_keys_are_current() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "make_recipe_docs.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

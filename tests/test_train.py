@@ -102,6 +102,37 @@ def test_plain_peft_loads_the_adapter_and_gives_the_trained_loss(cli, rows_file:
     assert loss_of(tuned) == pytest.approx(run["held_out_loss"]["after"], rel=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["safe", "all-linear", "W_UKV-priority"])
+def test_plain_peft_gives_the_logits_of_training(
+    cli, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    ids = torch.randint(5, 4000, (2, 30), generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    real = train_run._save
+
+    def recording(model: Any, *args: Any) -> None:
+        model.eval()
+        with torch.no_grad():
+            seen.append(model(input_ids=ids).logits.clone())
+        real(model, *args)
+
+    monkeypatch.setattr(train_run, "_save", recording)
+    assert cli("train", "--recipe", recipe, *options(rows_file, tmp_path / "run")).code == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base", dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+        loaded = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()(input_ids=ids).logits
+    assert (seen[0] - plain).abs().max() > 1e-2
+    assert (seen[0] - loaded).abs().max() <= 1e-5
+
+
+def test_json_is_all_that_standard_output_holds(cli, rows_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = cli("train", "--recipe", "safe", "--json", *options(rows_file, out, "train.max_steps=1"))
+    assert json.loads(done.out) == json.loads((out / "run.json").read_text())
+    assert "step 1/1" in done.err
+
+
 @pytest.mark.parametrize("recipe", ["all-linear", "W_UKV-priority", "attention-only", "bottleneck"])
 def test_every_adapter_recipe_trains(cli, rows_file: Path, tmp_path: Path, recipe: str) -> None:
     out = tmp_path / "run"

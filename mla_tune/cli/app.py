@@ -55,7 +55,7 @@ for _verb, _module in VERBS.items():
 def main() -> None:
     """Entry point: a message for an error of the user's or of the work, never a traceback (`--debug` shows it)."""
     try:
-        app()
+        app(prog_name="mla-tune")
     except MlaTuneError as error:
         if os.environ.get("MLA_TUNE_DEBUG"):
             raise
