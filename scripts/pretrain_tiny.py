@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tiny_card import model_card
-from tiny_corpus import build_corpus
+from tiny_corpus import build_corpus, read_text
 
 from mla_tune.recipe.load import load_recipe
 from mla_tune.resources import CONFIGS
@@ -243,6 +243,12 @@ def finish(args: Any, model: Any, tok: Any, train: np.ndarray, held: dict, token
     for m in model.modules():  # the routing bias stays in fp32, as DeepSeek-V3's checkpoints have it
         if hasattr(m, "e_score_correction_bias"):
             m.e_score_correction_bias = m.e_score_correction_bias.float()
+    with np.load(args.work / "held_out.npz") as z:
+        size = {d: int(z[d + "_bytes"]) for d in held}
+    for name, path in (pair.split("=", 1) for pair in args.eval_text):
+        text = read_text(Path(path))
+        held = held | {name: np.asarray(tok(text)["input_ids"], dtype=np.uint16)}
+        size[name] = len(text.encode())
     losses, base = evaluate(model, held, args.length), unigram(train, held, len(tok))
     model.config.use_cache = True
     model.generation_config.use_cache = True
@@ -252,9 +258,8 @@ def finish(args: Any, model: Any, tok: Any, train: np.ndarray, held: dict, token
     edit_json(args.out / "config.json", topk_method="noaux_tc", scoring_func="sigmoid")
     # The name that transformers 4 and 5 both know.
     edit_json(args.out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    with np.load(args.work / "held_out.npz") as z:
-        size = {d: int(z[d + "_bytes"]) for d in held}
     facts = {
+        "note": args.note,
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_tokens": tokens,
         "corpus_tokens": int(train.size),
@@ -307,6 +312,10 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=0, help="0: all cores")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--eval-text", action="append", default=[], metavar="NAME=FILE", help="evaluate the result on it too"
+    )
+    p.add_argument("--note", default="", help="a sentence for the model card, below its losses")
     args = p.parse_args()
 
     from transformers import AutoTokenizer

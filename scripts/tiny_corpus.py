@@ -39,6 +39,10 @@ def read_text(path: Path) -> str:
     return raw.decode("utf-8", errors="replace")
 
 
+#: A text, or a question and its answer.
+Document = str | tuple[str, str]
+
+
 def prose_documents(path: Path, target: int = 32_768) -> Iterator[str]:
     """Cut a text at blank lines into pieces of about `target` characters."""
     piece: list[str] = []
@@ -80,23 +84,23 @@ def docstring_chats(source: str) -> Iterator[tuple[str, str]]:
             yield f"Write a Python function {node.name}. {' '.join(doc.split())}", answer
 
 
-def documents(texts: list[Path], with_stdlib: bool) -> Iterator[tuple[str, str | tuple[str, str]]]:
-    """(domain, text) or ("chat", (question, answer))."""
+def documents(texts: list[Path], with_stdlib: bool) -> Iterator[tuple[str, Document, str]]:
+    """(domain, document, group): documents of a group go to the same side, so that no function is trained on as a chat
+    turn and held out as a part of its file."""
     for path in texts:
         for piece in prose_documents(path):
-            yield "prose", piece
+            yield "prose", piece, piece
     if with_stdlib:
         for path in stdlib_files():
             source = path.read_text(encoding="utf-8", errors="replace")
-            yield "code", source
+            yield "code", source, source
             for chat in docstring_chats(source):
-                yield "chat", chat
+                yield "chat", chat, source
 
 
-def held_out(document: str | tuple[str, str], share: float) -> bool:
-    """Decided by content, so that no document changes sides between runs."""
-    text = document if isinstance(document, str) else "\0".join(document)
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < share * 2**32
+def held_out(group: str, share: float) -> bool:
+    """Decided by content, so that nothing changes sides between runs."""
+    return int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) < share * 2**32
 
 
 def train_tokenizer(docs: list, vocab_size: int) -> Any:
@@ -117,7 +121,7 @@ def train_tokenizer(docs: list, vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tok.train_from_iterator((d if isinstance(d, str) else "\n".join(d) for _, d in docs), trainer)
+    tok.train_from_iterator((d if isinstance(d, str) else "\n".join(d) for _, d, _ in docs), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tok,
         bos_token=BOS,
@@ -135,7 +139,7 @@ def build_corpus(args: Any) -> None:
     docs = list(documents(args.text, args.stdlib))
     if not docs:
         sys.exit("no documents: name a text with --text or leave out --no-stdlib")
-    train_docs = [d for d in docs if not held_out(d[1], args.held_out)]
+    train_docs = [d for d in docs if not held_out(d[2], args.held_out)]
     print(f"corpus: {len(docs):,} documents, {len(docs) - len(train_docs):,} held out", flush=True)
     tok = train_tokenizer(train_docs, args.vocab_size)
     tok.save_pretrained(work / "tokenizer")
@@ -161,7 +165,7 @@ def build_corpus(args: Any) -> None:
 
     out: dict[str, np.ndarray] = {}
     for domain in counts:
-        part = [d[1] for d in docs if d[0] == domain and held_out(d[1], args.held_out)]
+        part = [d[1] for d in docs if d[0] == domain and held_out(d[2], args.held_out)]
         if part:
             out[domain] = np.concatenate([np.asarray(x, dtype=np.uint16) for x in encode(part)])
             out[domain + "_bytes"] = np.array(

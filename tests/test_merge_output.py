@@ -285,12 +285,20 @@ def test_a_run_names_its_base_and_gets_the_output(tmp_path: Path) -> None:
     assert (report.output, report.base) == (str(checkpoint / "merged"), str(base))
 
 
+def test_from_inside_the_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base(tmp_path / "base", "minicpm3")
+    run = run_folder(tmp_path / "run", base, str(base))
+    monkeypatch.chdir(run / "adapter")
+    assert merge_absorb(Path()).output == str(run / "merged")
+
+
 def test_an_adapter_alone_names_its_base(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "minicpm3")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["kv_b_proj"])
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
     report = merge_absorb(adapter)
     assert (report.output, report.base) == (str(adapter / "merged"), str(base))
+    assert merge_absorb(tmp_path).output == str(tmp_path / "merged"), "named by the folder that holds adapter/"
 
 
 @pytest.mark.skipif(not (EMBEDDED_MODEL / "model.safetensors").is_file(), reason="needs the embedded model")

@@ -76,7 +76,8 @@ def _print(report: MergeReport) -> None:
     checks = report.checks
     out.print(
         f"checked: {checks.recomputed:,} tensors recomputed bit for bit, "
-        f"{checks.unchanged:,} equal to the base, {checks.absorbed:,} attention modules absorbed"
+        f"{checks.unchanged:,} equal to the base, {checks.absorbed:,} attention modules absorbed",
+        soft_wrap=True,
     )
     files = f"{human_bytes(report.bytes)} of weights"
     if report.absorbed:

@@ -51,8 +51,10 @@ def prepare(recipe: Recipe, arch: Architecture, tokenizer: Any) -> Prepared:
     if window and length > window:
         raise InputError(f"train.max_length is {length}, but this model's window is {window} tokens")
     rows = load_rows(recipe.data, recipe.train.seed)
-    train = encode(rows.train, rows.kind, tokenizer, recipe.data, length)
-    held_out = encode(rows.held_out, rows.kind, tokenizer, recipe.data, length) if rows.held_out else None
+    train = encode(rows.train, rows.kind, tokenizer, recipe.data, length, "training rows")
+    held_out = None
+    if rows.held_out:
+        held_out = encode(rows.held_out, rows.kind, tokenizer, recipe.data, length, "held-out rows")
     if arch.vocab_size < len(tokenizer):
         raise InputError(f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary only {arch.vocab_size}")
     packing = recipe.train.packing

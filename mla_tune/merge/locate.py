@@ -38,12 +38,14 @@ def locate(named: Path, base: Path | str | None, out: Path | None) -> Places:
     The output is `out`, else `merged` in the run folder, or in the adapter's where it is not the run's result.
     Raises `FileError` and `InputError`.
     """
+    named = named.expanduser().absolute()  # `.` has no parent to look into
     adapter = adapter_folder(named)
     # A run holds its result in adapter/ and its checkpoints in checkpoints/checkpoint-N/.
     run = next((f for f in (adapter.parent, adapter.parent.parent) if (f / RUN_FILE).is_file()), None)
     if out is None:
         # A checkpoint must not land in the run's own `merged`.
-        out = (run if run and adapter == run / RUN_SUBFOLDER else adapter) / OUT_NAME
+        is_result = adapter != named or (run is not None and adapter == run / RUN_SUBFOLDER)
+        out = (adapter.parent if is_result else adapter) / OUT_NAME
     if base is not None:
         return Places(adapter, _folder(str(base), "--base", None), out)
     settings = read_json_object(adapter / CONFIG_FILE, "the adapter's configuration")
