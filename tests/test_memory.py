@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,3 +95,20 @@ def test_activations_are_those_that_autograd_keeps(recipe: str, changes: dict, p
     run = Run(batch, length, dtype, packing=packed, attention=build["attn_implementation"])
     guess = estimate(arch, place(arch, loaded.adapter), run)
     assert guess.activations == pytest.approx(real, rel=0.10)
+
+
+@pytest.mark.parametrize("recipe", ["safe", "all-linear"])
+def test_the_total_is_within_a_quarter_of_a_measured_run(recipe: str, tmp_path: Path) -> None:
+    """Resident memory, so in a process of its own; the small preset, so that tensors and not libraries decide."""
+    sets = ["model.base=null", "model.preset=small", "train.batch_size=4", "train.max_steps=2", "data.eval_fraction=0"]
+    overrides = [x for s in sets for x in ("--set", s)]
+
+    def run(verb: str, *args: str) -> dict[str, Any]:
+        command = [sys.executable, "-c", "from mla_tune.cli.app import main; main()", verb, "--recipe", recipe]
+        done = subprocess.run([*command, *overrides, *args, "--json"], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    planned = run("plan")["memory"]["total"]
+    measured = run("train", "--output", str(tmp_path / "run"), "--set", "model.device=cpu")["memory"]["process_peak"]
+    assert planned == pytest.approx(measured, rel=0.25)

@@ -41,28 +41,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    words = [
-        "the",
-        "cat",
-        "saw",
-        "a",
-        "dog",
-        "and",
-        "then",
-        "the",
-        "dog",
-        "saw",
-        "another",
-        "cat",
-        "on",
-        "an",
-        "old",
-        "stone",
-        "bridge",
-        "over",
-        "a",
-        "river",
-    ]
+    words = ["the", "cat", "saw", "a", "dog", "and", "then", "another", "on", "an", "old", "stone", "bridge", "river"]
     draw = random.Random(0)
     lines = [" ".join(draw.choices(words, k=30)) for _ in range(6000)]
     (folder / "text.txt").write_text("\n\n".join(lines))

@@ -200,6 +200,19 @@ def test_ctrl_c_saves_and_resume_ends_bit_equal(rows_file: Path, tmp_path: Path,
     assert before == after
 
 
+def test_early_stopping_stops_where_nothing_gets_better(cli, rows_file: Path, tmp_path: Path) -> None:
+    sets = ["optimizer.learning_rate=1e-12", "train.max_steps=30", "train.eval_every=2", "train.early_stopping=2"]
+    done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run", *sets))
+    assert done.code == 0, done.err
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["state"] == "done"
+    assert run["stopped_early"] is True
+    assert run["steps"]["done"] < 30
+    better = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "second", *sets[1:], "train.max_steps=8"))
+    assert better.code == 0, better.err
+    assert json.loads((tmp_path / "second" / "run.json").read_text())["steps"]["done"] == 8
+
+
 def test_nothing_is_overwritten_unasked(cli, rows_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mla_tune import __version__
-from mla_tune.errors import MlaTuneError, RecipeError
+from mla_tune.errors import Interrupted, MlaTuneError, RecipeError
 
 app = typer.Typer(
     name="mla-tune",
@@ -61,7 +61,7 @@ def main() -> None:
             raise
         lines = error.problems if isinstance(error, RecipeError) else [str(error)]
         for line in lines:
-            print(f"error: {line}", file=sys.stderr)
+            print(line if isinstance(error, Interrupted) else f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

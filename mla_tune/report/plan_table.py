@@ -42,10 +42,11 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
     tokens = f", {plan['tokens']:,} tokens" if plan["tokens"] else ""
     out.print(f"{plan['steps'] or '?'} steps of {batch} of up to {t.max_length} tokens{tokens}")
     m = plan["memory"]
-    parts = ("weights", "adapters", "gradients", "optimizer", "activations")
+    parts = ("process", "weights", "adapters", "gradients", "optimizer", "activations")
     detail = ", ".join(f"{name} {human_bytes(m[name])}" for name in parts if m[name])
-    peak = human_bytes(max(m["logits"], m["transient"]))
-    out.print(f"memory, estimated ({plan['dtype']}): {human_bytes(m['total'])} = {detail}, working set {peak}")
+    peak = human_bytes(max(m["head"], m["transient"]))
+    total = f"{human_bytes(m['total'])} {m['measured_as']}"
+    out.print(f"memory, estimated for {plan['dtype']}: {total}: {detail}, working set {peak}")
     if plan["adapter_bytes"]:
         out.print(f"adapter on disk: {human_bytes(plan['adapter_bytes'])}")
     for warning in plan["warnings"]:

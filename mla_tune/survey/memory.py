@@ -14,8 +14,12 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.roles import GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
 
-#: Rows of the output head computed at a time by the trainer's fused head (trl's tile), for the transient logits.
-HEAD_TILE = 2048
+#: Tokens and vocabulary columns that trl's fused output head computes at a time (`trl.kernels.chunked_logprob`).
+HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
+#: Tiles that its backward pass keeps at once without Triton, in float32: the logits and what becomes of them.
+HEAD_COPIES = 7.25
+#: Resident bytes of a process that has imported everything and trained a model of next to no size.
+PROCESS = 620_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,30 +37,33 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes by purpose.  `transient` is the largest working set within one step beside what is kept."""
+    """Bytes by purpose.  `head` and `transient` are the largest working sets of the output head and of the layers
+    within a step, beside what is kept; they don't add up.  `process`: the interpreter and its libraries, on a CPU."""
 
+    process: int
     weights: int
     adapters: int
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    head: int
     transient: int
 
     @property
     def total(self) -> int:
         return (
-            self.weights
+            self.process
+            + self.weights
             + self.adapters
             + self.gradients
             + self.optimizer
             + self.activations
-            + max(self.logits, self.transient)
+            + max(self.head, self.transient)
         )
 
 
 def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
-    """Peak bytes of one process that holds the whole model, without the process's own (interpreter, libraries)."""
+    """Peak bytes of one process that holds the whole model: resident memory on a CPU, allocated memory on a GPU."""
     full = placement.method == "none"
     size = 4 if full else DTYPE_BYTES[run.dtype]
     trainable = arch.params_total if full else placement.trainable_params
@@ -66,16 +73,15 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
         kept = arch.num_layers * tokens * arch.dims.D * DTYPE_BYTES[run.dtype] + max(layers)
     else:
         kept = sum(layers)
-    tile = min(tokens, HEAD_TILE) * arch.vocab_size * 4
     return Memory(
+        process=0 if run.gpu else PROCESS,
         weights=arch.params_total * size,
         adapters=0 if full else trainable * 4,
         gradients=trainable * 4,
         # AdamW: two float32 moments of every trained number.
         optimizer=trainable * 8,
         activations=kept + tokens * arch.dims.D * (size + 4),
-        # Logits, their softmax, and the gradient of one tile.
-        logits=3 * tile + (arch.vocab_size * arch.dims.D * 4 if full else 0),
+        head=_head(arch, run, full),
         transient=_transient(arch, placement, run),
     )
 
@@ -150,6 +156,15 @@ def _attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Ru
 
 def _materialised(arch: Architecture, site: Site) -> bool:
     return site.is_experts or (arch.family.peft_remaps_experts and site.role in REMAPPED)
+
+
+def _head(arch: Architecture, run: Run, full: bool) -> int:
+    """Working set of the output head in the backward pass."""
+    tokens = min(run.batch * run.length, HEAD_TOKENS)
+    gradient = arch.vocab_size * arch.dims.D * 4 if full else 0
+    if run.gpu:  # one tile, allocated at its full width whatever the vocabulary
+        return tokens * HEAD_COLUMNS * DTYPE_BYTES[run.dtype] + gradient
+    return int(HEAD_COPIES * tokens * min(arch.vocab_size, HEAD_COLUMNS) * 4) + gradient
 
 
 def _transient(arch: Architecture, placement: Placement, run: Run) -> int:

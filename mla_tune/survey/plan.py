@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from mla_tune.adapter.placement import Placement, place
@@ -90,14 +91,9 @@ def plan(recipe: Recipe, *, data: dict[str, Any] | None, steps: int | None, gpu:
         "data": data,
         "dtype": dtype,
         "memory": {
-            "weights": memory.weights,
-            "adapters": memory.adapters,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "activations": memory.activations,
-            "logits": memory.logits,
-            "transient": memory.transient,
+            **asdict(memory),
             "total": memory.total,
+            "measured_as": "allocated on the GPU" if gpu else "resident, of the process",
         },
         "warnings": [*warnings(recipe), *serving_notes(arch, placement)],
     }

@@ -141,6 +141,7 @@ def _run(
     seconds = time.monotonic() - began
     done = trainer.state.global_step
     run["steps"] = {"done": done, "planned": steps}
+    run["stopped_early"] = done < steps
     run["seconds"] = round(run.get("seconds", 0) + seconds, 2)
     run["tokens_per_s"] = round(trainer.real_tokens / seconds, 1)
     run["memory"] = _memory_report(loaded.device, start_memory)
