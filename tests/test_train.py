@@ -192,6 +192,13 @@ def test_ctrl_c_saves_and_resume_ends_bit_equal(rows_file: Path, tmp_path: Path,
     assert other.code == 2
     assert "train.seed: 0 then, 1 now" in other.err
 
+    rows = rows_file.read_text()
+    rows_file.write_text(rows.replace("Say red", "Say  red"))
+    other = cli("train", "--recipe", "safe", "--resume", *options(rows_file, stopped, *sets))
+    rows_file.write_text(rows)
+    assert other.code == 2
+    assert "the data changed since" in other.err
+
     resumed = cli("train", "--recipe", "safe", "--resume", *options(rows_file, stopped, *sets))
     assert resumed.code == 0, resumed.err
     assert hash_of(stopped / "adapter") == hash_of(straight / "adapter")
@@ -258,7 +265,7 @@ def test_out_of_memory_says_what_to_lower(
     monkeypatch.setattr(train_run.RoleTrainer, "training_step", hungry)
     done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run"))
     assert done.code == WorkError.exit_code == 1
-    assert "out of memory on cpu: lower train.batch_size (now 2" in done.err
+    assert "out of GPU memory: lower train.batch_size (now 2" in done.err
     assert "checkpointing: full" in done.err
 
 
@@ -295,6 +302,10 @@ def test_a_broken_base_is_found_before_training(cli, rows_file: Path, tmp_path: 
         (["train.max_length=4096"], "train.max_length is 4096, but this model's window is 2048 tokens"),
         (["train.max_length=8"], "train.max_length"),
         (["adapter.targets=[W_Q]"], "has no W_Q"),
+        (
+            ["train.early_stopping=1", "train.eval_every=1", "data.eval_fraction=0"],
+            "early_stopping needs held-out rows",
+        ),
         (["adapter.method=dora"], "PEFT can't do that"),
         (["model.preset=null", "model.base=nowhere/at/all"], "nowhere/at/all"),
         (["model.device=cuda"], "torch sees no GPU here"),

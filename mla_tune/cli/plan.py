@@ -31,15 +31,14 @@ def command(
 
 
 def _data(recipe: Any) -> tuple[dict[str, Any], int]:
-    from mla_tune.arch.registry import architecture
     from mla_tune.data.prepare import prepare, steps_of
     from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
-    from mla_tune.survey.source import load_config
+    from mla_tune.survey.source import architecture_of
 
     section = recipe.model
-    config, where, _ = load_config(section.preset or section.base or "embedded")
-    arch = architecture(config, where)
-    prepared = prepare(recipe, arch, load_tokenizer(tokenizer_source(section), section.trust_remote_code))
+    prepared = prepare(
+        recipe, architecture_of(section), load_tokenizer(tokenizer_source(section), section.trust_remote_code)
+    )
     return prepared.summary(), steps_of(recipe, len(prepared.train_rows))
 
 

@@ -53,8 +53,6 @@ def command(
 
 def _check_placement(recipe: Any) -> None:
     from mla_tune.adapter.placement import place
-    from mla_tune.arch.registry import architecture
-    from mla_tune.survey.source import load_config
+    from mla_tune.survey.source import architecture_of
 
-    config, where, _ = load_config(recipe.model.preset or recipe.model.base or "embedded")
-    place(architecture(config, where), recipe.adapter)
+    place(architecture_of(recipe.model), recipe.adapter)

@@ -6,13 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from mla_tune.adapter.placement import Placement, place
-from mla_tune.arch.registry import architecture
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
 from mla_tune.recipe.checks import warnings
 from mla_tune.recipe.schema import Recipe
 from mla_tune.survey.memory import Memory, Run, estimate
-from mla_tune.survey.source import load_config
+from mla_tune.survey.source import architecture_of
 
 
 def role_rates(placement: Placement, recipe: Recipe) -> dict[str, float]:
@@ -50,8 +49,7 @@ def serving_notes(arch: Architecture, placement: Placement) -> list[str]:
 def plan(recipe: Recipe, *, data: dict[str, Any] | None, steps: int | None, gpu: bool, dtype: str) -> dict[str, Any]:
     """The plan as one JSON document.  `data` is `Prepared.summary()`, None where the data was not looked at."""
     section = recipe.model
-    config, where, _ = load_config(section.preset or section.base or "embedded")
-    arch = architecture(config, where)
+    arch = architecture_of(section)
     placement = place(arch, recipe.adapter)
     t = recipe.train
     attention = "sdpa" if section.attention == "auto" else section.attention

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mla_tune.arch.registry import architecture
+from mla_tune.arch.site import Architecture
 from mla_tune.errors import FileError, InputError, did_you_mean
 from mla_tune.resources import CONFIGS, EMBEDDED_MODEL, model_names, preset_names
+
+if TYPE_CHECKING:  # pydantic takes a tenth of a second, which `inspect` need not spend
+    from mla_tune.recipe.schema import ModelSection
 
 #: Names for published models whose config.json equals that of a shipped one.
 ALIASES = {"deepseek-r1": "deepseek-v3"}
@@ -36,6 +41,12 @@ def load_config(model: str) -> tuple[dict[str, Any], str, Path | None]:
     if "/" in model or model.endswith(".json"):
         raise FileError(f"{model}: no such file or folder. {_what_fits()}")
     raise InputError(f"{model}: not a known model{did_you_mean(model, _names()) or '.'} {_what_fits()}")
+
+
+def architecture_of(section: ModelSection) -> Architecture:
+    """The architecture of a recipe's model: of its preset, or of its base (`embedded` where neither is given)."""
+    config, where, _ = load_config(section.preset or section.base or "embedded")
+    return architecture(config, where)
 
 
 def _names() -> list[str]:

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from transformers import EarlyStoppingCallback, PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 
 from mla_tune.adapter.placement import Placement, place
-from mla_tune.arch.registry import architecture
 from mla_tune.data.collate import Collator
 from mla_tune.data.prepare import Prepared, prepare, steps_of
-from mla_tune.errors import Interrupted, WorkError
+from mla_tune.errors import InputError, Interrupted, WorkError
 from mla_tune.model.attach import attach
 from mla_tune.model.load import Loaded, base_hash, load_model, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
@@ -29,7 +29,7 @@ from mla_tune.recipe.schema import Recipe
 from mla_tune.report.plots import plot_run
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.plan import role_rates
-from mla_tune.survey.source import load_config
+from mla_tune.survey.source import architecture_of
 from mla_tune.train.callbacks import GradientCheck, Metrics, ProgressLine, StopOnSignal
 from mla_tune.train.folder import RunFolder, check_folder, environment, make_folder
 from mla_tune.train.optim import param_groups
@@ -48,39 +48,47 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     quiet()
     folder = check_folder(recipe, resume)
     section = recipe.model
-    config, where, _ = load_config(section.preset or section.base or "embedded")
-    arch = architecture(config, where)
+    arch = architecture_of(section)
     placement = place(arch, recipe.adapter)
     tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
     data = prepare(recipe, arch, tokenizer)
+    if recipe.train.early_stopping and not data.held_out_rows:
+        raise InputError("train.early_stopping needs held-out rows: set data.eval_fraction or data.eval_path")
     start_memory = _memory_now()
-    loaded = load_model(section, seed=recipe.train.seed, full_precision=placement.method == "none")
+    with _memory_advice(recipe):
+        loaded = load_model(section, seed=recipe.train.seed, full_precision=placement.method == "none")
     if not resume:
         make_folder(folder, recipe)
     base = _base_of(loaded, recipe, folder)
 
     run: dict[str, Any] = folder.read() if resume else {}
+    origin = {
+        "base_hash": base_hash(str(EMBEDDED_MODEL) if base == "embedded" else base),
+        "data": data.summary(),
+    }
+    changed = [name for name in origin if resume and run[name] != origin[name]]
+    if changed:
+        what = " and ".join({"base_hash": "the base model", "data": "the data"}[name] for name in changed)
+        raise InputError(f"--resume: {what} changed since {folder.root} was begun; start anew in another folder")
     run |= {
         "state": "running",
         "recipe": str(folder.recipe),
         "model_type": arch.model_type,
         "base": section.source,
         "base_path": base,
-        "base_hash": base_hash(str(EMBEDDED_MODEL) if base == "embedded" else base),
+        **origin,
         "seed": recipe.train.seed,
-        "data": data.summary(),
         "device": str(loaded.device),
         "dtype": loaded.dtype,
         "environment": environment(),
     }
     folder.write(run)
     try:
-        _run(recipe, folder, loaded, placement, data, run, resume, start_memory)
+        with _memory_advice(recipe):
+            _run(recipe, folder, loaded, placement, data, run, resume, start_memory)
     except BaseException as error:
         run["state"] = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         folder.write(run)
-        if _out_of_memory(error):
-            raise WorkError(_advice(recipe, loaded)) from error
         raise
     return run
 
@@ -254,21 +262,25 @@ def _memory_report(device: torch.device, start: int) -> dict[str, int]:
     return report
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in text or "out of memory" in text)
-    )
+@contextlib.contextmanager
+def _memory_advice(recipe: Recipe) -> Iterator[None]:
+    """Turns torch's out-of-memory errors into one that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "not enough memory" not in text:
+            raise
+        raise WorkError(_advice(recipe, "GPU" if "CUDA" in text else "CPU")) from error
 
 
-def _advice(recipe: Recipe, loaded: Loaded) -> str:
+def _advice(recipe: Recipe, where: str) -> str:
     t = recipe.train
-    lower = []
+    lower = [f"train.max_length (now {t.max_length})"]
     if t.batch_size > 1:
-        lower.append(f"train.batch_size (now {t.batch_size}; raise train.accumulation to keep the global batch)")
-    lower.append(f"train.max_length (now {t.max_length})")
+        lower.insert(0, f"train.batch_size (now {t.batch_size}; raise train.accumulation to keep the global batch)")
     if t.checkpointing == "none":
         lower.append("or set train.checkpointing: full")
-    if loaded.dtype == "float32":
+    if recipe.model.dtype in ("auto", "float32"):
         lower.append("or model.dtype: bfloat16")
-    return f"out of memory on {loaded.device}: lower {', '.join(lower)}. `mla-tune plan` estimates what is needed"
+    return f"out of {where} memory: lower {', '.join(lower)}. `mla-tune plan` estimates what is needed"
