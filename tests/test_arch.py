@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from arch_configs import LONGCAT, TINY, Config
 
 from mla_tune.arch.registry import architecture
 from mla_tune.arch.roles import FACTS, GROUPS, Role
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError, NotMLAError
+from tests.arch_configs import LONGCAT, TINY, Config
 
 
 def parameters(config: Config) -> dict[str, tuple[int, ...]]:

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from arch_configs import TINY
 
 from mla_tune.adapter.placement import place
 from mla_tune.arch.registry import architecture
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import AdapterSection
 from mla_tune.survey.inspect import survey
+from tests.arch_configs import TINY
 
 #: The published contract: top-level keys and keys of an entry of `layers`.  Others may stand beside them.
 CONTRACT = {"model_type", "family", "num_layers", "dims", "params_total", "kv_cache", "layers"}

@@ -8,7 +8,6 @@ from collections import Counter
 from typing import Any, get_args
 
 import pytest
-from arch_configs import TINY
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -20,6 +19,7 @@ from mla_tune.report.inspect_table import WIDE, Depth, render
 from mla_tune.resources import model_names
 from mla_tune.survey.inspect import survey
 from mla_tune.survey.source import load_config
+from tests.arch_configs import TINY
 
 DEPTHS = get_args(Depth)
 

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,7 +232,8 @@ def _base_of(loaded: Loaded, recipe: Recipe, folder: RunFolder) -> str:
     if not folder.base.exists():
         loaded.model.save_pretrained(folder.base)
         loaded.tokenizer.save_pretrained(folder.base)
-    loaded.model.config._name_or_path = str(folder.base.resolve())
+    # What PEFT records as the adapter's base.
+    loaded.model.name_or_path = loaded.model.config._name_or_path = str(folder.base.resolve())
     return str(folder.base.resolve())
 
 
@@ -253,9 +255,18 @@ def _memory_now() -> int:
     return psutil.Process().memory_info().rss
 
 
+def _memory_peak() -> int:
+    """Highest resident bytes so far.  Not getrusage's on Linux: that begins with the memory of the parent process."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _memory_report(device: torch.device, start: int) -> dict[str, int]:
     """Peak bytes: of the process, what of it came after the imports, and on the GPU where there is one."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _memory_peak()
     report = {"process_peak": peak, "before_loading": start, "run_peak": peak - start}
     if device.type == "cuda":
         report["gpu_peak"] = torch.cuda.max_memory_allocated(device)
