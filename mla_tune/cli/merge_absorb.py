@@ -82,8 +82,10 @@ def _print(report: MergeReport) -> None:
     files = f"{human_bytes(report.bytes)} of weights"
     if report.absorbed:
         files += f", {report.absorbed.file} {human_bytes(report.absorbed.bytes)}"
-    out.print(f"{files}\n{report.output}", soft_wrap=True)
-    out.print(f'next: mla-tune generate {report.output} --prompt "…"', soft_wrap=True)
+    folder = Path(report.output)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    out.print(f"{files} in {shown}", soft_wrap=True)
+    out.print(f'next: mla-tune generate {shown} --prompt "…"', soft_wrap=True)
 
 
 def _share(value: float | None, digits: int) -> str:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from mla_tune.errors import FileError
+from mla_tune.errors import FileError, InputError
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 
 
 def tokenizer_source(section: ModelSection) -> str:
-    """Folder or hub id; presets use the embedded model's tokenizer."""
+    """Folder or hub id; presets use the embedded model's tokenizer.
+
+    Raises `InputError` for a name that stands for published facts without weights (`deepseek-v3`).
+    """
     own = section.base if section.preset is None else None
-    return str(EMBEDDED_MODEL) if own in (None, "embedded") else str(own)
+    if own is None or own == "embedded":
+        return str(EMBEDDED_MODEL)
+    if "/" not in own and not Path(own).expanduser().exists():
+        raise InputError(
+            f"model.base: '{own}' is known by its config.json alone, without weights or tokenizer: enough for inspect "
+            f"and `plan --no-data`. To train, give the folder or the hub id of the checkpoint"
+        )
+    return own
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
