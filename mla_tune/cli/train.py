@@ -45,6 +45,8 @@ def command(
     if loss:
         before, after = loss["before"], loss["after"]
         out.print(f"held-out loss {before:.4f} → {after:.4f} ({(after / before - 1) * 100:+.1f} %)")
+    else:
+        out.print("no rows were held out, so no held-out loss was measured")
     directory = loaded.output.dir
     out.print(f"run folder: {directory}", soft_wrap=True)
     if adapter["method"] != "none":
