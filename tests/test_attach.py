@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from mla_tune.errors import CheckError
 from mla_tune.model.attach import attach, attached, check_attached
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
+from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.train.callbacks import gradient_problems
 from mla_tune.train.optim import param_groups
 from tests.arch_configs import TINY
+from tests.test_placement import BY_HAND
 
 ADAPTER_RECIPES = ["safe", "all-linear", "W_UKV-priority", "attention-only", "bottleneck"]
 MODELS = ["deepseek_v2 without query compression", "deepseek_v3", "glm4_moe_lite", "minicpm3"]
@@ -61,6 +64,17 @@ def test_attached_is_planned_and_survives_save_and_load(name: str, recipe: str, 
     again = PeftModel.from_pretrained(build(name), str(tmp_path)).eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=IDS).logits, want)
+
+
+@pytest.mark.parametrize("recipe", ADAPTER_RECIPES)
+def test_the_embedded_model_is_adapted_as_written_by_hand(recipe: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    arch = architecture(json.loads((EMBEDDED_MODEL / "config.json").read_text()))
+    net = attach(model, arch, place(arch, load_recipe(recipe).adapter), seed=0)
+    assert sorted(a.parameter for a in attached(net)) == sorted(BY_HAND[recipe])
+    # Independent of `attached`: every trainable tensor lies under one of these modules, two for each matrix.
+    trainable = [n for n, p in net.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * len(BY_HAND[recipe])
 
 
 def test_dora_and_rslora_scales() -> None:
