@@ -207,6 +207,48 @@ def test_ctrl_c_saves_and_resume_ends_bit_equal(rows_file: Path, tmp_path: Path,
     assert before == after
 
 
+def test_the_held_out_loss_does_not_move_with_batch_size_and_packing(cli, tmp_path: Path) -> None:
+    """A mean over tokens; a mean of batch means would differ, for completions of such different lengths."""
+    rows = [{"prompt": f"Say {w}.", "completion": " ".join([w] * (1 + 9 * (i % 3)))} for i, w in enumerate(WORDS * 3)]
+    path = tmp_path / "uneven.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    losses = []
+    for i, (batch, packing) in enumerate([(1, "false"), (4, "false"), (3, "true")]):
+        sets = [f"train.batch_size={batch}", f"train.packing={packing}", "data.eval_fraction=0.4", "train.max_steps=1"]
+        assert cli("train", "--recipe", "safe", *options(path, tmp_path / str(i), *sets)).code == 0
+        losses.append(json.loads((tmp_path / str(i) / "run.json").read_text())["held_out_loss"]["before"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_bit_equal(rows_file: Path, tmp_path: Path, cli) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    sets = ["train.max_steps=12", "train.epochs=9", "train.packing=false", "train.save_every=3", "train.eval_every=4"]
+    assert cli("train", "--recipe", "all-linear", *options(rows_file, straight, *sets)).code == 0
+    command = [sys.executable, "-c", "from mla_tune.cli.app import main; main()", "train", "--recipe", "all-linear"]
+    process = subprocess.Popen([*command, *options(rows_file, killed, *sets)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        last = max(metrics(killed), default=0) if (killed / "metrics.jsonl").exists() else 0
+        if last >= 5 and last % 3 == 2:
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    at = RunFolder(killed).last_checkpoint()
+    assert at is not None
+    assert not (killed / "adapter").exists(), "killed too late"
+    assert max(metrics(killed)) > int(at.name.rpartition("-")[2]), "lines beyond the checkpoint have to be there"
+    resumed = cli("train", "--recipe", "all-linear", "--resume", *options(rows_file, killed, *sets))
+    assert resumed.code == 0, resumed.err
+    assert hash_of(killed / "adapter") == hash_of(straight / "adapter")
+    assert metrics(killed) == metrics(straight)
+    assert metrics(killed, "eval_loss") == metrics(straight, "eval_loss")
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps), "no line twice"
+    assert len([s for s in steps if s == 5]) == 1
+
+
 def test_early_stopping_stops_where_nothing_gets_better(cli, rows_file: Path, tmp_path: Path) -> None:
     sets = ["optimizer.learning_rate=1e-12", "train.max_steps=30", "train.eval_every=2", "train.early_stopping=2"]
     done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run", *sets))

@@ -18,6 +18,8 @@ from mla_tune.arch.site import Architecture, Site
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
 #: Tiles that its backward pass keeps at once without Triton, in float32: the logits and what becomes of them.
 HEAD_COPIES = 7.25
+#: Roles whose adapters act before the attention scores.
+BEFORE_SCORES = (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV)
 #: Resident bytes of a process that has imported everything and trained a model of next to no size.
 PROCESS = 620_000_000
 
@@ -93,6 +95,9 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int)
     sites = [s for s in arch.sites if s.layer == layer]
     low = DTYPE_BYTES[run.dtype]  # what matrix products keep
     tokens = run.batch * run.length
+    first = 0 if full else min(p.site.layer or 0 for p in placement.sites)
+    if layer < first:
+        return 0
 
     def trains(site: Site | None) -> bool:
         return site is not None and (full or site.parameter in adapted)
@@ -101,7 +106,11 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int)
     weights = 0
     for path in [p for p in arch.attention_paths if p.startswith(f"model.layers.{layer}.")]:
         here = {s.role: s for s in sites if s.path.startswith(path + ".")}
-        per_token += _attention_bytes(arch, here, trains, run, low)
+        if layer == first and not any(trains(here.get(role)) for role in BEFORE_SCORES):
+            # Nothing trained lies before these scores: autograd begins at W_O's input.
+            per_token += arch.dims.H * arch.dims.V * low if trains(here.get(Role.W_O)) else 0
+        else:
+            per_token += _attention_bytes(arch, here, trains, run, low)
     dense = {s.path.rpartition(".")[0] for s in sites if s.role == Role.GATE}
     shared = {s.path.rpartition(".")[0] for s in sites if s.role == Role.SHARED_GATE}
     for block in dense | shared:
