@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +156,27 @@ def test_full_trains_every_weight_and_writes_a_model(cli, rows_file: Path, tmp_p
     assert run["held_out_loss"]["after"] < run["held_out_loss"]["before"]
 
 
+# The process signals itself after it has logged step 5, so that no clock decides where it stops.
+SIGNALLED = """
+import os, signal
+from mla_tune.cli.app import main
+from mla_tune.train.callbacks import Metrics
+log = Metrics.on_log
+def on_log(self, args, state, control, logs=None, **kwargs):
+    log(self, args, state, control, logs=logs, **kwargs)
+    if state.global_step == 5 and "loss" in logs:
+        os.kill(os.getpid(), signal.SIG{name})
+Metrics.on_log = on_log
+main()
+"""
+
+
+def signalled(name: str, recipe: str, args: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run `train` in a process of its own that gets SIGINT or SIGKILL after step 5."""
+    command = [sys.executable, "-c", SIGNALLED.replace("{name}", name), "train", "--recipe", recipe, *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
 def hash_of(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
@@ -166,24 +186,15 @@ def test_ctrl_c_saves_and_resume_ends_bit_equal(rows_file: Path, tmp_path: Path,
     sets = ["train.max_steps=12", "train.epochs=9", "train.packing=false"]
     assert cli("train", "--recipe", "safe", *options(rows_file, straight, *sets)).code == 0
 
-    command = [sys.executable, "-c", "from mla_tune.cli.app import main; main()", "train", "--recipe", "safe"]
-    process = subprocess.Popen(
-        [*command, *options(rows_file, stopped, *sets)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (stopped / "metrics.jsonl").exists() and len(metrics(stopped)) >= 3:
-            process.send_signal(signal.SIGINT)
-            break
-        time.sleep(0.005)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    done = signalled("INT", "safe", options(rows_file, stopped, *sets))
+    err = done.stderr
+    assert done.returncode == 130, err
     assert "--resume" in err
     assert "Traceback" not in err
     assert json.loads((stopped / "run.json").read_text())["state"] == "interrupted"
     at = RunFolder(stopped).last_checkpoint()
     assert at is not None
-    assert 3 <= int(at.name.rpartition("-")[2]) < 12, "the signal must arrive in the middle"
+    assert at.name == "checkpoint-6", "a step is logged after its end, so the next one is finished"
 
     again = cli("train", "--recipe", "safe", *options(rows_file, stopped, *sets))
     assert again.code == 2
@@ -225,20 +236,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint_bit_equal(rows_file: Path, tmp
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     sets = ["train.max_steps=12", "train.epochs=9", "train.packing=false", "train.save_every=3", "train.eval_every=4"]
     assert cli("train", "--recipe", "all-linear", *options(rows_file, straight, *sets)).code == 0
-    command = [sys.executable, "-c", "from mla_tune.cli.app import main; main()", "train", "--recipe", "all-linear"]
-    process = subprocess.Popen([*command, *options(rows_file, killed, *sets)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        last = max(metrics(killed), default=0) if (killed / "metrics.jsonl").exists() else 0
-        if last >= 5 and last % 3 == 2:
-            break
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
+    assert signalled("KILL", "all-linear", options(rows_file, killed, *sets)).returncode == -signal.SIGKILL
     at = RunFolder(killed).last_checkpoint()
     assert at is not None
-    assert not (killed / "adapter").exists(), "killed too late"
-    assert max(metrics(killed)) > int(at.name.rpartition("-")[2]), "lines beyond the checkpoint have to be there"
+    assert at.name == "checkpoint-3"
+    assert not (killed / "adapter").exists()
+    assert max(metrics(killed)) == 5, "lines beyond the checkpoint have to be there"
     resumed = cli("train", "--recipe", "all-linear", "--resume", *options(rows_file, killed, *sets))
     assert resumed.code == 0, resumed.err
     assert hash_of(killed / "adapter") == hash_of(straight / "adapter")
