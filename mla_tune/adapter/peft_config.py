@@ -11,7 +11,7 @@ from collections import defaultdict
 
 from peft import LoraConfig
 
-from mla_tune.adapter.placement import REMAPPED, Placement, PlannedSite
+from mla_tune.adapter.placement import Placement, PlannedSite, reached_as_parameter
 from mla_tune.arch.site import Architecture, Site
 
 
@@ -20,7 +20,7 @@ def peft_config(arch: Architecture, placement: Placement) -> LoraConfig:
     modules: list[Site] = []
     parameters: list[Site] = []
     for p in placement.sites:
-        as_parameter = p.site.is_experts or (arch.family.peft_remaps_experts and p.site.role in REMAPPED)
+        as_parameter = reached_as_parameter(arch, p.site.role)
         (parameters if as_parameter else modules).append(p.site)
 
     rank_pattern: dict[str, int] = {}

@@ -9,8 +9,11 @@ from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import PlacementError, did_you_mean
 from mla_tune.recipe.schema import AdapterSection, RoleOverride
 
-#: MLP roles whose module names (gate_proj, up_proj, down_proj) PEFT rewrites to the routed experts in some families.
-REMAPPED: frozenset[Role] = frozenset(GROUPS["mlp"])
+
+def reached_as_parameter(arch: Architecture, role: Role) -> bool:
+    """Whether PEFT can adapt this role only as a parameter (`target_parameters`), materialising W + ΔW: fused experts,
+    and dense and shared MLPs of the families in which it rewrites their module names to the experts."""
+    return role in GROUPS["experts"] or (arch.family.peft_remaps_experts and role in GROUPS["mlp"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +127,8 @@ def _overrides(arch: Architecture, adapter: AdapterSection, roles: set[Role]) ->
 
 
 def _refuse_impossible(arch: Architecture, adapter: AdapterSection, roles: set[Role]) -> None:
-    """What PEFT's `target_parameters` can't do: DoRA and dropout.  It serves fused experts, and dense and shared MLPs
-    of the families in which PEFT rewrites their module names to the experts."""
-    through_parameters = roles & set(GROUPS["experts"])
-    if arch.family.peft_remaps_experts:
-        through_parameters |= roles & REMAPPED
+    """DoRA and dropout, which PEFT can't do on parameters."""
+    through_parameters = {r for r in roles if reached_as_parameter(arch, r)}
     asked = "method: dora" if adapter.method == "dora" else f"dropout: {adapter.dropout:g}" if adapter.dropout else ""
     if not asked or not through_parameters:
         return

@@ -1,9 +1,8 @@
-"""A recipe's model section → a transformers model with its tokenizer and architecture."""
+"""A recipe's model section → a transformers model with its architecture."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.registry import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import CheckError, FileError, InputError
-from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import ModelSection
-from mla_tune.resources import CONFIGS, EMBEDDED_MODEL
+from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.source import load_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +29,6 @@ class Loaded:
     an untrained preset, whose weights exist nowhere else yet."""
 
     model: PreTrainedModel
-    tokenizer: Any
     arch: Architecture
     base: str | None
     device: torch.device
@@ -84,8 +81,7 @@ def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = F
         "experts_implementation": pick_experts(section.experts, arch, 4 if full_precision else DTYPE_BYTES[dtype]),
     }
     if section.preset:
-        preset = CONFIGS / "presets" / f"{section.preset}.json"
-        cfg = AutoConfig.for_model(**json.loads(preset.read_text()))
+        cfg = AutoConfig.for_model(**config)
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(cfg, **kwargs)
         base = None
@@ -96,10 +92,9 @@ def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = F
             raise FileError(f"{folder}: no .safetensors file; found: {found}")
         hub = {"revision": section.revision} if section.revision and folder is None else {}
         model = _from_pretrained(base, trust_remote_code=section.trust_remote_code, **kwargs, **hub)
-    tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
     check_sites(model, arch)
     net: Any = model
-    return Loaded(net.to(device), tokenizer, arch, base, device, dtype)
+    return Loaded(net.to(device), arch, base, device, dtype)
 
 
 def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any, cast
 
 import torch
 
+from mla_tune.checkpoint.files import read_json_object
 from mla_tune.errors import FileError, InputError
 from mla_tune.model.load import load_model, quiet
+from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import ModelSection
 
 
@@ -37,9 +38,9 @@ def resolve_model(model: str) -> tuple[str, Path | None]:
                 return str(path / name), None
         if not (path / "adapter").is_dir():
             raise FileError(f"{model}: this run has no adapter yet; finish it with `mla-tune train --resume`")
-        return json.loads(run.read_text())["base_path"], path / "adapter"
+        return read_json_object(run, "the record of the run")["base_path"], path / "adapter"
     if adapter.is_file():
-        recorded = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        recorded = read_json_object(adapter, "the adapter's configuration").get("base_model_name_or_path")
         if not recorded:
             raise InputError(f"{model}: an adapter that names no base; give the base as MODEL and this with --adapter")
         return recorded, path
@@ -68,8 +69,10 @@ def generate(
             adapter_path = adapter_path / "adapter"
         if not (adapter_path / "adapter_config.json").is_file():
             raise FileError(f"{adapter_path}: no adapter_config.json: not an adapter folder")
-    loaded = load_model(ModelSection(base=base))
-    tokenizer, net = loaded.tokenizer, cast(Any, loaded.model.eval())
+    section = ModelSection(base=base)
+    loaded = load_model(section)
+    tokenizer = load_tokenizer(tokenizer_source(section))
+    net = cast(Any, loaded.model.eval())
     if adapter_path is not None:
         from peft import PeftModel
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mla_tune.adapter.placement import REMAPPED, Placement
+from mla_tune.adapter.placement import Placement, reached_as_parameter
 from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.roles import GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
@@ -122,7 +122,7 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int)
         inputs = trains(members["gate_proj"]) or trains(members["up_proj"])
         per_token += arch.dims.D * low if inputs else 0
         for site in members.values():
-            if trains(site) and not full and arch.family.peft_remaps_experts and site.role in REMAPPED:
+            if trains(site) and not full and reached_as_parameter(arch, site.role):
                 # PEFT reaches these as parameters: W + ΔW is materialised and kept.
                 weights += site.shape[0] * site.shape[1] * low
     experts = {s.role: s for s in sites if s.is_experts}
@@ -138,7 +138,7 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int)
                 weights += site.count * site.shape[0] * site.shape[1] * low
     # Inputs of the two norms, in float32; A's output of every adapter.
     per_token += arch.family.norms * arch.dims.D * 4
-    per_token += sum(p.rank * 4 for p in adapted.values() if not _materialised(arch, p.site))
+    per_token += sum(p.rank * 4 for p in adapted.values() if not reached_as_parameter(arch, p.site.role))
     return per_token * tokens + weights
 
 
@@ -161,10 +161,6 @@ def _attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Ru
         kept -= 0 if trains(here.get(Role.W_O)) else d.H * d.V * low
         kept += run.length * low if run.packing else 0  # a mask row
     return kept
-
-
-def _materialised(arch: Architecture, site: Site) -> bool:
-    return site.is_experts or (arch.family.peft_remaps_experts and site.role in REMAPPED)
 
 
 def _head(arch: Architecture, run: Run, full: bool) -> int:

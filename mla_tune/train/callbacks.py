@@ -97,7 +97,6 @@ class Metrics(TrainerCallback):
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start_step]
         path.write_text("".join(line + "\n" for line in kept))
         self.began = time.monotonic()
-        self.tokens_before = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = dict(logs or {})
@@ -114,9 +113,8 @@ class Metrics(TrainerCallback):
                     f"step {state.global_step}: the loss is {line['loss']}; lower optimizer.learning_rate "
                     f"(--set optimizer.learning_rate=…) or use model.dtype float32"
                 )
-        for key in ("eval_loss",):
-            if key in logs:
-                line[key] = float(logs[key])
+        if "eval_loss" in logs:
+            line["eval_loss"] = float(logs["eval_loss"])
         if len(line) > 1:
             with self.path.open("a") as f:
                 f.write(json.dumps(line) + "\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import shutil
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_tune import __version__
+from mla_tune.checkpoint.files import read_json_object, replacing, write_json
 from mla_tune.errors import FileError, InputError
 from mla_tune.recipe.load import dump, load_recipe
 from mla_tune.recipe.schema import Recipe
@@ -65,25 +64,10 @@ class RunFolder:
         return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
     def read(self) -> dict[str, Any]:
-        try:
-            return json.loads(self.run_json.read_text())
-        except FileNotFoundError:
-            raise FileError(f"{self.root}: no run.json: not a run folder of mla-tune") from None
-        except json.JSONDecodeError as error:
-            raise FileError(f"{self.run_json}: damaged: {error}") from None
+        return read_json_object(self.run_json, "the record of the run")
 
     def write(self, run: dict[str, Any]) -> None:
-        write_whole(self.run_json, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old text or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    beside.replace(path)
+        write_json(self.run_json, run)
 
 
 def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
@@ -122,7 +106,8 @@ def make_folder(folder: RunFolder, recipe: Recipe) -> None:
         path.unlink(missing_ok=True)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        write_whole(folder.recipe, dump(recipe))
+        with replacing(folder.recipe) as stream:
+            stream.write(dump(recipe).encode())
     except OSError as error:
         raise FileError(f"output.dir: {folder.root} can't be written: {error.strerror}") from None
 

@@ -60,7 +60,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         loaded = load_model(section, seed=recipe.train.seed, full_precision=placement.method == "none")
     if not resume:
         make_folder(folder, recipe)
-    base = _base_of(loaded, recipe, folder)
+    base = _base_of(loaded, tokenizer, recipe, folder)
 
     run: dict[str, Any] = folder.read() if resume else {}
     origin = {
@@ -86,7 +86,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     folder.write(run)
     try:
         with _memory_advice(recipe):
-            _run(recipe, folder, loaded, placement, data, run, resume, start_memory)
+            _run(recipe, folder, loaded, tokenizer, placement, data, run, resume, start_memory)
     except BaseException as error:
         run["state"] = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         folder.write(run)
@@ -98,6 +98,7 @@ def _run(
     recipe: Recipe,
     folder: RunFolder,
     loaded: Loaded,
+    tokenizer: Any,
     placement: Placement,
     data: Prepared,
     run: dict[str, Any],
@@ -125,10 +126,10 @@ def _run(
     trainer = RoleTrainer(
         model=model,
         args=_arguments(recipe, folder, loaded, steps, bool(data.held_out_rows)),
-        data_collator=CountingCollator(_collator(recipe, loaded)),
+        data_collator=CountingCollator(_collator(recipe, tokenizer)),
         train_dataset=Dataset.from_list(data.train_rows),
         eval_dataset=Dataset.from_list(data.held_out_rows) if data.held_out_rows else None,
-        processing_class=loaded.tokenizer,
+        processing_class=tokenizer,
         callbacks=callbacks,
         groups=lambda m: param_groups(m, placement, recipe),
     )
@@ -161,19 +162,22 @@ def _run(
         )
     if data.held_out_rows:
         fresh = trainer.last_evaluation[0] == done
-        run["held_out_loss"]["after"] = trainer.last_evaluation[1] if fresh else trainer.evaluate()["eval_loss"]
-    _save(model, loaded, folder, placement)
+        after = trainer.last_evaluation[1] if fresh else trainer.evaluate()["eval_loss"]
+        if not math.isfinite(after):
+            raise WorkError(f"after training the held-out loss is {after}; lower optimizer.learning_rate")
+        run["held_out_loss"]["after"] = after
+    _save(model, loaded, tokenizer, folder, placement)
     run["state"] = "done"
     folder.write(run)
     with contextlib.suppress(ValueError):
         plot_run(folder.metrics, folder.plot, run)
 
 
-def _collator(recipe: Recipe, loaded: Loaded) -> Collator:
+def _collator(recipe: Recipe, tokenizer: Any) -> Collator:
     t = recipe.train
     # Flash attention finds the borders of packed samples only in a batch of one row.
     flat = t.packing and recipe.model.attention.startswith("flash")
-    return Collator(loaded.tokenizer.pad_token_id, t.max_length, t.packing, flat)
+    return Collator(tokenizer.pad_token_id, t.max_length, t.packing, flat)
 
 
 def _arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has_eval: bool) -> SFTConfig:
@@ -220,7 +224,7 @@ def _arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, ha
     )
 
 
-def _base_of(loaded: Loaded, recipe: Recipe, folder: RunFolder) -> str:
+def _base_of(loaded: Loaded, tokenizer: Any, recipe: Recipe, folder: RunFolder) -> str:
     """What the adapter's base is, for run.json.  A preset's random weights are kept: the adapter fits nothing else."""
     if loaded.base is not None:
         folder_of_base = Path(loaded.base)
@@ -231,20 +235,20 @@ def _base_of(loaded: Loaded, recipe: Recipe, folder: RunFolder) -> str:
         return f"preset {recipe.model.preset}"
     if not folder.base.exists():
         loaded.model.save_pretrained(folder.base)
-        loaded.tokenizer.save_pretrained(folder.base)
+        tokenizer.save_pretrained(folder.base)
     # What PEFT records as the adapter's base.
     loaded.model.name_or_path = loaded.model.config._name_or_path = str(folder.base.resolve())
     return str(folder.base.resolve())
 
 
-def _save(model: Any, loaded: Loaded, folder: RunFolder, placement: Placement) -> None:
+def _save(model: Any, loaded: Loaded, tokenizer: Any, folder: RunFolder, placement: Placement) -> None:
     """Write adapter/ (or model/) beside its place, then rename."""
     target = folder.model if placement.method == "none" else folder.adapter
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     if placement.method == "none":
         model.to(torch.float32 if loaded.dtype == "float32" else getattr(torch, loaded.dtype))
-        loaded.tokenizer.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
     model.save_pretrained(beside)
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
