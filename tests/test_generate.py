@@ -79,6 +79,21 @@ def test_merged_logits_equal_base_and_adapter(cli, rows_file: Path, tmp_path: Pa
     assert (merged - tuned).abs().max() <= 1e-4
 
 
+def test_a_truncated_model_and_an_adapter_of_another_model_are_named(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    run = tmp_path / "run"
+    assert cli("train", "--recipe", "safe", *options(rows_file, run, "train.max_steps=1")).code == 0
+    other = cli("generate", "embedded", "--adapter", str(run), "--prompt", "x")
+    assert other.code == 2
+    assert "this adapter does not fit" in other.err
+    weights = run / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for args in (("generate", str(run / "base"), "--prompt", "x"), ("generate", str(run), "--prompt", "x")):
+        broken = cli(*args)
+        assert broken.code == 2
+        assert "damaged or incomplete" in broken.err
+        assert "Traceback" not in broken.err
+
+
 @pytest.mark.parametrize(
     "args, words",
     [

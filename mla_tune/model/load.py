@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.registry import architecture
 from mla_tune.arch.site import Architecture
-from mla_tune.errors import CheckError, FileError, InputError
+from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.errors import CheckError, InputError
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.source import load_config
@@ -87,9 +88,8 @@ def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = F
         base = None
     else:
         base = str(EMBEDDED_MODEL) if section.base in (None, "embedded") else str(folder or section.base)
-        if folder and not list(folder.glob("*.safetensors")):
-            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-            raise FileError(f"{folder}: no .safetensors file; found: {found}")
+        if folder:
+            Checkpoint.open(folder)  # a damaged or missing file is named here, before transformers meets it
         hub = {"revision": section.revision} if section.revision and folder is None else {}
         model = _from_pretrained(base, trust_remote_code=section.trust_remote_code, **kwargs, **hub)
     check_sites(model, arch)

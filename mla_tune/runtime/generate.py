@@ -76,7 +76,11 @@ def generate(
     if adapter_path is not None:
         from peft import PeftModel
 
-        net = PeftModel.from_pretrained(loaded.model, str(adapter_path)).eval()
+        try:
+            net = PeftModel.from_pretrained(loaded.model, str(adapter_path)).eval()
+        except (RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise InputError(f"{adapter_path}: this adapter does not fit {base}: {why}") from error
     if raw or not tokenizer.chat_template:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         ids = ([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []) + list(ids)
