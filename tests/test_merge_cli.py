@@ -56,4 +56,36 @@ def test_errors_are_a_line_and_exit_code_2(cli: Cli, made: tuple[Path, Path], tm
     assert result.code == 2
     assert "replace it with --overwrite" in result.err
     assert "Traceback" not in result.err
-    assert cli("merge-absorb", adapter, "--absorb", "fold").code == 2
+    assert cli("merge-absorb", adapter, "--absorb", "twist").code == 2
+    assert "no adapter: name a run folder" in cli("merge-absorb").err
+
+
+def test_dry_run_reads_headers_and_writes_nothing(cli: Cli, made: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = made
+    result = cli("merge-absorb", adapter, "--base", base, "--out", tmp_path / "out", "--dry-run")
+    assert result.code == 0, result.err
+    assert "changes  2 of 28 tensors: W_UKV 2" in result.out
+    assert "files    1 written, 0 linked" in result.out
+    assert not any(tmp_path.iterdir())
+    plan = json.loads(cli("merge-absorb", adapter, "--base", base, "--dry-run", "--json").out)
+    assert (plan["tensors_changed"], plan["files_written"]) == (2, ["model.safetensors"])
+    size = (base / "model.safetensors").stat().st_size
+    assert plan["bytes_read"] == pytest.approx(size, rel=0.05)
+    assert plan["bytes_written"] == plan["bytes_total"] > plan["bytes_read"]
+
+
+def test_weighted_adapters_by_name(cli: Cli, made: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = made
+    other = make_adapter(tmp_path / "other", base, target_modules=["kv_b_proj", "o_proj"])
+    common = ("--base", base, "--no-verify", "--json")
+    result = cli("merge-absorb", adapter, "--adapter", f"{other}=0.3", *common, "--out", tmp_path / "a")
+    weights = [(Path(a["path"]), a["weight"]) for a in json.loads(result.out)["adapters"]]
+    assert weights == [(adapter, 1.0), (other, 0.3)]
+    named = ("--adapter", f"{adapter}=-0.7", "--adapter", other)
+    result = cli("merge-absorb", *named, *common, "--out", tmp_path / "b")
+    assert [a["weight"] for a in json.loads(result.out)["adapters"]] == [-0.7, 1.0]
+    result = cli("merge-absorb", adapter, *named, *common, "--out", tmp_path / "c")
+    assert [a["weight"] for a in json.loads(result.out)["adapters"]] == [-0.7, 1.0], "named once, with its weight"
+    assert cli("merge-absorb", "--adapter", f"{adapter}=nan", *common).code == 2
+    result = cli("merge-absorb", adapter, "--adapter", tmp_path / "gone", *common)
+    assert (result.code, "gone: no such folder" in result.err) == (2, True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mla_tune.merge.run as run_module
 from mla_tune.errors import CheckError, FileError, InputError, NotMLAError, WorkError
+from mla_tune.merge.options import Options
 from mla_tune.merge.run import merge_absorb
 from tests.merge_helpers import edit_json, edit_tensors, make_adapter, make_base, names
 
@@ -75,17 +78,18 @@ def test_kv_b_is_checked_for_absorption_where_the_adapter_leaves_it_alone(place:
     make_adapter(place / "adapter", place / "base", target_modules=["o_proj"])
     edit_base(place, lambda t: t.pop(KEY))
     refused(place, InputError, f"no tensor '{KEY}'")
-    merge_absorb(place / "adapter", place / "base", place / "out", absorb=False)
+    merge_absorb(place / "adapter", place / "base", place / "out", options=Options(absorb="none"))
 
 
-def test_quantised_bases_are_refused_by_name(place: Path) -> None:
+def test_quantised_bases_that_cannot_be_read_for_certain(place: Path) -> None:
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     edit_json(place / "base" / "config.json", quantization_config=fp8)
-    words = r"quantised \(fp8, blocks of \[128, 128\]\): .*bfloat16 or float32 checkpoint .* with --base"
-    refused(place, InputError, words)
+    refused(place, InputError, "says that the weights are quantised, but no tensor is F8_E4M3")
+    edit_json(place / "base" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(place, InputError, "gptq")
     edit_json(place / "base" / "config.json", quantization_config=None)
     edit_base(place, lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}))
-    refused(place, InputError, rf"'{KEY}' is F8_E4M3: merging into quantised weights is not supported yet")
+    refused(place, InputError, rf"'{KEY}' is FP8, but .*config\.json has no quantization_config")
 
 
 def test_other_attention_is_refused(place: Path) -> None:
@@ -110,8 +114,28 @@ def test_a_damaged_base_and_a_missing_one(place: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     refused(place, FileError, r"model\.safetensors: damaged or incomplete")
     file.rename(place / "base" / "pytorch_model.bin")
-    refused(place, InputError, r"holds pytorch_model\.bin but no model\.safetensors")
+    refused(place, InputError, r"holds pytorch_model\.bin but no model\.safetensors.*can run code")
     refused(place, FileError, "--base: the base model is '.*gone', and there is no such folder", base=place / "gone")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_pickled_base_names_the_command_that_converts_it(shards: int, place: Path) -> None:
+    base, tensors = place / "base", load_file(place / "base" / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names_of = (
+        [f"pytorch_model-{i:05d}-of-{shards:05d}.bin" for i in range(shards)] if shards > 1 else ["pytorch_model.bin"]
+    )
+    weight_map = {key: names_of[i % shards] for i, key in enumerate(tensors)}
+    for name in names_of:
+        torch.save({key: tensors[key] for key in tensors if weight_map[key] == name}, base / name)
+    if shards > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    text = refused(place, InputError, "without running code from it, by")
+    run = text[text.index("python -c") :].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(run, shell=True, check=True)
+    report = merge_absorb(place / "adapter", base, place / "out", verify=False)
+    assert report.tensors == len(tensors)
 
 
 def test_where_the_base_was_recorded_and_is_gone(place: Path) -> None:
@@ -131,9 +155,11 @@ def test_where_the_base_was_recorded_and_is_gone(place: Path) -> None:
 
 def test_adapters_that_are_not_supported_or_damaged(place: Path) -> None:
     refused(place, FileError, "no such folder: give a PEFT adapter folder", adapter=place / "nothing")
-    edit_json(place / "adapter" / "adapter_config.json", modules_to_save=["lm_head"])
-    refused(place, InputError, r"not supported: modules_to_save: \['lm_head'\]")
-    edit_json(place / "adapter" / "adapter_config.json", modules_to_save=None)
+    edit_json(place / "adapter" / "adapter_config.json", peft_type="IA3")
+    refused(place, InputError, "not supported.*IA3")
+    edit_json(place / "adapter" / "adapter_config.json", peft_type="LORA", fan_in_fan_out=True)
+    refused(place, InputError, "fan_in_fan_out")
+    edit_json(place / "adapter" / "adapter_config.json", fan_in_fan_out=False)
 
     def put_nan(tensors: dict[str, torch.Tensor]) -> None:
         tensors[next(iter(tensors))][0, 0] = float("nan")
@@ -143,7 +169,11 @@ def test_adapters_that_are_not_supported_or_damaged(place: Path) -> None:
 
 
 def test_options(place: Path) -> None:
-    refused(place, InputError, "--dtype int8: allowed are keep, float32, bfloat16, float16", dtype="int8")
+    refused(
+        place, InputError, "--dtype int8: allowed are keep, float32, bfloat16, float16", options=Options(dtype="int8")
+    )
+    words = r"--dtype float32 writes every weight in float32: leave --fp8 keep out"
+    refused(place, InputError, words, options=Options(dtype="float32", fp8="keep"))
 
 
 def test_outputs_in_the_way(place: Path) -> None:
@@ -169,28 +199,26 @@ def test_a_full_disk_is_noticed_before(place: Path, monkeypatch: pytest.MonkeyPa
     refused(place, FileError, "GB will be written, but only 0.0 GB are free there")
 
 
-def test_a_write_that_fails_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(run_module, "write_absorbed", full)
-    refused(place, WorkError, "writing failed: No space left on device; nothing was left there")
-
-
-def test_an_interrupt_leaves_nothing_and_keeps_the_earlier_output(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    merge_absorb(place / "adapter", place / "base", place / "out")
+def test_an_interrupt_keeps_the_earlier_output(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge_absorb(place / "adapter", place / "base", place / "out", verify=False)
+    before = (place / "out" / "model.safetensors").read_bytes()
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "carry_files", stop)
-    refused(place, KeyboardInterrupt, "", overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        merge_absorb(place / "adapter", place / "base", place / "out", overwrite=True, verify=False)
+    assert (place / "out" / "model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    merge_absorb(place / "adapter", place / "base", place / "out", overwrite=True, verify=False)
+    assert sorted(p.name for p in place.iterdir()) == ["adapter", "base", "out"]
 
 
 def test_values_too_large_for_the_dtype(place: Path) -> None:
     edit_base(place, lambda t: t.update({KEY: torch.full((75, 28), 1e5)}))
     words = rf"'{KEY}' would hold NaN or infinity \(too large for F16: take --dtype bfloat16 or float32\)"
-    refused(place, WorkError, words, dtype="float16")
+    refused(place, WorkError, words, options=Options(dtype="float16"))
     edit_base(place, lambda t: t.update({KEY: torch.full((75, 28), float("nan"))}))
     refused(place, WorkError, "would hold NaN or infinity .*damaged")
 

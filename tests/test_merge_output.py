@@ -14,11 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mla_tune.adapter.files import open_adapter
 from mla_tune.arch.registry import architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.merge.apply import Merger
-from mla_tune.merge.plan import plan_merge
+from mla_tune.merge.options import Options
 from mla_tune.merge.run import merge_absorb
 from mla_tune.resources import EMBEDDED_MODEL
 from tests.merge_helpers import (
@@ -121,7 +119,13 @@ def test_other_files_are_carried_and_stale_weights_are_not(base: Path, adapter: 
         "pytorch_model.bin.index.json",
     }
     shards = [shard.file.name for shard in Checkpoint.open(base).shards]
-    written = ["absorbed.safetensors", "merge_report.json", "model.safetensors.index.json", *shards]
+    written = [
+        "absorbed.safetensors",
+        "merge_report.json",
+        "mla_tune_manifest.json",
+        "model.safetensors.index.json",
+        *shards,
+    ]
     assert names(tmp_path / "out") == sorted([*carried, *written, "additional_chat_templates"])
     assert names(tmp_path) == sorted(["out", *(f"out/{name}" for name in names(tmp_path / "out"))])
 
@@ -131,9 +135,9 @@ def test_the_report_is_in_the_output(base: Path, adapter: Path, tmp_path: Path) 
     document = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert document == report.to_json()
     assert document["base"] == str(base)
-    assert document["adapter"] == str(adapter)
+    assert document["adapters"] == [{"path": str(adapter), "weight": 1.0, "method": "lora"}]
     assert document["output"] == str(tmp_path / "out")
-    assert (document["method"], document["model_type"], document["dtype"]) == ("lora", "deepseek_v3", "float32")
+    assert (document["model_type"], document["dtype"]) == ("deepseek_v3", "float32")
     rows = {row["role"]: row for row in document["roles"]}
     assert {role: (row["matrices"], row["tensors"]) for role, row in rows.items()} == {
         "W_UKV": (2, 2),
@@ -146,7 +150,54 @@ def test_the_report_is_in_the_output(base: Path, adapter: Path, tmp_path: Path) 
     delta = torch.cat([(new[k] - old[k]).double().flatten() for k in keys])
     weight = torch.cat([old[k].double().flatten() for k in keys])
     assert rows["W_O"]["relative"] == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-5)
-    assert document["absorbed"] == {"file": "absorbed.safetensors", "modules": 3, "bytes": 3 * 75 * 28 * 4}
+    absorbed = document["absorbed"]
+    assert (absorbed["mode"], absorbed["files"], absorbed["modules"]) == ("split", ["absorbed.safetensors"], 3)
+    assert absorbed["bytes"] == 3 * 75 * 28 * 4
+    key = "model.layers.1.self_attn.o_proj.weight"
+    assert set(document["survival"]) == changed_keys(base, tmp_path / "out")
+    assert document["survival"][key][1] == pytest.approx(1, abs=1e-3)
+
+
+def changed_keys(base: Path, out: Path) -> set[str]:
+    old, new = tensors_of(base), tensors_of(out)
+    return {key for key in old if not torch.equal(old[key], new[key])}
+
+
+def test_the_manifest_says_what_it_was_made_of(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge_absorb(adapter, base, tmp_path / "out")
+    out = tmp_path / "out"
+    manifest = json.loads((out / "mla_tune_manifest.json").read_text())
+    assert manifest["base"] == str(base)
+    (made_of,) = manifest["adapters"]
+    assert made_of["path"] == str(adapter)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert made_of[name] == hashlib.sha256((adapter / name).read_bytes()).hexdigest()
+    assert manifest["roles"] == ["W_O", "W_UKV", "experts_gate_up"]
+    assert manifest["dtypes"] == {"F32": len(tensors_of(base))}
+    assert manifest["absorbed"]["layout"] == "W_UK (H, C, P), W_UV (H, V, C)"
+    files = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if p.is_file()}
+    for name in ("merge_report.json", "mla_tune_manifest.json"):
+        del files[name]
+    assert manifest["files"].keys() == files.keys()
+    for name, entry in manifest["files"].items():
+        same = files[name].stat().st_ino == (base / name).stat().st_ino if (base / name).exists() else False
+        assert entry["linked"] == same, name
+        assert entry["bytes"] == files[name].stat().st_size
+        digest = hashlib.sha256(files[name].read_bytes()).hexdigest()
+        assert entry["sha256"] == (None if same else digest), name
+    assert any(entry["linked"] for entry in manifest["files"].values())
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_files_that_do_not_change_are_shared_or_copied(link: bool, base: Path, adapter: Path, tmp_path: Path) -> None:
+    report = merge_absorb(adapter, base, tmp_path / "out", options=Options(link=link), verify=False)
+    same = [
+        p.name for p in base.glob("model-*.safetensors") if p.read_bytes() == (tmp_path / "out" / p.name).read_bytes()
+    ]
+    assert "model-mtp.safetensors" in same
+    shared = [name for name in same if (base / name).stat().st_ino == (tmp_path / "out" / name).stat().st_ino]
+    assert shared == (same if link else [])
+    assert report.files_linked == len(shared)
 
 
 def test_absorbed_tensors_are_the_split_of_what_was_written(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -175,23 +226,23 @@ def test_a_single_file_gets_an_index_beside_an_absorbed_file_only(tmp_path: Path
     index = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {"model.safetensors"}
     assert index["metadata"]["total_size"] == split.bytes
-    plain = merge_absorb(adapter, base, tmp_path / "plain", absorb=False)
+    plain = merge_absorb(adapter, base, tmp_path / "plain", options=Options(absorb="none"))
     assert plain.absorbed is None
     assert plain.checks.absorbed == 0
     assert names(tmp_path / "plain") == [
-        *("config.json", "generation_config.json", "merge_report.json", "model.safetensors"),
+        *("config.json", "generation_config.json", "merge_report.json", "mla_tune_manifest.json", "model.safetensors"),
     ]
     assert torch.equal(logits_of(tmp_path / "split"), logits_of(tmp_path / "plain"))
     # What was merged can be the base of another merge, and its leftovers don't come along.
-    again = merge_absorb(adapter, tmp_path / "split", tmp_path / "again", absorb=False)
-    assert again.left_behind == ["absorbed.safetensors", "merge_report.json"]
+    again = merge_absorb(adapter, tmp_path / "split", tmp_path / "again", options=Options(absorb="none"))
+    assert again.left_behind == ["absorbed.safetensors", "merge_report.json", "mla_tune_manifest.json"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype(dtype: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype="bfloat16" if dtype == "float32" else "float32")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["kv_b_proj"], target_parameters=EXPERTS)
-    report = merge_absorb(adapter, base, tmp_path / "out", dtype=dtype)
+    report = merge_absorb(adapter, base, tmp_path / "out", options=Options(dtype=dtype))
     assert report.dtype == dtype
     assert report.checks.unchanged == 2, "the two routing biases stay as they are"
     wanted, old = getattr(torch, dtype), tensors_of(base)
@@ -218,7 +269,7 @@ def test_a_delta_that_rounding_erases_is_reported(tmp_path: Path) -> None:
         assert row.relative < 1e-3
         assert row.cosine is not None
         assert row.cosine < 0.7
-    exact = merge_absorb(adapter, base, tmp_path / "exact", dtype="float32").roles
+    exact = merge_absorb(adapter, base, tmp_path / "exact", options=Options(dtype="float32")).roles
     assert all(row.cosine is not None and row.cosine > 0.999 for row in exact)
 
 
@@ -239,30 +290,34 @@ def test_an_adapter_that_was_never_trained_gives_the_base(tmp_path: Path) -> Non
     assert all(torch.equal(old[key], new[key]) for key in old)
 
 
-def test_fused_experts_on_disk(base: Path, tmp_path: Path) -> None:
+def test_fused_experts_on_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A family that saves its experts fused: one tensor (E, out, in) equals the per-expert tensors stacked."""
     adapter = make_adapter(tmp_path / "adapter", base, target_parameters=EXPERTS)
-    arch = architecture(json.loads((base / "config.json").read_text()))
-    apart = plan_merge(Checkpoint.open(base), arch, open_adapter(adapter, arch), absorb=False)
-    merger, fused = Merger(apart), {}
-    for site in (s for s in arch.sites if s.is_experts):
-        old, new = ([], [])
-        for key in site.disk_keys():
-            old.append(load_file(apart.checkpoint[key].file)[key])
-            merged = merger.tensor(apart.checkpoint[key])
-            assert isinstance(merged, torch.Tensor)
-            new.append(merged)
-        fused[site.path] = tuple(torch.cat(x).view(site.count, *site.shape) for x in (old, new))
-    (tmp_path / "fused").mkdir()
-    (tmp_path / "fused" / "config.json").write_bytes((base / "config.json").read_bytes())
-    save_file({path: old for path, (old, _) in fused.items()}, tmp_path / "fused" / "model.safetensors")
-    sites = tuple(replace(s, disk="fused") if s.is_experts else s for s in arch.sites)
-    arch = replace(arch, sites=sites)
-    plan = plan_merge(Checkpoint.open(tmp_path / "fused"), arch, open_adapter(adapter, arch), absorb=False)
-    assert {key: change.matrices for key, change in plan.changes.items()} == dict.fromkeys(fused, 4)
-    for path, (_, new) in fused.items():
-        tensor = Merger(plan).tensor(plan.checkpoint[path])
-        torch.testing.assert_close(tensor, new, rtol=1e-6, atol=1e-7)
+    merge_absorb(adapter, base, tmp_path / "apart", verify=False)
+    old, new = tensors_of(base), tensors_of(tmp_path / "apart")
+    config = json.loads((base / "config.json").read_text())
+    arch = architecture(config)
+    sites = [s for s in arch.sites if s.is_experts]
+    stacks = [
+        {s.path: torch.cat([t[key] for key in s.disk_keys()]).view(s.count, *s.shape) for s in sites}
+        for t in (old, new)
+    ]
+    loose = {key for s in sites for key in s.disk_keys()}
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    (fused / "config.json").write_bytes((base / "config.json").read_bytes())
+    save_file({k: t for k, t in old.items() if k not in loose} | stacks[0], fused / "model.safetensors")
+    fused_arch = replace(arch, sites=tuple(replace(s, disk="fused") if s.is_experts else s for s in arch.sites))
+    monkeypatch.setattr("mla_tune.merge.run.architecture", lambda *_: fused_arch)
+    report = merge_absorb(adapter, fused, tmp_path / "out", verify=False)
+    assert {row.role: (row.tensors, row.matrices) for row in report.roles} == {
+        "experts_gate_up": (2, 8),
+        "experts_down": (2, 8),
+    }
+    out = tensors_of(tmp_path / "out")
+    for path, stack in stacks[1].items():
+        assert not torch.equal(out[path], stacks[0][path])
+        torch.testing.assert_close(out[path], stack, rtol=1e-6, atol=1e-7)
 
 
 def run_folder(folder: Path, base: Path, base_path: str) -> Path:
@@ -313,7 +368,7 @@ def test_the_embedded_model_by_its_word(named: str | None, tmp_path: Path) -> No
 def test_overwrite_replaces_an_earlier_output_whole(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge_absorb(adapter, base, tmp_path / "out")
     (tmp_path / "out" / "leftover").write_text("")
-    merge_absorb(adapter, base, tmp_path / "out", absorb=False, overwrite=True)
+    merge_absorb(adapter, base, tmp_path / "out", options=Options(absorb="none"), overwrite=True)
     assert not (tmp_path / "out" / "leftover").exists()
     assert not (tmp_path / "out" / "absorbed.safetensors").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -325,11 +380,11 @@ def test_an_empty_folder_is_a_fine_place(base: Path, adapter: Path, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_no_model_is_loaded(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merging_loads_no_torch(base: Path, adapter: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from mla_tune.merge.run import merge_absorb\n"
-        f"merge_absorb(Path({str(adapter)!r}), Path({str(base)!r}), Path({str(tmp_path / 'out')!r}))\n"
-        "print([name for name in ('transformers', 'peft', 'accelerate') if name in sys.modules])"
+        f"merge_absorb(Path({str(adapter)!r}), Path({str(base)!r}), Path({str(tmp_path / 'out')!r}), verify=False)\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'accelerate') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

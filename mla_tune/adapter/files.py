@@ -1,82 +1,50 @@
-"""A PEFT adapter folder → which low-rank factors sit on which site.
+"""A PEFT adapter folder → which low-rank factors sit on which site, and which whole tensors replace the base's.
 
-Three namespaces meet here (deepseek_v3's dense and routed MLPs as examples):
-
-    adapter key (base_model.model. before it)              module path, parameter name
-    model.layers.0.mlp.gate_proj.lora_A.weight             model.layers.0.mlp.gate_proj, as module or as `.weight`
-    model.layers.3.mlp.experts.base_layer.lora_A.weight    model.layers.3.mlp.experts.gate_up_proj, with down_proj
-    model.layers.3.mlp.experts.lora_A.weight               …experts.down_proj, or the only parameter adapted there
-
-PEFT wraps the parameters of one module inside each other in the order in which the module holds them, gate_up_proj
-first (`BaseTuner._inject_parameters`), and a key says only how deep its wrapper lies.  Everything is decided from
-adapter_config.json and the file's header; weights are read by `AdapterDelta.load` and `Adapter.check_finite`.
+Everything is decided from adapter_config.json (`adapter.settings`) and the keys and shapes in the file's header
+(`adapter.keys`); weights are read by `Adapter.check_finite` only.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from mla_tune.adapter.keys import MAGNITUDE, KeyMap, Place, in_model, is_expert_key
+from mla_tune.adapter.settings import CONFIG_FILE, Names, read_settings
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
-from mla_tune.checkpoint.files import read_json_object
-from mla_tune.checkpoint.index import TensorRef, nearest, read_shard
-from mla_tune.checkpoint.shards import FLOATS, read_tensor
+from mla_tune.checkpoint.arrays import read_raw
+from mla_tune.checkpoint.codec import FLOATS, decode
+from mla_tune.checkpoint.index import TensorRef, read_shard
+from mla_tune.checkpoint.pickles import PICKLES, convert_command
 from mla_tune.errors import FileError, InputError
-from mla_tune.mla.lora import scaling
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 #: Where a run folder keeps its adapter.
 RUN_SUBFOLDER = "adapter"
-
-#: Settings that may have any value: they don't change what A and B mean.
-_FREE = frozenset(
-    {
-        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
-        *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # read by init_lora_weights only
-        *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-    }
-)
-#: Values of the others that leave a plain LoRA; whatever else is set is refused.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # pissa, corda, olora, loftq and lora_ga change the base weights before training: W + s·B·A is not the model.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-}
-_UNSET = (None, False, [], {})
-
-_KEY = re.compile(
-    r"base_model\.model\.(?P<stem>.+)\.(?:(?P<part>lora_[AB])\.weight|(?P<m>lora_magnitude_vector)(\.weight)?)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """The tensors of one adapted site, as stored: A (E·r, in) and B (out, r·E) for `experts` E, the scale s on B·A, and
-    DoRA's magnitude (out) or None."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float
-    magnitude: torch.Tensor | None
-    experts: int
+#: Parameters and persistent buffers of the modules of these models; other endings on disk (FP8 scales) are none.
+_LEAVES = ("weight", "bias", "e_score_correction_bias")
+#: Bytes read at once to look for NaN.
+_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterDelta:
-    """The adapter of one site, by reference: shapes are checked, weights not read.
+    """One low-rank update of one site, by reference: shapes are checked, weights not read.
 
-    `experts` is the number of experts in the factors: 1 for a single matrix, and more than the site's where the model
-    holds unused weights for its identity experts (LongCat-Flash); the site's come first.
+    A (E·r, in) and B (out, r·E) for `experts` E in the factors, B rank-major (see `mla.lora`).  E is 1 for a single
+    matrix, and more than the site's count where the model holds unused weights for its identity experts
+    (LongCat-Flash); the site's come first.  `scale` is the factor s on B·A, `magnitude` (out) DoRA's.
+
+    The adapter of one expert, as transformers before 5 had them, says which in `expert`, and in `rows` which rows of
+    the site's (out, in) matrix B covers: those of gate or of up; None means all.
+
+    `bias` (out) is the bias of lora_B: the base's bias becomes bias + s·this.
     """
 
     site: Site
@@ -86,25 +54,42 @@ class AdapterDelta:
     B: TensorRef
     magnitude: TensorRef | None
     experts: int
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    bias: TensorRef | None = None
 
     def refs(self) -> Iterator[TensorRef]:
+        """Every tensor of the adapter file that belongs to this delta."""
         yield self.A
         yield self.B
         if self.magnitude is not None:
             yield self.magnitude
+        if self.bias is not None:
+            yield self.bias
 
-    def load(self) -> Factors:
-        magnitude = None if self.magnitude is None else read_tensor(self.magnitude)
-        return Factors(read_tensor(self.A), read_tensor(self.B), self.scale, magnitude, self.experts)
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A trained tensor (modules_to_save, a bias, a saved embedding) that replaces the base's tensor `key`.
+
+    It has the shape of the base's, not always its dtype.  Where the site has a delta too (an adapted lm_head saved with
+    its base layer), the delta comes on top.  `key` is in the base but for the lm_head.weight of a model with tied
+    embeddings, which the base may leave out.
+    """
+
+    key: str
+    ref: TensorRef
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter on an architecture: `deltas` in the order of the architecture's sites, one for each adapted site."""
+    """An adapter on an architecture: `deltas` in the order of the architecture's sites (within one by expert, gate
+    before up), `saved` in the order of the file."""
 
     folder: Path
     settings: dict[str, Any]
     deltas: tuple[AdapterDelta, ...]
+    saved: tuple[SavedTensor, ...] = ()
 
     @property
     def method(self) -> str:
@@ -114,15 +99,23 @@ class Adapter:
             return "dora" if scale == "lora" else "dora with rslora's scale"
         return scale
 
-    def check_finite(self) -> None:
-        """Read every tensor once.  Raises `InputError` naming the first with a NaN or an infinity."""
+    def refs(self) -> Iterator[TensorRef]:
+        """Every tensor of the adapter that the merge uses."""
         for item in self.deltas:
-            for ref in item.refs():
-                if not bool(read_tensor(ref).isfinite().all()):
-                    raise InputError(
-                        f"{ref.file}: '{ref.key}' holds NaN or infinity: the training diverged or the file is damaged. "
-                        "Take an earlier checkpoint of the run"
-                    )
+            yield from item.refs()
+        yield from (item.ref for item in self.saved)
+
+    def check_finite(self) -> None:
+        """Read every tensor once, in blocks of rows.  Raises `InputError` for the first with a NaN or an infinity."""
+        for ref in self.refs():
+            rows = ref.shape[0] if ref.shape else 0
+            step = max(1, _BLOCK * rows // max(1, ref.nbytes))
+            blocks = ((i, min(i + step, rows)) for i in range(0, rows, step)) if ref.shape else [(0, None)]
+            if not all(np.isfinite(decode(read_raw(ref, *block), ref.dtype)).all() for block in blocks):
+                raise InputError(
+                    f"{ref.file}: '{ref.key}' holds NaN or infinity: the training diverged or the file is damaged. "
+                    "Take an earlier checkpoint of the run"
+                )
 
 
 def adapter_folder(path: Path) -> Path:
@@ -134,121 +127,98 @@ def adapter_folder(path: Path) -> Path:
     raise FileError(f"{path}: {what}: give a PEFT adapter folder or a run folder of mla-tune train")
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of `folder`.
+def open_adapter(folder: Path, arch: Architecture, base_keys: Mapping[str, TensorRef]) -> Adapter:
+    """Map every tensor of the adapter to a site of `arch` or to a tensor of the base, from headers alone.
 
-    Raises `FileError` for a file that can't be read and `InputError` for settings that make the adapter anything but
-    LoRA, rsLoRA or DoRA.
-    """
-    file = folder / CONFIG_FILE
-    settings = read_json_object(file, "the adapter's configuration")
-    problems = []
-    for name, value in settings.items():
-        allowed = _PLAIN.get(name, _UNSET)
-        if name not in _FREE and not any(value == a and type(value) is type(a) for a in allowed):
-            problems.append(f"{name}: {value!r}")
-    if settings.get("peft_type") is None:
-        problems.append("no peft_type")
-    if problems:
-        raise InputError(
-            f"{file}: not supported: {'; '.join(problems)}. Supported are plain LoRA, rsLoRA and DoRA as PEFT 0.21 "
-            "writes them, with rank_pattern, alpha_pattern and target_parameters"
-        )
-    return settings
+    `base_keys` are the base's tensors by key (`Checkpoint.tensors`).
 
-
-def open_adapter(folder: Path, arch: Architecture) -> Adapter:
-    """Map every tensor of the adapter to a site of `arch`, from headers alone.
-
-    Raises `FileError` for files that are missing or damaged, `InputError` for settings that are not supported, a key
-    that fits no site, a site with a part missing, and shapes that differ from the site's.
+    Raises `FileError` for files that are missing or damaged, `InputError` for settings that are not supported, pickles,
+    a key that fits nothing in the base, a site with a part missing, trained tensors that the settings speak of and the
+    file lacks, and shapes that differ from the base's.
     """
     settings = read_settings(folder)
-    names = _Names(folder / CONFIG_FILE, settings)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        others = sorted(p.name for p in folder.glob("adapter_model*"))
-        has = f" ({others[0]} is not read: load the adapter with PEFT and save it again)" if others else ""
-        raise FileError(f"{file}: no such file{has}")
-    stems = _stems(arch, names)
-    parts: dict[str, dict[str, TensorRef]] = {}
-    for key, ref in read_shard(file).tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None or match["stem"] not in stems:
-            raise InputError(f"{file}: '{key}' fits no weight of the base model{_hint(key, stems)}")
-        part = match["part"] or match["m"]
-        if part in parts.setdefault(match["stem"], {}):
+    names = Names(folder / CONFIG_FILE, settings)
+    file = _weights_file(folder)
+    keys = KeyMap(arch, names)
+    parts: dict[str, tuple[Place, dict[str, TensorRef]]] = {}
+    whole: list[TensorRef] = []
+    tensors = read_shard(file).tensors
+    for key, ref in tensors.items():
+        if ref.dtype not in FLOATS:
+            raise InputError(f"{file}: '{key}' is {ref.dtype}; an adapter in {', '.join(FLOATS)} was expected")
+        if ".lora_" not in key:
+            whole.append(ref)
+            continue
+        stem, part, place = keys.factor(str(file), key)
+        _, found = parts.setdefault(stem, (place, {}))
+        if part in found:
             raise InputError(f"{file}: '{key}' is there twice, with and without '.weight'")
-        parts[match["stem"]][part] = ref
-    if not parts:
+        found[part] = ref
+    if not tensors:
         raise InputError(f"{file}: the adapter holds no tensor")
-    deltas = {stems[stem].path: _delta(file, stem, stems[stem], found, names, arch) for stem, found in parts.items()}
-    return Adapter(folder, settings, tuple(deltas[s.path] for s in arch.sites if s.path in deltas))
+    deltas = [_delta(file, stem, place, found, names, arch) for stem, (place, found) in parts.items()]
+    order = {site.path: i for i, site in enumerate(arch.sites)}
+    deltas.sort(key=lambda d: (order[d.site.path], -1 if d.expert is None else d.expert, d.rows or (0, 0)))
+    for one, other in pairwise(deltas):
+        if one.site == other.site and one.expert is None:
+            raise InputError(
+                f"{file}: '{other.A.key}' and '{one.A.key}' both adapt {one.site.path}: adapters of single experts and "
+                "of all at once can't be together"
+            )
+    for delta in deltas:
+        if delta.bias is not None and f"{delta.site.path}.bias" not in base_keys:
+            raise InputError(
+                f"{file}: '{delta.bias.key}' (lora_bias) needs the bias of {delta.site.path}, and the base model has "
+                "none: such an adapter can't be merged into it. Train without lora_bias, or keep the adapter unmerged"
+            )
+    copies = _copies(settings, tensors)
+    saved = tuple(
+        SavedTensor(keys.saved(str(file), ref, parts, base_keys), ref) for ref in whole if ref.key not in copies
+    )
+    adapter = Adapter(folder, settings, tuple(deltas), saved)
+    _check_complete(file, adapter, arch, base_keys)
+    return adapter
 
 
-class _Names:
-    """What adapter_config.json says about one name: targeted as a parameter or not, its rank, its alpha."""
-
-    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
-        self.file, self.settings = file, settings
-        self.parameters = [str(t) for t in settings.get("target_parameters") or []]
-
-    def is_parameter(self, parameter: str) -> bool:
-        """As `BaseTuner._inject_parameters` matches `target_parameters`."""
-        return any(parameter == t or parameter.endswith(f".{t}") for t in self.parameters)
-
-    def number(self, default: str, pattern: str, name: str) -> float:
-        """`r` or `lora_alpha` of one name: the first pattern that matches it at its end, else the default
-        (`peft.utils.other.get_pattern_key`)."""
-        patterns = self.settings.get(pattern) or {}
-        value = self.settings.get(default)
-        for key, special in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({key})$", name):
-                    value = special
-                    break
-            except re.error as error:
-                raise InputError(f"{self.file}: {pattern}: '{key}' is not a regular expression: {error}") from error
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise InputError(f"{self.file}: {default} of {name} is {value!r}: a positive number was expected")
-        return value
-
-
-def _stems(arch: Architecture, names: _Names) -> dict[str, Site]:
-    """Key stem (the module path that PEFT puts into a key) → site."""
-    stems = {s.path: s for s in arch.sites if not s.is_experts}
-    for up in arch.by_role(Role.EXPERTS_GATE_UP):
-        container = up.path.rpartition(".")[0]
-        downs = [s for s in arch.by_role(Role.EXPERTS_DOWN) if s.path.rpartition(".")[0] == container]
-        adapted = [s for s in (up, *downs) if names.is_parameter(s.parameter)]
-        for depth, site in enumerate(reversed(adapted)):
-            stems[container + ".base_layer" * depth] = site
-    return stems
+def _weights_file(folder: Path) -> Path:
+    file = folder / WEIGHTS_FILE
+    if file.is_file():
+        return file
+    others = sorted(p for p in folder.glob("adapter_model*") if p.suffix in PICKLES)
+    if others:
+        raise InputError(
+            f"{others[0]}: a pickle can run any code when it is read, so it is not opened. Turn it into safetensors "
+            f"with\n  {convert_command(others[0], file)}"
+        )
+    raise FileError(f"{file}: no such file: the adapter's weights are missing")
 
 
 def _delta(
-    file: Path, stem: str, site: Site, found: dict[str, TensorRef], names: _Names, arch: Architecture
+    file: Path, stem: str, place: Place, found: dict[str, TensorRef], names: Names, arch: Architecture
 ) -> AdapterDelta:
-    needed = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if names.settings.get("use_dora") else set())
-    if found.keys() != needed:
-        extra, missing = sorted(found.keys() - needed), sorted(needed - found.keys())
-        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(extra)}, but use_dora is not set"
-        raise InputError(f"{file}: the adapter of '{stem}' {what}: the adapter is not complete")
-    # PEFT matches patterns against the parameter's name where a parameter was targeted, else the module's.
-    name = site.parameter if names.is_parameter(site.parameter) else site.path
-    rank = int(names.number("r", "rank_pattern", name))
-    alpha = names.number("lora_alpha", "alpha_pattern", name)
-    rows = found["lora_A"].shape[0] if found["lora_A"].shape else 0
-    experts = _experts(site, arch, rows // rank)
-    out, inner = site.shape
+    site, optional = place.site, {MAGNITUDE: "use_dora", "lora_B.bias": "lora_bias"}
+    wanted = {part for part, setting in optional.items() if names.settings.get(setting)}
+    if missing := sorted({"lora_A.weight", "lora_B.weight", *wanted} - found.keys()):
+        raise InputError(f"{file}: the adapter of '{stem}' lacks {', '.join(missing)}: the adapter is not complete")
+    for part, setting in optional.items():
+        if part in found and part not in wanted:
+            raise InputError(
+                f"{file}: the adapter of '{stem}' has {part}, but {setting} is not set: {CONFIG_FILE} and the weights "
+                "are of different adapters"
+            )
+    if MAGNITUDE in found and site.is_experts and place.expert is None:
+        raise InputError(f"{file}: '{found[MAGNITUDE].key}': DoRA on fused experts is not something PEFT has")
+    rank, scale = names.rank_and_scale(place.name)
+    rows = found["lora_A.weight"].shape[0] if found["lora_A.weight"].shape else 0
+    experts = 1 if place.expert is not None else _experts(site, arch, rows // rank)
+    out, inner = place.shape
     expected = {
-        "lora_A": (experts * rank, inner),
-        "lora_B": (out, rank * experts),
-        "lora_magnitude_vector": (out,),
+        "lora_A.weight": (experts * rank, inner),
+        "lora_B.weight": (out, rank * experts),
+        "lora_B.bias": (out,),
+        MAGNITUDE: (out,),
     }
     for part, ref in found.items():
-        if ref.dtype not in FLOATS:
-            raise InputError(f"{file}: '{ref.key}' is {ref.dtype}; an adapter in {', '.join(FLOATS)} was expected")
         if ref.shape != expected[part]:
             of_experts = f" in each of {site.count} experts" if site.is_experts else ""
             raise InputError(
@@ -259,11 +229,14 @@ def _delta(
     return AdapterDelta(
         site=site,
         rank=rank,
-        scale=scaling(alpha, rank, bool(names.settings.get("use_rslora"))),
-        A=found["lora_A"],
-        B=found["lora_B"],
-        magnitude=found.get("lora_magnitude_vector"),
+        scale=scale,
+        A=found["lora_A.weight"],
+        B=found["lora_B.weight"],
+        magnitude=found.get(MAGNITUDE),
         experts=experts,
+        expert=place.expert,
+        rows=place.rows,
+        bias=found.get("lora_B.bias"),
     )
 
 
@@ -278,19 +251,48 @@ def _experts(site: Site, arch: Architecture, held: int) -> int:
     return held if held in outputs else site.count
 
 
-def _hint(key: str, stems: Iterable[str]) -> str:
-    if re.search(r"\.experts\.\d+\.", key):
-        return (
-            ": it is the adapter of a single expert, as PEFT wrote them before transformers 5. "
-            "Load the adapter with PEFT 0.21 and save it again"
+def _copies(settings: dict[str, Any], tensors: Mapping[str, TensorRef]) -> set[str]:
+    """Keys of biases that PEFT writes twice more, beside the trained one, where `bias: all` meets a module of
+    modules_to_save that has a bias: the base's own bias, and the trained one under a key that its loader ignores."""
+    if settings.get("bias") != "all":
+        return set()
+    infixes = (".original_module.bias", ".modules_to_save.bias")
+    return {k for k in tensors for i in infixes if k.endswith(i) and f"{k.removesuffix(i)}.bias" in tensors}
+
+
+def _check_complete(file: Path, adapter: Adapter, arch: Architecture, base_keys: Mapping[str, TensorRef]) -> None:
+    """Raise `InputError` where adapter_config.json speaks of trained tensors that the file does not hold."""
+    settings, held = adapter.settings, {s.key for s in adapter.saved}
+    bias, modules = settings.get("bias", "none"), settings.get("modules_to_save") or []
+    trained: list[str] = []
+    if bias == "all":
+        trained = [key for key in base_keys if key.endswith(".bias")]
+    elif bias == "lora_only":
+        trained = [key for d in adapter.deltas if (key := f"{d.site.path}.bias") in base_keys]
+    if lost := [key for key in trained if key not in held and in_model(key, arch)]:
+        # Older versions of PEFT looked for q_a_proj.bias with `lora_only`, and it lies in q_a_proj.base_layer.bias.
+        raise InputError(
+            f"{file}: {CONFIG_FILE} says bias: {bias!r}, but the trained '{lost[0]}' is not in the file"
+            f"{_more(lost)}; older versions of PEFT lost them when saving. Take them from a full checkpoint of the "
+            f'training, or, to merge with the biases of the base, set "bias": "none" in {CONFIG_FILE}'
         )
-    if re.search(r"\.experts\.(base_layer\.)?lora_", key):
-        return f": target_parameters in {CONFIG_FILE} does not say which of the experts' weights it adapts"
-    if "lora_embedding" in key:
-        return ": adapters on the embedding are not supported"
-    if ".lora_" not in key:
-        return (
-            ": it is a whole weight saved beside the LoRA. Save the adapter again, with save_embedding_layers=False "
-            "where PEFT added the embedding or the output head by itself"
+    head = ["lm_head.weight"] if arch.tied else []
+    # PEFT takes every module whose path ends in the name, at no border between names: `norm` means all norms.
+    lost = [
+        key
+        for key in dict.fromkeys([*base_keys, *head] if modules else [])
+        if any(f"{name}." in key for name in modules)
+        and key not in held
+        and key.rpartition(".")[2] in _LEAVES
+        and in_model(key, arch)
+        and not is_expert_key(key)
+    ]
+    if lost:
+        raise InputError(
+            f"{file}: {CONFIG_FILE} says modules_to_save: {', '.join(modules)}, but the trained '{lost[0]}' is not in "
+            f"the file{_more(lost)}: the adapter is not complete. Save it again with PeftModel.save_pretrained"
         )
-    return nearest(key, [f"base_model.model.{stem}{key[key.rfind('.lora_') :]}" for stem in stems])
+
+
+def _more(keys: list[str]) -> str:
+    return f", nor are {len(keys) - 1:,} others" if len(keys) > 1 else ""

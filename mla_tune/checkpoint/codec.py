@@ -87,6 +87,8 @@ def _nearest(x: np.ndarray, dtype: str) -> np.ndarray:
             return x.astype(STORAGE[dtype])
     if x.dtype == np.float64:
         x = _round_to_odd(x)
+    if x.ndim == 0:
+        return _nearest(x[None], dtype)[0]
     return round_bf16(x.copy()) if dtype == "BF16" else _nearest_e4m3(x)
 
 
@@ -123,12 +125,19 @@ def _nearest_e4m3(x: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(x).view(np.uint32)
     magnitude = bits & 0x7FFFFFFF
     # Normal numbers: round the mantissa to 3 bits and shift the exponent's bias from 127 to 7.
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20).astype(np.int64) - (120 << 3)
-    with np.errstate(invalid="ignore"):
-        tiny = np.rint(np.minimum(np.abs(x), 1.0) * 512).astype(np.int64)  # multiples of 2⁻⁹; np.rint rounds to even
-    code = np.minimum(np.where(normal < 8, tiny, normal), 0x7E)
-    code = np.where(np.isnan(x), 0x7F, code)
-    return (code | ((bits >> 24) & 0x80)).astype(np.uint8)
+    normal = magnitude >> 20
+    normal &= 1
+    normal += magnitude
+    normal += 0x7FFFF
+    normal >>= 20
+    normal -= 120 << 3  # wraps for numbers below the smallest normal one, which are taken from `tiny`
+    # Multiples of 2⁻⁹: next to 2¹⁴ float32 numbers are that far apart, and the addition rounds to the even one.
+    tiny = (np.minimum(magnitude.view(np.float32), 1.0) + np.float32(2**14)).view(np.uint32) & 0xF
+    code = np.where(magnitude < 0x3C800000, tiny, normal)  # 2⁻⁶
+    np.minimum(code, 0x7E, out=code)
+    code[magnitude > 0x7F800000] = 0x7F
+    code |= (bits >> 24) & 0x80
+    return code.astype(np.uint8)
 
 
 def _stochastic(x: np.ndarray, nearest: np.ndarray, dtype: str, rng: np.random.Generator) -> np.ndarray:

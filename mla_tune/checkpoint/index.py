@@ -6,6 +6,7 @@ N bytes of JSON, {key: {dtype, shape, data_offsets: [begin, end]}}; then the dat
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mla_tune.checkpoint.files import read_json_object
+from mla_tune.checkpoint.pickles import convert_folder_command
 from mla_tune.errors import FileError, InputError, did_you_mean
 
 SINGLE_FILE = "model.safetensors"
@@ -56,12 +58,38 @@ class TensorRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Stamp:
+    """What changes when a file is written to: its bytes, its time of change (ns) and its inode."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: Path) -> Stamp:
+        """Raises `FileError` for a file that is gone."""
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise FileError(f"{file}: can't be read: {error.strerror}") from error
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its tensors in the order of their data, and its `__metadata__`."""
+    """One safetensors file: its tensors in the order of their data, its `__metadata__`, the sha256 of its header, and
+    what the file looked like when the header was read."""
 
     file: Path
     tensors: dict[str, TensorRef]
     metadata: dict[str, str]
+    header_sha256: str
+    stamp: Stamp
+
+    def check_unchanged(self) -> None:
+        """Raise `FileError` where somebody has written to the file since its header was read."""
+        if Stamp.of(self.file) != self.stamp:
+            raise FileError(f"{self.file}: changed while it was in use: wait until nothing writes to it, and run again")
 
 
 @dataclass(frozen=True)
@@ -109,6 +137,10 @@ class Checkpoint:
         """The parsed config.json."""
         return read_json_object(self.folder / "config.json", "the model's configuration")
 
+    def name(self, shard: Shard) -> str:
+        """The shard's file name as the index writes it."""
+        return shard.file.relative_to(self.folder).as_posix()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -127,10 +159,13 @@ def nearest(key: str, keys: Iterable[str]) -> str:
 def _no_weights(folder: Path) -> InputError | FileError:
     others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHER_FORMATS)
     if others:
-        return InputError(
-            f"{folder}: holds {others[0]} but no {SINGLE_FILE}: only safetensors checkpoints are read. "
-            "Download the model's safetensors version, or save it again with save_pretrained"
-        )
+        what = f"{folder}: holds {others[0]} but no {SINGLE_FILE}: only safetensors checkpoints are read"
+        if others[0].startswith("pytorch_model") and others[0].endswith(".bin"):
+            return InputError(
+                f"{what}, since opening a pickle can run code. Download the model's safetensors version, or convert "
+                f"it, without running code from it, by\n  {convert_folder_command(folder)}"
+            )
+        return InputError(f"{what}. Download the model's safetensors version")
     return FileError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}: not a complete model folder")
 
 
@@ -171,15 +206,14 @@ def _indexed(index_file: Path, weight_map: dict[str, str], shards: tuple[Shard, 
 
 def read_shard(file: Path) -> Shard:
     """The checked header of one safetensors file.  Raises `FileError`."""
+    stamp = Stamp.of(file)
+    size = stamp.size
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise _damaged(file, f"its first 8 bytes announce a header of {length:,} bytes in {size:,} bytes")
             raw = stream.read(length)
-    except FileNotFoundError:
-        raise FileError(f"{file}: no such file") from None
     except OSError as error:
         if isinstance(error, FileError):
             raise
@@ -203,7 +237,8 @@ def read_shard(file: Path) -> Shard:
         expected = ref.end
     if expected != size:
         raise _damaged(file, f"the header describes {expected:,} bytes, the file has {size:,}")
-    return Shard(file, {ref.key: ref for ref in refs}, metadata)
+    digest = hashlib.sha256(raw).hexdigest()
+    return Shard(file, {ref.key: ref for ref in refs}, metadata, digest, stamp)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

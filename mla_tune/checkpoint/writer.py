@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -69,9 +69,9 @@ class ShardWriter:
         assert offset + len(view) <= self._nbytes[key], f"{key}: {offset} + {len(view)} of {self._nbytes[key]} bytes"
         self._put(view, self._begin[key] + offset)
 
-    def copy(self, key: str, source: TensorRef, nbytes: int) -> None:
+    def copy(self, key: str, source: TensorRef, nbytes: int, copied: Callable[[int], None] = lambda _: None) -> None:
         """Copy `nbytes` from the beginning of `source` on to the beginning of `key`: one tensor, or several that follow
-        each other in both files."""
+        each other in both files.  `copied` is told the bytes of each step."""
         begin = self._begin[key]
         assert begin + nbytes <= self.nbytes
         handle = os.open(source.file, os.O_RDONLY)
@@ -83,6 +83,7 @@ class ShardWriter:
                 if count == 0:
                     raise FileError(f"{source.file}: ends within '{source.key}': the file changed while it was read")
                 done += count
+                copied(count)
         finally:
             os.close(handle)
 

@@ -1,28 +1,37 @@
-"""The merge of one tensor: float32 weight plus float32 delta, rounded once, and what the rounding kept.
+"""The merge of one tensor, some rows at a time: weight plus delta in float32 (or float64), rounded once, and what the
+rounding kept.
 
-    W the base's weight   Δ the adapter's change (for DoRA: W' - W)   Q rounding to the dtype that is written
+    W the base's weight   Δ the adapters' change (for DoRA: W' - W)   Q rounding to the dtype that is written
 
+Everything is numpy, so that merging needs no torch; the proof (`merge.proof`) computes the same in torch, by other
+code.
 PEFT rounds the delta of a bfloat16 adapter to bfloat16 before it adds it; one rounding less can differ from its merge
 by one unit in the last place and is never further from the exact sum.
 """
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from mla_tune.adapter.files import AdapterDelta, Factors
-from mla_tune.arch.roles import Role
-from mla_tune.checkpoint.index import TensorRef
-from mla_tune.checkpoint.shards import FLOATS, read_tensor
+from mla_tune.adapter.files import AdapterDelta
+from mla_tune.checkpoint.arrays import read_float, read_into, read_raw
+from mla_tune.checkpoint.codec import STORAGE, decode, encode, round_bf16
+from mla_tune.checkpoint.quant import Quantised, dequantise, read_scales, requantise
 from mla_tune.errors import WorkError
-from mla_tune.merge.plan import Change, MergePlan
-from mla_tune.mla.lora import delta, dora_merge, expert_delta, expert_factors
+from mla_tune.merge.plan import MergePlan, OutTensor, Update
 
+#: Numbers computed at once: three float32 arrays of this size fit into a core's cache.
+_BLOCK = 1 << 17
+#: Bytes read and written at once.
+PIECE_BYTES = 1 << 23
 #: Sites whose factors are kept at hand: the files of a checkpoint alternate between gate, up and down of the experts.
-_KEPT_FACTORS = 3
+KEPT_FACTORS = 4
 
 
 @dataclass(slots=True)
@@ -58,78 +67,248 @@ class Survival:
         return self.inner / both if both else None
 
 
-Record = dict[Role, Survival]
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [begin, end) of a tensor seen as a matrix: its last dimension are the columns."""
+
+    out: OutTensor
+    begin: int
+    end: int
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor seen as a matrix; one row for vectors and scalars."""
+    if len(shape) < 2:
+        return 1, shape[0] if shape else 1
+    return int(np.prod(shape[:-1])), shape[-1]
 
 
 class Merger:
-    """Merged tensors of a plan, one at a time; holds the factors of a few sites and nothing else."""
+    """Merged rows of a plan's tensors.  Holds the factors of a few sites and nothing else; any thread may call it."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
-        self._factors: OrderedDict[str, Factors] = OrderedDict()
+        self.float_type: type = np.float64 if plan.options.exact else np.float32
+        self._weights = {out.key: out for out in plan.changed if out.requantise is not None}
+        self._factors: OrderedDict[str, tuple[np.ndarray, ...]] = OrderedDict()
+        self._scales: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+        self._local = threading.local()
 
-    def tensor(self, ref: TensorRef, record: Record | None = None) -> torch.Tensor | TensorRef:
-        """What the merged checkpoint holds for `ref`: the reference itself where nothing changes.
+    def pieces(self, out: OutTensor) -> Iterator[Piece]:
+        """The tensor in pieces of about `PIECE_BYTES`, that end where experts and quantised blocks end.  They depend on
+        the tensor alone, never on the number of threads, and so do the results."""
+        rows, columns = matrix_shape(out.shape)
+        if out.scale_of is not None:
+            yield Piece(out, 0, rows)
+            return
+        step = max(1, PIECE_BYTES // max(1, columns * STORAGE[out.dtype].itemsize))
+        for first, last, unit in self._spans(out, rows):
+            size = max(unit, step // unit * unit)
+            for begin in range(first, last, size):
+                yield Piece(out, begin, min(begin + size, last))
 
-        `record` takes up how much of each delta survived, by role.  Raises `WorkError` where the result is not finite.
+    def _spans(self, out: OutTensor, rows: int) -> Iterator[tuple[int, int, int]]:
+        """(begin, end, granularity) of the rows that belong to one matrix."""
+        code = out.quant or out.requantise
+        unit = code.block[0] if code is not None and code.block is not None else 1
+        matrices = out.shape[0] if len(out.shape) == 3 else 1
+        for i in range(matrices):
+            yield i * rows // matrices, (i + 1) * rows // matrices, unit
+
+    def compute(self, piece: Piece) -> tuple[np.ndarray, Survival | None]:
+        """The codes to write for a piece, (rows, columns) in the storage dtype, and what survived the rounding; None
+        where no adapter changes the tensor.  Raises `WorkError` where a result is not finite."""
+        out = piece.out
+        if out.scale_of is not None:
+            return self._fresh_scales(out), None
+        _, columns = matrix_shape(out.shape)
+        codes = np.empty((piece.end - piece.begin, columns), STORAGE[out.dtype])
+        survival = Survival() if out.updates else None
+        for begin, end in self._blocks(piece, columns):
+            W = self._weight(out, begin, end, columns)
+            merged, added = self._merged(out, W, begin)
+            if out.requantise is not None:
+                absmax = self._absmax(out) if out.requantise.block is None else None
+                block, raw = requantise(merged, out.requantise, self._rng(out.key, begin), absmax)
+                scales = decode(raw, out.requantise.scale.dtype, self.float_type)
+                kept = dequantise(block, scales, out.requantise, 0, self.float_type)
+            else:
+                block, kept = self._round(merged, out, begin)
+            codes[begin - piece.begin : end - piece.begin] = block
+            if survival is None or added is None:
+                if not np.isfinite(kept).all():
+                    raise _not_finite(out, W)
+                continue
+            np.subtract(kept, W, out=kept)
+            part = Survival(_dot(kept, added), _dot(added, added), _dot(kept, kept), _dot(W, W))
+            if not np.isfinite(part.kept2):
+                raise _not_finite(out, W)
+            survival.add(part)
+        return codes, survival
+
+    def _blocks(self, piece: Piece, columns: int) -> Iterator[tuple[int, int]]:
+        code = piece.out.quant or piece.out.requantise
+        unit = code.block[0] if code is not None and code.block is not None else 1
+        step = max(unit, _BLOCK // max(1, columns) // unit * unit)
+        for begin in range(piece.begin, piece.end, step):
+            yield begin, min(begin + step, piece.end)
+
+    def _weight(self, out: OutTensor, begin: int, end: int, columns: int) -> np.ndarray:
+        """Rows of the source as floats, in an array of this thread that the next call may use again."""
+        raw = np.empty((end - begin, columns), STORAGE[out.source.dtype])
+        read_into(out.source, raw, begin * columns * raw.itemsize)
+        if out.quant is None:
+            if out.source.dtype == "BF16" and self.float_type is np.float32:
+                return decode(raw, "BF16", out=self._spare("W", raw.shape))
+            return decode(raw, out.source.dtype, self.float_type)
+        expert, row = divmod(begin, out.shape[1]) if len(out.shape) == 3 else (None, begin)
+        return dequantise(raw, self._scale(out.quant), out.quant, row, self.float_type, expert)
+
+    def _merged(self, out: OutTensor, W: np.ndarray, begin: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """(W', W' - W) of these rows; the second is None where nothing is added."""
+        if not out.updates:
+            return W.copy(), None
+        if out.is_bias:
+            added = np.zeros_like(W)
+            for update in out.updates:
+                assert update.delta.bias is not None
+                added += read_float(update.delta.bias, self.float_type) * (update.delta.scale * update.weight)
+            return W + added, added
+        added = self._spare("added", W.shape)
+        for i, update in enumerate(out.updates):
+            self._add(update, out, begin, added, first=i == 0)
+        merged = np.add(W, added, out=self._spare("merged", W.shape))
+        magnitude = out.updates[0].delta.magnitude
+        if magnitude is not None:
+            # A magnitude has the rows of its own delta: those of gate or up alone where experts were adapted one by one.
+            rows = out.first_row + begin - (out.updates[0].delta.rows or (0,))[0]
+            m = read_raw(magnitude, rows, rows + len(W))
+            norms = np.sqrt(np.einsum("ij,ij->i", merged, merged))
+            merged *= (decode(m, magnitude.dtype, self.float_type) / norms)[:, None]
+            np.subtract(merged, W, out=added)
+        return merged, added
+
+    def _add(self, update: Update, out: OutTensor, begin: int, added: np.ndarray, *, first: bool) -> None:
+        """Add s·B·A of these rows; `first` means that `added` holds nothing yet."""
+        site, delta = out.site, update.delta
+        assert site is not None
+        expert, row = out.expert, out.first_row + begin
+        if site.is_experts and expert is None:
+            expert, row = divmod(begin, site.shape[0])
+        low, high = delta.rows or (0, site.shape[0])
+        a, b = max(row, low), min(row + len(added), high)
+        if (delta.expert is not None and delta.expert != expert) or a >= b:
+            if first:
+                added[...] = 0
+            return
+        A, B = self._load(delta, update.weight)
+        which = (expert or 0) if delta.experts > 1 else 0
+        rows = B[which, a - low : b - low]
+        if first and b - a == len(added):
+            np.dot(rows, A[which], out=added)
+            return
+        if first:
+            added[...] = 0
+        added[a - row : b - row] += rows @ A[which]
+
+    def _load(self, delta: AdapterDelta, weight: float) -> tuple[np.ndarray, ...]:
+        """A (E, r, in) and s·w·B (E, out, r) of one update, as floats.
+
+        PEFT stacks A (E·r, in) by experts and B (out, r·E) by ranks: the columns of B count the experts fastest.
         """
-        if ref.key in self.plan.changes:
-            return self._merged(self.plan.changes[ref.key], record)
-        dtype = self.plan.out_dtype(ref)
-        return ref if dtype == ref.dtype else _round(read_tensor(ref), dtype, ref)
+        with self._lock:
+            name = f"{delta.A.file}:{delta.A.key}"
+            if name not in self._factors:
+                A, B = read_float(delta.A, self.float_type), read_float(delta.B, self.float_type)
+                E = delta.experts
+                B = np.ascontiguousarray(B.reshape(len(B), -1, E).transpose(2, 0, 1))
+                B *= self.float_type(delta.scale * weight)
+                self._factors[name] = (A.reshape(E, -1, A.shape[1]), B)
+                if len(self._factors) > KEPT_FACTORS * len(self.plan.adapters):
+                    self._factors.popitem(last=False)
+            self._factors.move_to_end(name)
+            return self._factors[name]
 
-    def _merged(self, change: Change, record: Record | None) -> torch.Tensor:
-        # float64 weights stay in float64; all others are exact in float32.
-        W = read_tensor(change.ref)
-        W = W.to(torch.float64 if W.dtype == torch.float64 else torch.float32)
-        factors = self._load(change.delta)
-        if factors.magnitude is not None:
-            merged = dora_merge(W, factors.A, factors.B, factors.scale, factors.magnitude)
-            added = merged - W
-        else:
-            added = _added(change, factors, W.dtype)
-            merged = W + added
-        rounded = _round(merged, self.plan.out_dtype(change.ref), change.ref)
-        if record is not None:
-            record.setdefault(change.site.role, Survival()).add(_survival(W, added, rounded))
-        return rounded
+    def _round(self, merged: np.ndarray, out: OutTensor, begin: int) -> tuple[np.ndarray, np.ndarray]:
+        """(codes, the numbers that they stand for).  `merged` is overwritten."""
+        rng = self._rng(out.key, begin)
+        if out.dtype == "BF16" and rng is None and merged.dtype == np.float32:
+            codes = round_bf16(merged, self._spare("bits", merged.shape).view(np.uint32))
+            bits = merged.view(np.uint32)
+            np.bitwise_and(bits, 0xFFFF0000, out=bits)
+            return codes, merged
+        codes = encode(merged, out.dtype, rng)
+        return codes, decode(codes, out.dtype, self.float_type)
 
-    def _load(self, item: AdapterDelta) -> Factors:
-        path = item.site.path
-        if path not in self._factors:
-            self._factors[path] = item.load()
-            if len(self._factors) > _KEPT_FACTORS:
-                self._factors.popitem(last=False)
-        self._factors.move_to_end(path)
-        return self._factors[path]
+    def _rng(self, key: str, begin: int) -> np.random.Generator | None:
+        """The same numbers for the same seed, tensor and rows, whatever runs beside them."""
+        if self.plan.options.round == "nearest":
+            return None
+        digest = hashlib.sha256(f"{self.plan.options.seed}:{key}:{begin}".encode()).digest()
+        return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
+
+    def _spare(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """An array of this thread, to be used again for the next block."""
+        spares = self._local.__dict__.setdefault("spares", {})
+        size = int(np.prod(shape))
+        if name not in spares or spares[name].size < size or spares[name].dtype != self.float_type:
+            spares[name] = np.empty(size, self.float_type)
+        return spares[name][:size].reshape(shape)
+
+    def _scale(self, quant: Quantised) -> np.ndarray:
+        """The scales of a quantised weight, kept for the next rows."""
+        with self._lock:
+            key = quant.scale.key
+            if key not in self._scales:
+                self._scales[key] = read_scales(quant, self.float_type)
+                if len(self._scales) > 8:
+                    self._scales.popitem(last=False)
+            return self._scales[key]
+
+    def _absmax(self, out: OutTensor) -> float:
+        """max |W'| of a whole tensor: what a scale for the whole tensor has to reach."""
+        with self._lock:
+            known = self._scales.get(f"absmax {out.key}")
+        if known is None:
+            rows, columns = matrix_shape(out.shape)
+            largest = 0.0
+            for begin, end in self._blocks(Piece(out, 0, rows), columns):
+                merged, _ = self._merged(out, self._weight(out, begin, end, columns), begin)
+                largest = max(largest, float(np.abs(merged).max()))
+            known = np.array(largest)
+            with self._lock:
+                self._scales[f"absmax {out.key}"] = known
+        return float(known)
+
+    def _fresh_scales(self, out: OutTensor) -> np.ndarray:
+        """The scales of a requantised weight, in the dtype and shape of the base's.
+
+        They may lie in another shard than the weight, so they are computed from it once more.
+        """
+        quant = out.requantise
+        assert quant is not None
+        assert out.scale_of is not None
+        weight = self._weights[out.scale_of]
+        rows, columns = matrix_shape(weight.shape)
+        absmax = self._absmax(weight) if quant.block is None else None
+        parts = []
+        for first, last, _ in self._spans(weight, rows):
+            for begin, end in self._blocks(Piece(weight, first, last), columns):
+                merged, _ = self._merged(weight, self._weight(weight, begin, end, columns), begin)
+                parts.append(requantise(merged, quant, None, absmax)[1])
+        raw = parts[0] if quant.block is None else np.concatenate(parts)
+        return raw.reshape(matrix_shape(out.shape))
 
 
-def _added(change: Change, factors: Factors, dtype: torch.dtype) -> torch.Tensor:
-    """Δ of a LoRA in the shape of the tensor on disk."""
-    site = change.site
-    if not site.is_experts:
-        return delta(factors.A, factors.B, factors.scale, dtype)
-    if change.expert is None:
-        return expert_delta(factors.A, factors.B, factors.scale, factors.experts, dtype)[: site.count]
-    A, B = expert_factors(factors.A, factors.B, factors.experts)
-    return delta(A[change.expert], B[change.expert, slice(*change.rows)], factors.scale, dtype)
+def _not_finite(out: OutTensor, W: np.ndarray) -> WorkError:
+    why = (
+        f"too large for {out.dtype}: take --dtype bfloat16 or float32"
+        if np.isfinite(W).all()
+        else "the base is damaged"
+    )
+    return WorkError(f"{out.source.file}: '{out.key}' would hold NaN or infinity ({why})")
 
 
-def _round(tensor: torch.Tensor, dtype: str, ref: TensorRef) -> torch.Tensor:
-    rounded = tensor.to(FLOATS[dtype])
-    if not bool(rounded.isfinite().all()):
-        fits = bool(tensor.isfinite().all())
-        why = (
-            f"too large for {dtype}: take --dtype bfloat16 or float32" if fits else "the base or the adapter is damaged"
-        )
-        raise WorkError(f"{ref.file}: '{ref.key}' would hold NaN or infinity ({why})")
-    return rounded
-
-
-def _survival(W: torch.Tensor, added: torch.Tensor, rounded: torch.Tensor) -> Survival:
-    kept = rounded.to(W.dtype) - W
-    return Survival(_dot(kept, added), _dot(added, added), _dot(kept, kept), _dot(W, W))
-
-
-def _dot(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float((x * y).sum(dtype=torch.float64))
+def _dot(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.dot(x.reshape(-1), y.reshape(-1)))

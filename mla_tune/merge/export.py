@@ -1,19 +1,24 @@
-"""The output folder: built beside its place, checked there, and renamed when everything holds."""
+"""What lies in an output folder beside the weights: index, config.json, the base's other files, the manifest."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from mla_tune.checkpoint.files import read_json_object, replacing, sync_folder, write_json
+from mla_tune import __version__
+from mla_tune.checkpoint.files import replacing, write_json
 from mla_tune.checkpoint.index import INDEX_FILE
+from mla_tune.checkpoint.quant_config import edit_config
 from mla_tune.errors import FileError, InputError
-from mla_tune.merge.plan import MergePlan
+from mla_tune.merge.plan import HEAD, MergePlan
+from mla_tune.merge.staging import JOURNAL_FILE, STATE_FILE, Staging, sha256_of
+from mla_tune.mla.fold import LAYOUTS
 
 REPORT_FILE = "merge_report.json"
+MANIFEST_FILE = "mla_tune_manifest.json"
 #: Weights: those of the checkpoint are written by the merge, any other would still be the base's.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 #: The one subfolder that belongs to a model: transformers' named chat templates.
@@ -45,66 +50,106 @@ def check_output(out: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int
         raise FileError(f"{out}: {nbytes / 1e9:.1f} GB will be written, but only {free / 1e9:.1f} GB are free there")
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; it takes `out`'s place when the block ends well, and is gone otherwise."""
-    out = out.resolve()
-    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging.mkdir()
-    try:
-        yield staging
-        if out.exists():
-            out.rename(replaced)
-        staging.rename(out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        raise
-    sync_folder(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def write_index_of(plan: MergePlan, folder: Path) -> None:
+    """The index of the merged files: keys in the order of the base's, `total_size` in bytes.
 
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the contents, whole or not at all; a link is followed."""
-    with source.open("rb") as read, replacing(target) as write:
-        shutil.copyfileobj(read, write, 1 << 24)
+    It is written beside absorbed tensors even where the base is a single file: without an index, vLLM and SGLang load
+    every *.safetensors file of a folder, the absorbed one too.
+    """
+    base = plan.checkpoint
+    if base.index is None and plan.absorbed is None:
+        return
+    files = {out.key: shard.name for shard in plan.shards for out in shard.tensors}
+    listed = [key for key in base.tensors if key in files] + [key for key in (HEAD,) if key not in base.tensors]
+    document = dict(base.index or {})
+    document["metadata"] = {**document.get("metadata", {}), "total_size": plan.model_bytes}
+    document["weight_map"] = {key: files[key] for key in listed if key in files}
+    write_json(folder / INDEX_FILE, document)
 
 
 def carry_files(plan: MergePlan, staging: Path) -> tuple[list[str], list[str]]:
     """Copy everything of the base that is not weights: tokenizer, generation config, chat templates, code.
 
     Returns the names that were copied and the names that were left behind; the weights that the merge has written
-    itself are in neither list.  config.json gets the new dtype if there is one.
+    itself are in neither list.  config.json tells of a new dtype, of weights that are no longer quantised, and of an
+    output head that is no longer tied.
     """
     base = plan.checkpoint.folder
-    written = {shard.file.relative_to(base).as_posix() for shard in plan.checkpoint.shards} | {INDEX_FILE}
+    written = {plan.checkpoint.name(shard) for shard in plan.checkpoint.shards} | {INDEX_FILE}
     carried, left = [], []
     for path in sorted(base.iterdir()):
         if path.is_dir():
             if path.name not in _CARRIED_FOLDERS:
                 left.append(f"{path.name}/")
                 continue
-            (staging / path.name).mkdir()
+            (staging / path.name).mkdir(exist_ok=True)
             files = sorted(p for p in path.iterdir() if p.is_file())
         else:
             files = [path]
         for file in files:
             name = file.relative_to(base).as_posix()
-            if name.startswith(".") or name.endswith(_WEIGHTS) or name == REPORT_FILE:
+            if name.startswith(".") or name.endswith(_WEIGHTS) or name in (REPORT_FILE, MANIFEST_FILE):
                 left += [] if name in written else [name]
                 continue
-            copy_file(file, staging / name)
+            with file.open("rb") as read, replacing(staging / name) as write:
+                shutil.copyfileobj(read, write, 1 << 24)
             carried.append(name)
-    if plan.dtype != "keep":
-        _set_dtype(staging / "config.json", plan.dtype)
+    config = _config(plan)
+    if config != plan.checkpoint.config:
+        write_json(staging / "config.json", config)
     return carried, left
 
 
-def _set_dtype(file: Path, dtype: str) -> None:
-    config = read_json_object(file, "the model's configuration")
-    # transformers 4 wrote torch_dtype, transformers 5 writes dtype and reads both.
-    present = [name for name in ("dtype", "torch_dtype") if name in config]
-    write_json(file, {**config, **dict.fromkeys(present or ["dtype"], dtype)})
+def _config(plan: MergePlan) -> dict[str, Any]:
+    """The base's config.json with what the merge has changed."""
+    config = dict(plan.checkpoint.config)
+    if plan.raised:
+        config = edit_config(config, plan.raised, plan.quantised)
+    if plan.options.dtype != "keep":
+        # transformers 4 wrote torch_dtype, transformers 5 writes dtype and reads both.
+        present = [name for name in ("dtype", "torch_dtype") if name in config]
+        config |= dict.fromkeys(present or ["dtype"], plan.options.dtype)
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def write_manifest(plan: MergePlan, staging: Staging, hashes: Mapping[str, str | None]) -> None:
+    """What the output was made of, and the bytes and sha256 of each of its files.
+
+    `hashes` are those that the proof computed: a file of weights that it did not read has none.
+    """
+    folder, base = staging.folder, staging.identity
+    weights = {shard.name for shard in plan.shards}
+    entries = {}
+    ours = (STATE_FILE, JOURNAL_FILE, REPORT_FILE, MANIFEST_FILE)
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ours):
+        name = file.relative_to(folder).as_posix()
+        how = staging.finished.get(name, {}).get("how", "written")
+        # Only weights are large: the proof has read them, or they are the base's own files.
+        sha256 = hashes.get(name) if name in weights or name.endswith(".safetensors") else sha256_of(file)
+        entries[name] = {"bytes": file.stat().st_size, "sha256": sha256, "linked": how in ("linked", "reflinked")}
+    changed = plan.changed
+    document = {
+        "mla_tune": __version__,
+        "base": str(plan.checkpoint.folder.absolute()),
+        "base_files": {
+            name: {"header_sha256": header, "bytes": size}
+            for name, (header, size, *_) in base["base"]["shards"].items()
+        },
+        "adapters": [
+            {"path": str(adapter.folder.absolute()), "method": adapter.method, **entry}
+            for (adapter, _), entry in zip(plan.adapters, base["adapters"], strict=True)
+        ],
+        "model_type": plan.architecture.model_type,
+        "options": plan.options.to_json(),
+        "roles": sorted({str(out.site.role) for out in changed if out.site is not None}),
+        "dtypes": dict(Counter(out.dtype for shard in plan.shards for out in shard.tensors)),
+        "replaced": sorted(plan.replaced),
+        "raised_from_fp8": sorted(plan.raised),
+        "absorbed": None
+        if plan.absorbed is None
+        else {"mode": plan.absorbed.mode, "layout": LAYOUTS[plan.absorbed.mode], "files": list(plan.absorbed.shards)},
+        "files": entries,
+    }
+    write_json(folder / MANIFEST_FILE, document)

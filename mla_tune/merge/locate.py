@@ -1,8 +1,9 @@
-"""From what the user names to the three folders of a merge: adapter, base, output."""
+"""From what the user names to the folders of a merge: adapters, base, output."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,29 +26,34 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 class Places:
     """The folders of one merge."""
 
-    adapter: Path
+    adapters: tuple[Path, ...]
     base: Path
     out: Path
 
 
-def locate(named: Path, base: Path | str | None, out: Path | None) -> Places:
-    """Find the adapter in `named` (an adapter folder, or a run folder), its base and the output folder.
+def locate(named: Sequence[Path], base: Path | str | None, out: Path | None) -> Places:
+    """Find the adapters in `named` (adapter folders or run folders), their base and the output folder.
 
-    The base is `base`, else run.json's `base_path`, else adapter_config.json's `base_model_name_or_path`: a folder, the
-    word `embedded`, or a hub id whose files are in the hub's cache on this computer (nothing is downloaded).
-    The output is `out`, else `merged` in the run folder, or in the adapter's where it is not the run's result.
-    Raises `FileError` and `InputError`.
+    The base is `base`, else what the first one records: run.json's `base_path`, or adapter_config.json's
+    `base_model_name_or_path`: a folder, the word `embedded`, or a hub id whose files are in the hub's cache on this
+    computer (nothing is downloaded).  The output is `out`, else `merged` in the first one's run folder, or in the
+    adapter's where it is not the run's result.  Raises `FileError` and `InputError`.
     """
-    named = named.expanduser().absolute()  # `.` has no parent to look into
-    adapter = adapter_folder(named)
+    if not named:
+        raise InputError("no adapter: name an adapter folder or a run folder, or one or more with --adapter")
+    folders = [path.expanduser().absolute() for path in named]  # `.` has no parent to look into
+    adapters = tuple(adapter_folder(path) for path in folders)
+    if len(set(adapters)) < len(adapters):
+        raise InputError(f"{adapters[0]}: the same adapter is named twice")
+    adapter = adapters[0]
     # A run holds its result in adapter/ and its checkpoints in checkpoints/checkpoint-N/.
     run = next((f for f in (adapter.parent, adapter.parent.parent) if (f / RUN_FILE).is_file()), None)
     if out is None:
         # A checkpoint must not land in the run's own `merged`.
-        is_result = adapter != named or (run is not None and adapter == run / RUN_SUBFOLDER)
+        is_result = adapter != folders[0] or (run is not None and adapter == run / RUN_SUBFOLDER)
         out = (adapter.parent if is_result else adapter) / OUT_NAME
     if base is not None:
-        return Places(adapter, _folder(str(base), "--base", None), out)
+        return Places(adapters, _folder(str(base), "--base", None), out)
     settings = read_json_object(adapter / CONFIG_FILE, "the adapter's configuration")
     recorded, source = settings.get("base_model_name_or_path"), adapter / CONFIG_FILE
     if run is not None:
@@ -55,7 +61,7 @@ def locate(named: Path, base: Path | str | None, out: Path | None) -> Places:
         recorded, source = (in_run, run / RUN_FILE) if in_run else (recorded, source)
     if not recorded:
         raise InputError(f"{source}: does not say which base model the adapter belongs to: name its folder with --base")
-    return Places(adapter, _folder(str(recorded), str(source), settings.get("revision")), out)
+    return Places(adapters, _folder(str(recorded), str(source), settings.get("revision")), out)
 
 
 def _folder(name: str, source: str, revision: str | None) -> Path:

@@ -1,173 +1,355 @@
-"""What a merge will do, from headers alone: which site changes which tensors of which shard, and what is written."""
+"""What a merge will do, from headers alone: every tensor of every output shard, and where its numbers come from.
+
+    base headers + adapter headers + options → OutShard (a file) → OutTensor (a tensor) → Update (one low-rank update)
+
+Nothing is read but headers, so a plan for a checkpoint of any size takes seconds, and everything that can be refused is
+refused before a byte is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from mla_tune.adapter.files import Adapter, AdapterDelta
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
+from mla_tune.checkpoint.codec import FLOATS
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, tensor_bytes
-from mla_tune.checkpoint.shards import FLOATS, Layout
+from mla_tune.checkpoint.quant import Quantised, quantised_weights
+from mla_tune.checkpoint.quant_config import raise_together
+from mla_tune.checkpoint.writer import Layout
 from mla_tune.errors import InputError
+from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
+from mla_tune.merge.options import DTYPES, Options
 
-#: `--dtype` → the format's name.
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 #: Endings of tensors that stay as they are under another `--dtype`: transformers keeps them in float32
 #: (`_keep_in_fp32_modules_strict`), because their small steps decide which experts a token goes to.
 KEEP_DTYPE = ("e_score_correction_bias",)
 #: Families whose router is a Linear that is never called, only read: an adapter on it acts once merged, not before.
 _ROUTER_READ_DIRECTLY = frozenset({"longcat_flash"})
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """One tensor on disk that the adapter changes.
+class Update:
+    """One low-rank update, times the `weight` of its adapter."""
 
-    `rows` are the rows of the site's (out, in) matrix that the tensor holds (gate and up of an expert lie apart on
-    disk), `expert` which expert it is; None with a site of experts means that the tensor holds them all (E, out, in).
+    delta: AdapterDelta
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """One tensor of the output.
+
+    Its numbers are those of `source` (coded as `quant` says), plus the `updates`, written as `dtype`: as codes with
+    the scales of `requantise`, where that is set.  `scale_of` marks the tensor that holds these scales, and names the
+    weight.  `site` is the matrix that the tensor is a part of: rows from `first_row` on, of the expert `expert`; None
+    with a site of experts means that the tensor holds them all, (E, out, in).  A tensor whose `source` is not the
+    base's of this key was replaced by the adapter or untied.  `is_bias` adds the `updates`' biases, not their matrices.
     """
 
-    ref: TensorRef
-    delta: AdapterDelta
-    rows: tuple[int, int]
-    expert: int | None
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorRef
+    quant: Quantised | None = None
+    requantise: Quantised | None = None
+    scale_of: str | None = None
+    site: Site | None = None
+    first_row: int = 0
+    expert: int | None = None
+    updates: tuple[Update, ...] = ()
+    is_bias: bool = False
 
     @property
-    def site(self) -> Site:
-        return self.delta.site
+    def nbytes(self) -> int:
+        return tensor_bytes(self.dtype, self.shape)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape that the tensor must have."""
-        matrix = (self.rows[1] - self.rows[0], self.site.shape[1])
-        return (self.site.count, *matrix) if self.site.is_experts and self.expert is None else matrix
-
-    @property
-    def matrices(self) -> int:
-        return prod(self.shape[:-2])
+    def is_copy(self) -> bool:
+        """The bytes of `source`, as they are."""
+        return self.dtype == self.source.dtype and not self.updates and not self.scale_of
 
 
 @dataclass(frozen=True, slots=True)
+class OutShard:
+    """One file of the output, named and ordered as the base's `source`; `is_same` where not a byte differs."""
+
+    name: str
+    source: Shard
+    tensors: tuple[OutTensor, ...]
+    is_same: bool
+
+    @property
+    def layout(self) -> Layout:
+        return {out.key: (out.dtype, out.shape) for out in self.tensors}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(out.nbytes for out in self.tensors)
+
+
+@dataclass(frozen=True)
 class MergePlan:
-    """`changes` by key; `kv_b` is (attention path, key of its kv_b_proj) for each module to absorb; `dtype` is `keep`
-    or a key of `DTYPES`."""
+    """`adapters` stand with their weights; `quantised` says how the base's weights are coded, `raised` which of them
+    are written unquantised, `replaced` which tensors are whole ones from an adapter; `untied` is a model whose output
+    head becomes a tensor of its own, and `twins` are tensors of an adapter that must be equal."""
 
     checkpoint: Checkpoint
     architecture: Architecture
-    adapter: Adapter
-    dtype: str
-    changes: dict[str, Change]
-    kv_b: tuple[tuple[str, str], ...]
+    adapters: tuple[tuple[Adapter, float], ...]
+    options: Options
+    shards: tuple[OutShard, ...]
+    quantised: Mapping[str, Quantised]
+    raised: frozenset[str]
+    replaced: frozenset[str]
+    untied: bool
+    twins: tuple[tuple[TensorRef, TensorRef], ...] = ()
+    absorbed: AbsorbedPlan | None = None
 
-    def out_dtype(self, ref: TensorRef) -> str:
-        """The dtype in which a tensor of the base is written."""
-        if self.dtype == "keep" or ref.dtype not in FLOATS or ref.key.endswith(KEEP_DTYPE):
-            return ref.dtype
-        return DTYPES[self.dtype]
+    def tensors(self) -> dict[str, OutTensor]:
+        return {out.key: out for shard in self.shards for out in shard.tensors}
 
-    def layout(self, shard: Shard) -> Layout:
-        """The tensors of the merged shard: those of the base's, in its order."""
-        return {key: (self.out_dtype(ref), ref.shape) for key, ref in shard.tensors.items()}
-
-    def is_copied(self, shard: Shard) -> bool:
-        """Nothing in this shard changes: the file is copied as it is."""
-        return not any(key in self.changes or self.out_dtype(ref) != ref.dtype for key, ref in shard.tensors.items())
-
-    def absorbed_layout(self) -> Layout:
-        """The tensors of the absorbed file: W_UK (H, C, P) and W_UV (H, V, C) of each attention path."""
-        d = self.architecture.dims
-        layout = {}
-        for path, key in self.kv_b:
-            dtype = self.out_dtype(self.checkpoint[key])
-            layout[f"{path}.W_UK"] = (dtype, (d.H, d.C, d.P))
-            layout[f"{path}.W_UV"] = (dtype, (d.H, d.V, d.C))
-        return layout
+    @property
+    def changed(self) -> list[OutTensor]:
+        """The tensors that an adapter changes, in the order of the output."""
+        return [
+            out
+            for shard in self.shards
+            for out in shard.tensors
+            if out.scale_of is None and (out.updates or out.key in self.replaced)
+        ]
 
     @property
     def model_bytes(self) -> int:
         """Bytes of all tensors of the merged checkpoint."""
-        layouts = (self.layout(shard) for shard in self.checkpoint.shards)
-        return sum(tensor_bytes(*entry) for layout in layouts for entry in layout.values())
+        return sum(shard.nbytes for shard in self.shards)
 
     @property
-    def absorbed_bytes(self) -> int:
-        return sum(tensor_bytes(*entry) for entry in self.absorbed_layout().values())
+    def written_bytes(self) -> int:
+        """Bytes of the shards that are not the base's own files, and of the absorbed tensors."""
+        changed = sum(shard.nbytes for shard in self.shards if not (shard.is_same and self.options.link))
+        return changed + (self.absorbed.bytes if self.absorbed else 0)
 
 
 def plan_merge(
-    checkpoint: Checkpoint, arch: Architecture, adapter: Adapter, *, absorb: bool = True, dtype: str = "keep"
+    checkpoint: Checkpoint, arch: Architecture, adapters: Sequence[tuple[Adapter, float]], options: Options
 ) -> MergePlan:
-    """Find the tensors that `adapter` changes in `checkpoint`, and check the shape and dtype of each.
+    """Find every tensor that the adapters change in `checkpoint`, and check the shape and dtype of each.
 
-    Raises `InputError` for a quantised base, for tensors that are missing or of another shape, for an adapter whose
-    merge would not be the model that was trained, and for an unknown `dtype`.
+    Raises `InputError` for weights that can't be dequantised for certain, for tensors that are missing or of another
+    shape, for adapters whose merge would not be the model that was trained, and for options that exclude each other.
     """
-    if dtype != "keep" and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: allowed are keep, {', '.join(DTYPES)}")
-    refuse_quantised(checkpoint)
-    changes: dict[str, Change] = {}
-    for delta in adapter.deltas:
-        _refuse_unmergeable(adapter, arch, delta.site)
-        for change in _changes(checkpoint, delta):
-            _check(change.ref, change.shape, checkpoint)
-            changes[change.ref.key] = change
-    kv_b = []
-    for path in arch.attention_paths if absorb else ():
-        site = next(s for s in arch.by_role(Role.W_UKV) if s.path.startswith(f"{path}."))
-        ref = checkpoint[site.disk_keys()[0]]
-        _check(ref, site.shape, checkpoint)
-        kv_b.append((path, ref.key))
-    return MergePlan(checkpoint, arch, adapter, dtype, changes, tuple(kv_b))
-
-
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Raise `InputError` for a base whose weights are codes: a delta added to them is lost or garbage."""
-    config = checkpoint.config
-    found = config.get("quantization_config") or config.get("compression_config")
-    codes = next((r for r in checkpoint.tensors.values() if r.dtype[:2] in ("F8", "F6", "F4")), None)
-    if not found and codes is None:
-        return
-    if isinstance(found, dict):
-        block = f", blocks of {found['weight_block_size']}" if found.get("weight_block_size") else ""
-        what = f"config.json says that its weights are quantised ({found.get('quant_method', 'unknown method')}{block})"
-    else:
-        what = f"'{codes.key}' is {codes.dtype}" if codes else "config.json says that its weights are quantised"
-    raise InputError(
-        f"{checkpoint.folder}: {what}: merging into quantised weights is not supported yet. "
-        "Give the bfloat16 or float32 checkpoint of the same model with --base"
+    options.check()
+    quantised = quantised_weights(checkpoint)
+    _check_weights(adapters)
+    changes = _Changes(checkpoint, arch, options)
+    for adapter, weight in adapters:
+        changes.add(adapter, weight)
+    touched = {key for key in changes.outs if key in quantised}
+    raised: set[str] = set()
+    if options.dtype != "keep":
+        raised = set(quantised)
+    elif options.fp8 == "bf16":
+        raised = touched | raise_together(arch, checkpoint, touched) if touched else set()
+    raised |= {key for key in changes.replaced if key in quantised}
+    shards = tuple(_shards(checkpoint, changes, options, quantised, raised))
+    replaced = frozenset(changes.replaced)
+    plan = MergePlan(
+        checkpoint,
+        arch,
+        tuple(adapters),
+        options,
+        shards,
+        quantised,
+        frozenset(raised),
+        replaced,
+        changes.untied,
+        tuple(changes.twins),
     )
+    if options.absorb == "none":
+        return plan
+    for site in arch.by_role(Role.W_UKV):
+        _check(checkpoint[site.disk_keys()[0]], site.shape, checkpoint, quantised)
+    layout = {out.key: (out.dtype, out.shape) for shard in shards for out in shard.tensors}
+    return replace(plan, absorbed=plan_absorbed(arch, layout, options.absorb))
 
 
-def _refuse_unmergeable(adapter: Adapter, arch: Architecture, site: Site) -> None:
-    tied_head = site.role == Role.LM_HEAD and arch.tied
-    if tied_head or (site.role == Role.ROUTER and arch.family.model_type in _ROUTER_READ_DIRECTLY):
-        raise InputError(
-            f"{adapter.folder}: adapts {site.path} ({site.reason}): merged, it would not be the model that was trained"
-        )
+@dataclass
+class _Changes:
+    """Collects, key by key, what the adapters do."""
+
+    checkpoint: Checkpoint
+    arch: Architecture
+    options: Options
+    outs: dict[str, OutTensor] = field(default_factory=dict)
+    replaced: dict[str, Adapter] = field(default_factory=dict)
+    untied: bool = False
+    twins: list[tuple[TensorRef, TensorRef]] = field(default_factory=list)
+
+    def add(self, adapter: Adapter, weight: float) -> None:
+        for saved in adapter.saved:
+            self._replace(adapter, saved.key, saved.ref)
+        for delta in adapter.deltas:
+            self._refuse_unmergeable(adapter, delta.site)
+            update = Update(delta, weight)
+            for out in _tensors(self.checkpoint, delta):
+                known = self.outs.get(out.key)
+                # Whole tensors come first: an adapted output head may be saved as a whole beside its LoRA.
+                start = out if known is None else replace(out, source=known.source, updates=known.updates)
+                self.outs[out.key] = replace(start, updates=(*start.updates, update))
+
+    def _replace(self, adapter: Adapter, key: str, ref: TensorRef) -> None:
+        if key in self.replaced or key in self.outs:
+            raise InputError(
+                f"{adapter.folder}: '{key}' is changed by two adapters, of which one replaces it as a whole"
+            )
+        twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(key) if self.arch.tied else None
+        if twin and adapter.settings.get("ensure_weight_tying"):
+            if twin in self.replaced:  # one tensor, saved under both names
+                self.twins.append((self.outs[EMBEDDING].source, ref))
+                return
+            key = EMBEDDING
+        elif twin and not self.options.untie:
+            raise InputError(
+                f"{adapter.folder}: holds a whole '{key}', but the embedding and the output head are one tensor in "
+                "this model. With --untie both are written, each as it was trained"
+            )
+        else:
+            self.untied |= twin is not None
+        base = self.checkpoint[EMBEDDING if key == HEAD and self.arch.tied else key]
+        self.replaced[key] = adapter
+        self.outs[key] = OutTensor(key, base.dtype, base.shape, ref)
+
+    def _refuse_unmergeable(self, adapter: Adapter, site: Site) -> None:
+        what = f"{adapter.folder}: adapts {site.path} ({site.reason})"
+        if site.role == Role.ROUTER and self.arch.family.model_type in _ROUTER_READ_DIRECTLY:
+            raise InputError(f"{what}: merged, it would not be the model that was trained")
+        if site.role == Role.LM_HEAD and self.arch.tied:
+            if not self.options.untie:
+                raise InputError(
+                    f"{what}: merged into both, it would not be the model that was trained. "
+                    "With --untie the output head is written as a tensor of its own"
+                )
+            self.untied = True
 
 
-def _changes(checkpoint: Checkpoint, delta: AdapterDelta) -> Iterator[Change]:
-    """The tensors of one site in the order of `Site.disk_keys`."""
+def _check_weights(adapters: Sequence[tuple[Adapter, float]]) -> None:
+    alone = len(adapters) == 1 and adapters[0][1] == 1
+    for adapter, _ in adapters:
+        dora = any(delta.magnitude is not None for delta in adapter.deltas)
+        if not alone and (dora or adapter.saved):
+            what = "is a DoRA" if dora else f"holds whole tensors ('{adapter.saved[0].key}')"
+            raise InputError(
+                f"{adapter.folder}: {what}: it can be merged alone and with the weight 1 only, since a part of it, or "
+                "a sum with others, is not defined. Merge it first, then the others into the result"
+            )
+
+
+def _tensors(checkpoint: Checkpoint, delta: AdapterDelta) -> list[OutTensor]:
+    """The tensors on disk that one update reaches, as the base has them; the bias of a LoRA bias is one of them."""
     site = delta.site
-    out = site.shape[0]
     keys = site.disk_keys()
+    outs = []
     if site.disk != "per_expert":
-        yield Change(checkpoint[keys[0]], delta, (0, out), None)
-        return
-    parts = len(keys) // site.count  # gate and up, or down alone
-    for i, key in enumerate(keys):
-        expert, part = divmod(i, parts)
-        yield Change(checkpoint[key], delta, (part * out // parts, (part + 1) * out // parts), expert)
+        # A tied output head is not on disk.
+        ref = checkpoint.tensors.get(keys[0])
+        ref = checkpoint[EMBEDDING] if ref is None and site.role == Role.LM_HEAD else checkpoint[keys[0]]
+        outs.append(OutTensor(keys[0], ref.dtype, ref.shape, ref, site=site))
+    else:
+        parts = len(keys) // site.count  # gate and up, or down alone
+        rows = site.shape[0] // parts
+        for i, key in enumerate(keys):
+            expert, part = divmod(i, parts)
+            wanted = delta.rows is None or (delta.rows[0] < (part + 1) * rows and part * rows < delta.rows[1])
+            if wanted and delta.expert in (None, expert):
+                ref = checkpoint[key]
+                outs.append(OutTensor(key, ref.dtype, ref.shape, ref, site=site, first_row=part * rows, expert=expert))
+    if delta.bias is not None:
+        ref = checkpoint[f"{site.path}.bias"]
+        outs.append(OutTensor(ref.key, ref.dtype, ref.shape, ref, site=site, is_bias=True))
+    return outs
 
 
-def _check(ref: TensorRef, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:
+def _site_shape(out: OutTensor) -> tuple[int, ...]:
+    """The shape that config.json gives to a tensor of a site."""
+    site = out.site
+    assert site is not None
+    rows, columns = site.shape
+    if out.is_bias:
+        return (rows,)
+    if not site.is_experts:
+        return (rows, columns)
+    if out.expert is None:
+        return (site.count, rows, columns)
+    return (rows // (len(site.disk_keys()) // site.count), columns)
+
+
+def _shards(
+    checkpoint: Checkpoint, changes: _Changes, options: Options, quantised: Mapping[str, Quantised], raised: set[str]
+) -> Iterator[OutShard]:
+    scales = {q.scale.key: key for key, q in quantised.items()}
+    dropped = {key for weight in raised for key in (quantised[weight].scale.key, *quantised[weight].companions)}
+    for shard in checkpoint.shards:
+        outs = _outs(checkpoint, shard, changes, options, quantised, raised, scales, dropped)
+        same = all(out.is_copy and out.source.file == shard.file for out in outs) and len(outs) == len(shard.tensors)
+        if outs:
+            yield OutShard(checkpoint.name(shard), shard, tuple(outs), same)
+
+
+def _outs(
+    checkpoint: Checkpoint,
+    shard: Shard,
+    changes: _Changes,
+    options: Options,
+    quantised: Mapping[str, Quantised],
+    raised: set[str],
+    scales: Mapping[str, str],
+    dropped: set[str],
+) -> list[OutTensor]:
+    """The tensors of one file, in the base's order."""
+    outs: list[OutTensor] = []
+    for key, ref in shard.tensors.items():
+        if key in dropped:
+            continue
+        weight = scales.get(key)
+        if weight is not None and weight in changes.outs:
+            out = _finish(changes.outs[weight], checkpoint, options, quantised, raised)
+            outs.append(replace(out, key=key, dtype=ref.dtype, shape=ref.shape, scale_of=weight))
+            continue
+        out = changes.outs.get(key) or OutTensor(key, ref.dtype, ref.shape, ref)
+        outs.append(_finish(out, checkpoint, options, quantised, raised))
+        if key == EMBEDDING and changes.untied and HEAD not in checkpoint.tensors:
+            head = changes.outs.get(HEAD) or OutTensor(HEAD, ref.dtype, ref.shape, ref)
+            outs.append(_finish(head, checkpoint, options, quantised, raised))
+    return outs
+
+
+def _finish(
+    out: OutTensor, checkpoint: Checkpoint, options: Options, quantised: Mapping[str, Quantised], raised: set[str]
+) -> OutTensor:
+    """Check the tensor and decide how it is read and written."""
+    if out.site is not None:
+        _check(out.source, _site_shape(out), checkpoint, quantised)
+    is_base = checkpoint.tensors.get(out.source.key) is out.source
+    quant = quantised.get(out.source.key) if is_base else None
+    if out.key in quantised:
+        if out.key in raised:
+            dtype = "BF16" if options.dtype == "keep" else DTYPES[options.dtype]
+            return replace(out, dtype=dtype, quant=quant)
+        return replace(out, quant=quant, requantise=quant if out.updates else None)
+    if options.dtype == "keep" or out.dtype not in FLOATS or out.key.endswith(KEEP_DTYPE):
+        return out
+    return replace(out, dtype=DTYPES[options.dtype])
+
+
+def _check(ref: TensorRef, shape: tuple[int, ...], checkpoint: Checkpoint, quantised: Mapping[str, Quantised]) -> None:
     if ref.shape != shape:
         raise InputError(
             f"{ref.file}: '{ref.key}' is {ref.shape}, but {checkpoint.folder / 'config.json'} describes {shape}: "
             "weights and configuration are of different models"
         )
-    if ref.dtype not in FLOATS:
+    if ref.dtype not in FLOATS and ref.key not in quantised:
         raise InputError(f"{ref.file}: '{ref.key}' is {ref.dtype}; only {', '.join(FLOATS)} can be merged into")

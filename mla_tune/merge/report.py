@@ -1,15 +1,21 @@
-"""What a merge did: the dataclasses behind `merge_report.json`, `--json` and the printed table."""
+"""What a merge will do and what it did: the dataclasses behind `--dry-run`, `merge_report.json`, `--json` and the
+printed tables."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mla_tune import __version__
 from mla_tune.arch.roles import Role
-from mla_tune.checkpoint.index import tensor_bytes
-from mla_tune.merge.apply import Record
-from mla_tune.merge.plan import MergePlan
+from mla_tune.merge.apply import KEPT_FACTORS, PIECE_BYTES, Survival
+from mla_tune.merge.plan import MergePlan, OutTensor
+
+#: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).
+_PROCESS_BYTES, _WORKER_BYTES = 60_000_000, 8_000_000
+#: Bytes merged in a second by one worker, and the disk that the estimate of time assumes.
+_COMPUTE_RATE, _DISK_RATE = 0.8e9, 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +23,8 @@ class RoleReport:
     """One role: `matrices` merged (each expert's gate, up and down count), in `tensors` on disk of `bytes` as written.
 
     `relative` is ‖Δ‖/‖W‖, `kept` ⟨Q(W+Δ)-W, Δ⟩/‖Δ‖² and `cosine` the cosine between Q(W+Δ)-W and Δ, with Q the
-    rounding to the dtype written, over all matrices of the role; None where they are not defined (Δ is zero).
+    rounding to the dtype written, over all matrices of the role; None where they are not defined (Δ is zero).  `least`
+    is the smallest `kept` of a single tensor.
     """
 
     role: str
@@ -27,44 +34,74 @@ class RoleReport:
     relative: float | None
     kept: float | None
     cosine: float | None
+    least: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class AbsorbedReport:
-    """The file of split tensors: attention `modules` in it and its `bytes` of tensors."""
+class AdapterReport:
+    """One merged adapter and the weight that its delta was given."""
 
-    file: str
-    modules: int
-    bytes: int
+    path: str
+    weight: float
+    method: str
 
 
 @dataclass(frozen=True, slots=True)
-class CheckReport:
-    """What was compared after writing: tensors recomputed bit for bit, tensors equal to the base byte for byte,
-    attention modules whose absorbed tensors are the split of the kv_b_proj that was written."""
+class PlanReport:
+    """What a merge would do.  Files: `linked` are the base's own, `written` are not.  Bytes: `read` from the base,
+    `written` anew; `memory` is the estimated peak, `seconds` the estimated time on a disk of `disk_rate` bytes a
+    second."""
 
-    recomputed: int
-    unchanged: int
-    absorbed: int
+    output: str
+    base: str
+    adapters: list[AdapterReport]
+    model_type: str
+    options: dict[str, Any]
+    files_written: list[str]
+    files_linked: list[str]
+    tensors: int
+    tensors_changed: int
+    tensors_raised: int
+    roles: dict[str, int]
+    bytes_read: int
+    bytes_written: int
+    bytes_total: int
+    absorbed_bytes: int
+    memory: int
+    seconds: float
+    disk_rate: float
+    notes: list[str]
+    mla_tune: str = __version__
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """A finished merge.  `carried` are the other files of the base that were copied, `left_behind` those that were
-    not (weights in other formats, folders, leftovers of an earlier merge)."""
+    """A finished merge.  `survival` gives (‖Δ‖/‖W‖, kept, cosine) of each changed tensor.  `proof` and `probe` are None
+    where they were not asked for.  `carried` are the other files of the base that were copied, `left_behind` those that
+    were not (weights in other formats, folders, leftovers of an earlier merge)."""
 
     output: str
     base: str
-    adapter: str
-    method: str
+    adapters: list[AdapterReport]
     model_type: str
+    options: dict[str, Any]
     dtype: str
     tensors: int
     tensors_changed: int
+    tensors_raised: int
+    replaced: list[str]
     bytes: int
+    files_linked: int
+    files_written: int
     roles: list[RoleReport]
-    absorbed: AbsorbedReport | None
-    checks: CheckReport
+    absorbed: dict[str, Any] | None
+    proof: dict[str, Any] | None
+    probe: dict[str, Any] | None
+    survival: dict[str, tuple[float | None, float | None, float | None]]
+    notes: list[str]
     carried: list[str]
     left_behind: list[str]
     mla_tune: str = __version__
@@ -73,23 +110,110 @@ class MergeReport:
         return asdict(self)
 
 
-def role_reports(plan: MergePlan, record: Record) -> list[RoleReport]:
+def role_reports(plan: MergePlan, survival: Mapping[str, Survival]) -> list[RoleReport]:
     """A row for each role that was changed, in the order of `Role`."""
+    by_role: dict[Role, list[OutTensor]] = {}
+    for out in plan.changed:
+        if out.site is not None:
+            by_role.setdefault(out.site.role, []).append(out)
     rows = []
     for role in Role:
-        changes = [c for c in plan.changes.values() if c.site.role == role]
-        if changes:
-            layouts = [(plan.out_dtype(c.ref), c.ref.shape) for c in changes]
-            survival = record[role]
-            rows.append(
-                RoleReport(
-                    role=role.value,
-                    matrices=sum(c.matrices for c in changes),
-                    tensors=len(changes),
-                    bytes=sum(tensor_bytes(*layout) for layout in layouts),
-                    relative=survival.relative,
-                    kept=survival.kept,
-                    cosine=survival.cosine,
-                )
+        outs = by_role.get(role)
+        if not outs:
+            continue
+        total = Survival()
+        for out in outs:
+            total.add(survival[out.key])
+        kept = [k for out in outs if (k := survival[out.key].kept) is not None]
+        rows.append(
+            RoleReport(
+                role=role.value,
+                matrices=sum(out.shape[0] if len(out.shape) == 3 else 1 for out in outs if not out.is_bias),
+                tensors=len(outs),
+                bytes=sum(out.nbytes for out in outs),
+                relative=total.relative,
+                kept=total.kept,
+                cosine=total.cosine,
+                least=min(kept, default=None),
             )
+        )
     return rows
+
+
+def adapter_reports(plan: MergePlan) -> list[AdapterReport]:
+    return [AdapterReport(str(a.folder.absolute()), weight, a.method) for a, weight in plan.adapters]
+
+
+def notes(plan: MergePlan) -> list[str]:
+    """What a user has to know about this output, a sentence each."""
+    lines = []
+    changed = {out.key for out in plan.changed}
+    if plan.raised and plan.options.dtype == "keep":
+        beside = len(plan.raised - changed)
+        fused = f", {beside} of them only because engines fuse them with changed ones" if beside else ""
+        lines.append(
+            f"{len(plan.raised):,} FP8 weights are written as bfloat16{fused}; config.json tells engines. "
+            "--fp8 keep writes FP8 again, which erases small changes"
+        )
+    requantised = sum(out.requantise is not None and out.scale_of is None for s in plan.shards for out in s.tensors)
+    if requantised:
+        lines.append(f"{requantised:,} FP8 weights are quantised anew: look at 'kept', FP8 erases small changes")
+    if plan.untied:
+        lines.append("the output head is a tensor of its own now: tie_word_embeddings is false in config.json")
+    if plan.replaced:
+        lines.append(f"{len(plan.replaced)} tensors are whole ones of the adapter: {_some(sorted(plan.replaced))}")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def plan_report(plan: MergePlan, out: str, workers: int, *, verify: bool) -> PlanReport:
+    """The plan in numbers: nothing but headers has been read."""
+    linked = [s for s in plan.shards if s.is_same and plan.options.link]
+    written = [s for s in plan.shards if not (s.is_same and plan.options.link)]
+    absorbed = plan.absorbed.bytes if plan.absorbed else 0
+    read = sum(o.source.nbytes for s in written for o in s.tensors)
+    computed = sum(o.nbytes for s in written for o in s.tensors if not o.is_copy)
+    roles: dict[str, int] = {}
+    for o in plan.changed:
+        if o.site is not None:
+            roles[str(o.site.role)] = roles.get(str(o.site.role), 0) + 1
+    passes = 2 if verify else 1
+    disk = (read + plan.written_bytes) * passes / _DISK_RATE
+    return PlanReport(
+        output=out,
+        base=str(plan.checkpoint.folder.absolute()),
+        adapters=adapter_reports(plan),
+        model_type=plan.architecture.model_type,
+        options=plan.options.to_json(),
+        files_written=[s.name for s in written],
+        files_linked=[s.name for s in linked],
+        tensors=sum(len(s.tensors) for s in plan.shards),
+        tensors_changed=len(plan.changed),
+        tensors_raised=len(plan.raised),
+        roles={r.value: roles[r.value] for r in Role if r.value in roles},
+        bytes_read=read,
+        bytes_written=plan.written_bytes,
+        bytes_total=plan.model_bytes + absorbed,
+        absorbed_bytes=absorbed,
+        memory=_memory(plan, workers),
+        seconds=max(disk, computed * passes / workers / _COMPUTE_RATE),
+        disk_rate=_DISK_RATE,
+        notes=notes(plan),
+    )
+
+
+def _memory(plan: MergePlan, workers: int) -> int:
+    """Peak memory of the merge: the process, a piece in and out for each worker, and the factors at hand."""
+    width = 8 if plan.options.exact else 4
+    factors = sorted(
+        {
+            d.A.key: (d.A.nbytes + d.B.nbytes) + width * d.experts * d.rank * (sum(d.site.shape))
+            for adapter, _ in plan.adapters
+            for d in adapter.deltas
+        }.values(),
+        reverse=True,
+    )
+    return _PROCESS_BYTES + workers * (_WORKER_BYTES + 2 * PIECE_BYTES) + sum(factors[:KEPT_FACTORS])

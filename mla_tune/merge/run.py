@@ -1,92 +1,170 @@
-"""`merge_absorb`: adapter + base → a checkpoint in the base's own key names, and its absorbed tensors beside it.
+"""`merge_absorb`: adapters + base → a checkpoint in the base's own key names, and its absorbed tensors beside it.
 
-Headers → architecture → adapter deltas → plan → shard by shard, tensor by tensor: read, add in float32, round once,
-write → absorbed file → other files → reopen and compare → rename.  No model is ever loaded: memory holds one tensor and
-the adapter factors of a few sites.
+Headers → architecture → adapter deltas → plan → shard by shard, piece by piece: read, add in float32, round once, write
+→ absorbed tensors → other files → reopen and prove → manifest → rename.  No model is ever loaded: memory holds a few
+pieces of tensors and the adapter factors of a few sites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from mla_tune.adapter.files import open_adapter
+from mla_tune.adapter.files import WEIGHTS_FILE, open_adapter
 from mla_tune.arch.registry import architecture
 from mla_tune.checkpoint.files import write_json
-from mla_tune.checkpoint.index import Checkpoint, tensor_bytes
-from mla_tune.checkpoint.shards import write_index, write_shard
-from mla_tune.errors import MlaTuneError, WorkError
-from mla_tune.merge.absorb import ABSORBED_FILE, write_absorbed
-from mla_tune.merge.apply import Merger, Record
-from mla_tune.merge.export import REPORT_FILE, carry_files, check_output, copy_file, staged
-from mla_tune.merge.locate import locate
-from mla_tune.merge.plan import DTYPES, MergePlan, plan_merge
-from mla_tune.merge.report import AbsorbedReport, CheckReport, MergeReport, role_reports
-from mla_tune.merge.verify import verify
+from mla_tune.checkpoint.index import Checkpoint, Stamp
+from mla_tune.checkpoint.quant import quantised_weights
+from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
+from mla_tune.merge.absorb import sha256, write_absorbed
+from mla_tune.merge.execute import execute
+from mla_tune.merge.export import REPORT_FILE, carry_files, check_output, write_index_of, write_manifest
+from mla_tune.merge.locate import Places, locate
+from mla_tune.merge.options import DTYPES, Options
+from mla_tune.merge.plan import MergePlan, plan_merge
+from mla_tune.merge.report import MergeReport, PlanReport, adapter_reports, notes, plan_report, role_reports
+from mla_tune.merge.staging import staged
 
 #: Told the stage ("merge", "check"), the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]
+#: An adapter or run folder, and the weight of its delta.
+Weighted = tuple[Path, float]
 
 
-def merge_absorb(
-    adapter: Path,
+def plan_only(
+    adapters: Sequence[Weighted],
     base: Path | str | None = None,
     out: Path | None = None,
     *,
-    absorb: bool = True,
-    dtype: str = "keep",
+    options: Options | None = None,
+    verify: bool = False,
+    workers: int | None = None,
+) -> PlanReport:
+    """What `merge_absorb` would do with these arguments, from headers alone.  Raises what it would raise before it
+    writes, but for an output that is in the way."""
+    places, plan = _plan(adapters, base, out, options or Options())
+    return plan_report(plan, str(places.out.absolute()), workers or default_workers(), verify=verify)
+
+
+def merge_absorb(
+    adapter: Path | Sequence[Weighted],
+    base: Path | str | None = None,
+    out: Path | None = None,
+    *,
+    options: Options | None = None,
+    min_survival: float | None = None,
+    verify: bool = False,
+    probe: bool = True,
     overwrite: bool = False,
+    workers: int | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
-    """Merge `adapter` (a PEFT adapter folder or a run folder) into `base` and write the result to `out`.
+    """Merge adapters (PEFT adapter folders or run folders, each with a weight) into `base` and write to `out`.
 
     `base` and `out` are found as `locate` says where they are None; the base `embedded` is the model that ships with
-    mla-tune.  `absorb` writes the split absorbed tensors too.  `dtype` is `keep`, `float32`, `bfloat16` or `float16`.
-    `overwrite` replaces the output of an earlier merge.  The output appears whole, checked, or not at all.
+    mla-tune.  `min_survival` is the share of its delta that every tensor must keep through the rounding.  `verify`
+    reopens the output and proves it; `probe` compares logits too.  `overwrite` replaces the output of an earlier merge.
+    `note` is told what a user should know while it runs.  The output appears whole and proven, or not at all; what was
+    finished of a merge that was killed is taken up again.
 
     Raises `FileError` and `InputError` before anything is written, `WorkError` where writing fails, `CheckError` where
-    what was written is not what was computed.
+    what was written is not what it should be or too little of a delta survived.
     """
-    places = locate(adapter, base, out)
-    checkpoint = Checkpoint.open(places.base)
-    arch = architecture(checkpoint.config, str(places.base / "config.json"))
-    lora = open_adapter(places.adapter, arch)
-    plan = plan_merge(checkpoint, arch, lora, absorb=absorb, dtype=dtype)
-    check_output(places.out, overwrite, (places.base, places.adapter), plan.model_bytes + plan.absorbed_bytes)
-    lora.check_finite()
-    record: Record = {}
+    weighted = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
+    places, plan = _plan(weighted, base, out, options or Options())
+    stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
+    check_output(places.out, overwrite, (places.base, *places.adapters), plan.written_bytes)
+    for item, _ in plan.adapters:
+        item.check_finite()
+    for one, other in plan.twins:
+        if sha256(one) != sha256(other):
+            raise InputError(f"{one.file}: '{one.key}' and '{other.key}' are one tensor of the model, but they differ")
     try:
-        with staged(places.out) as staging:
-            _write_model(plan, staging, record, _counter(progress, "merge", plan.model_bytes))
-            if plan.kv_b:
-                write_absorbed(plan, Checkpoint.open(staging))
-            carried, left = carry_files(plan, staging)
-            checks = verify(plan, staging, _counter(progress, "check", plan.model_bytes))
-            report = _report(plan, places.out, record, checks, carried, left)
-            write_json(staging / REPORT_FILE, report.to_json())
+        with staged(places.out, plan, note) as staging:
+            count = _counter(progress, "merge", plan.model_bytes)
+            survival = execute(
+                plan, staging, workers=workers or default_workers(), min_survival=min_survival, done=count
+            )
+            write_index_of(plan, staging.folder)
+            carried, left = carry_files(plan, staging.folder)
+            merged = Checkpoint.open(staging.folder)
+            absorbed = None
+            if plan.absorbed is not None:
+                still = quantised_weights(merged) if plan.quantised else {}
+                absorbed = write_absorbed(
+                    plan.architecture,
+                    merged,
+                    staging.folder,
+                    plan.options.absorb,
+                    quantised=still,
+                    exact=plan.options.exact,
+                )
+            proof = probed = None
+            hashes: dict[str, str | None] = {}
+            if verify:
+                # torch, transformers and PEFT are loaded for the proof only.
+                from mla_tune.merge.check import prove_merge
+
+                proof, probed, hashes = prove_merge(
+                    plan, staging.folder, probe=probe, progress=_counter(progress, "check", plan.model_bytes)
+                )
+            for shard in plan.shards:
+                shard.source.check_unchanged()
+            for file, stamp in stamps:
+                if Stamp.of(file) != stamp:
+                    raise FileError(f"{file}: changed while it was merged: run again")
+            report = MergeReport(
+                output=str(places.out.absolute()),
+                base=str(places.base.absolute()),
+                adapters=adapter_reports(plan),
+                model_type=plan.architecture.model_type,
+                options=plan.options.to_json(),
+                dtype=_dtypes(plan),
+                tensors=sum(len(shard.tensors) for shard in plan.shards),
+                tensors_changed=len(plan.changed),
+                tensors_raised=len(plan.raised),
+                replaced=sorted(plan.replaced),
+                bytes=plan.model_bytes,
+                files_linked=sum(e["how"] in ("linked", "reflinked") for e in staging.finished.values()),
+                files_written=sum(e["how"] in ("written", "copied") for e in staging.finished.values()),
+                roles=role_reports(plan, survival),
+                absorbed=asdict(absorbed) if absorbed is not None else None,
+                proof=proof,
+                probe=probed,
+                survival={key: (s.relative, s.kept, s.cosine) for key, s in survival.items()},
+                notes=notes(plan),
+                carried=carried,
+                left_behind=left,
+            )
+            write_manifest(plan, staging, hashes)
+            write_json(staging.folder / REPORT_FILE, report.to_json())
     except MlaTuneError:
         raise
     except OSError as error:
-        raise WorkError(f"{places.out}: writing failed: {error.strerror or error}; nothing was left there") from error
+        raise _failed(error, places.out) from error
     return report
 
 
-def _write_model(plan: MergePlan, staging: Path, record: Record, written: Callable[[int], None]) -> None:
-    base, merger = plan.checkpoint, Merger(plan)
-    for shard in base.shards:
-        target = staging / shard.file.relative_to(base.folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if plan.is_copied(shard):
-            copy_file(shard.file, target)
-            written(sum(ref.nbytes for ref in shard.tensors.values()))
-        else:
-            tensors = (merger.tensor(ref, record) for ref in shard.tensors.values())
-            write_shard(target, plan.layout(shard), tensors, shard.metadata, written)
-    # Without an index, vLLM and SGLang load every *.safetensors file of a folder: the absorbed one too.
-    if base.index is not None or plan.kv_b:
-        files = {key: ref.file.relative_to(base.folder).as_posix() for key, ref in base.tensors.items()}
-        total = sum(tensor_bytes(plan.out_dtype(ref), ref.shape) for ref in base.tensors.values())
-        write_index(staging, files, total, base.index)
+def default_workers() -> int:
+    """Threads that merge: more than four wait for the disk."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _plan(
+    adapters: Sequence[Weighted], base: Path | str | None, out: Path | None, options: Options
+) -> tuple[Places, MergePlan]:
+    places = locate([path for path, _ in adapters], base, out)
+    checkpoint = Checkpoint.open(places.base)
+    arch = architecture(checkpoint.config, str(places.base / "config.json"))
+    opened = [
+        (open_adapter(folder, arch, checkpoint.tensors), weight)
+        for folder, (_, weight) in zip(places.adapters, adapters, strict=True)
+    ]
+    return places, plan_merge(checkpoint, arch, opened, options)
 
 
 def _counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
@@ -101,25 +179,19 @@ def _counter(progress: Progress | None, stage: str, total: int) -> Callable[[int
     return count
 
 
-def _report(
-    plan: MergePlan, out: Path, record: Record, checks: CheckReport, carried: list[str], left: list[str]
-) -> MergeReport:
-    names = {name: dtype for dtype, name in DTYPES.items()}
-    dtypes = {plan.out_dtype(change.ref) for change in plan.changes.values()}
-    absorbed = AbsorbedReport(ABSORBED_FILE, len(plan.kv_b), plan.absorbed_bytes) if plan.kv_b else None
-    return MergeReport(
-        output=str(out.absolute()),
-        base=str(plan.checkpoint.folder.absolute()),
-        adapter=str(plan.adapter.folder.absolute()),
-        method=plan.adapter.method,
-        model_type=plan.architecture.model_type,
-        dtype=", ".join(sorted(names.get(d, d) for d in dtypes)),
-        tensors=len(plan.checkpoint.tensors),
-        tensors_changed=len(plan.changes),
-        bytes=plan.model_bytes,
-        roles=role_reports(plan, record),
-        absorbed=absorbed,
-        checks=checks,
-        carried=carried,
-        left_behind=left,
+def _dtypes(plan: MergePlan) -> str:
+    names = {name: word for word, name in DTYPES.items()} | {"F8_E4M3": "float8_e4m3"}
+    return ", ".join(sorted({names.get(out.dtype, out.dtype) for out in plan.changed}))
+
+
+def _failed(error: OSError, out: Path) -> MlaTuneError:
+    where = f".{out.name}.partial"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return WorkError(
+            f"{out}: the disk is full; nothing was published. What is finished lies in {where} beside it: free some "
+            "space and run the same command again to go on from there, or delete that folder"
+        )
+    return WorkError(
+        f"{out}: writing failed: {error.strerror or error}; nothing was published. What is finished lies in {where} "
+        "beside it: run the same command again to go on from there, or delete that folder"
     )

@@ -10,14 +10,7 @@ DoRA    W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖, m (out), one norm     Liu 
 
 from __future__ import annotations
 
-import math
-
 import torch
-
-
-def scaling(alpha: float, rank: int, rslora: bool) -> float:
-    """The factor s on B·A."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def delta(A: torch.Tensor, B: torch.Tensor, scale: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,0 +1,179 @@
+"""The keys of an adapter file → where in the base model each tensor belongs.
+
+Low-rank factors, with deepseek_v3's dense and routed MLPs as examples (`base_model.model.` before each key):
+
+    adapter key                                            module path, parameter name
+    model.layers.0.mlp.gate_proj.lora_A.weight             model.layers.0.mlp.gate_proj, as module or as `.weight`
+    model.layers.3.mlp.experts.base_layer.lora_A.weight    model.layers.3.mlp.experts.gate_up_proj, with down_proj
+    model.layers.3.mlp.experts.lora_A.weight               …experts.down_proj, or the only parameter adapted there
+    model.layers.3.mlp.experts.5.gate_proj.lora_A.weight   rows of expert 5 in …experts.gate_up_proj
+
+PEFT wraps the parameters of one module inside each other in the order in which the module holds them, gate_up_proj
+first (`BaseTuner._inject_parameters`), and a key says only how deep its wrapper lies.
+
+The last form is from transformers before 5, where each expert was a module.  Loaded onto today's fused experts, PEFT
+0.21 joins such factors into one adapter of twice the rank for gate_up, but drops those of dense and shared MLPs in the
+same file without a word, scales gate_up √2 times too high with rsLoRA, ignores patterns and refuses DoRA.  Here every
+pair of factors goes to the matrix that its name says, as it was trained.
+
+Whole tensors (modules_to_save, trained biases, resized embeddings) are those without `lora_` in the key.  PEFT writes
+the trained copy of a module under the module's own name, and what lies inside an adapted module under `.base_layer.`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from mla_tune.adapter.settings import CONFIG_FILE, Names
+from mla_tune.arch.roles import Role
+from mla_tune.arch.site import Architecture, Site
+from mla_tune.checkpoint.index import TensorRef, nearest
+from mla_tune.errors import InputError
+
+PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+_FACTOR = re.compile(
+    rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?:(?P<part>lora_A\.weight|lora_B\.(?:weight|bias))|(?P<m>{MAGNITUDE})(\.weight)?)"
+)
+_ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
+_IN_MODEL = re.compile(r"(?:model\.(?:embed_tokens|norm|layers\.(?P<layer>\d+))|lm_head)\.")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_AGAIN = "save the adapter again with PeftModel.save_pretrained"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the factors under one stem (the module path that PEFT puts into their keys) belong.
+
+    `name` is what rank_pattern and alpha_pattern are matched against, `shape` (out, in) of the adapted matrix.
+    `expert` and `rows` (of the site's matrix) are set for the adapter of a single expert, `rows` for gate and up only.
+    """
+
+    site: Site
+    name: str
+    shape: tuple[int, int]
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+class KeyMap:
+    """Translates adapter keys for one architecture and one adapter_config.json."""
+
+    def __init__(self, arch: Architecture, names: Names) -> None:
+        self.arch = arch
+        self.stems: dict[str, Place] = {}
+        self._experts: dict[str, dict[str, Site]] = {}
+        for site in arch.sites:
+            if not site.is_experts:
+                name = site.parameter if names.is_parameter(site.parameter) else site.path
+                self.stems[site.path] = Place(site, name, site.shape)
+        for up in arch.by_role(Role.EXPERTS_GATE_UP):
+            container = up.path.rpartition(".")[0]
+            down = next(s for s in arch.by_role(Role.EXPERTS_DOWN) if s.path == f"{container}.down_proj")
+            self._experts[container] = {"gate_proj": up, "up_proj": up, "down_proj": down}
+            adapted = [s for s in (up, down) if names.is_parameter(s.parameter)]
+            for depth, site in enumerate(reversed(adapted)):
+                self.stems[container + ".base_layer" * depth] = Place(site, site.parameter, site.shape)
+
+    def place(self, stem: str) -> Place | None:
+        """The place of a stem; None where the model has no such matrix."""
+        if stem in self.stems:
+            return self.stems[stem]
+        match = _ONE_EXPERT.fullmatch(stem)
+        if match is None or match["experts"] not in self._experts:
+            return None
+        site, expert = self._experts[match["experts"]][match["leaf"]], int(match["expert"])
+        if expert >= site.count:
+            return None
+        out, inner = site.shape
+        if site.role == Role.EXPERTS_DOWN:
+            return Place(site, stem, site.shape, expert)
+        rows = (0, out // 2) if match["leaf"] == "gate_proj" else (out // 2, out)
+        return Place(site, stem, (out // 2, inner), expert, rows)
+
+    def factor(self, where: str, key: str) -> tuple[str, str, Place]:
+        """(stem, part, place) of a key with `lora_` in it; the part is lora_A.weight, lora_B.weight, lora_B.bias or
+        lora_magnitude_vector.  Raises `InputError`."""
+        match = _FACTOR.fullmatch(key)
+        place = self.place(match["stem"]) if match else None
+        if match is None or place is None:
+            raise InputError(f"{where}: '{key}' fits no weight of the base model{self._hint(key)}")
+        return match["stem"], match["part"] or match["m"], place
+
+    def saved(self, where: str, ref: TensorRef, adapted: Collection[str], base: Mapping[str, TensorRef]) -> str:
+        """The key of the base's tensor that a whole tensor replaces, as PEFT's loader would put it; `adapted` are the
+        stems with factors, `base` the base's tensors by key.
+
+        Raises `InputError` for a tensor that PEFT would ignore, and for one of another shape than the base's.
+        """
+
+        def refuse(why: str) -> NoReturn:
+            raise InputError(f"{where}: '{ref.key}' {why}")
+
+        if not ref.key.startswith(PREFIX):
+            refuse(f"does not begin with '{PREFIX}': no key of a PEFT adapter. To fix the file, {_AGAIN}")
+        module, _, leaf = ref.key.removeprefix(PREFIX).rpartition(".")
+        if ".original_module." in ref.key or ".modules_to_save." in ref.key:
+            refuse(
+                "is a copy that PEFT does not load again: it comes with modules_to_save and bias: all. "
+                "Remove it from the file; the trained tensor is stored under the module's own name"
+            )
+        inside = module.endswith(".base_layer")
+        module = module.removesuffix(".base_layer")
+        if inside != (module in adapted):
+            state = (
+                "has no LoRA in this file" if inside else f"has a LoRA, whose own tensors lie in '{module}.base_layer'"
+            )
+            refuse(f"would be ignored by PEFT: '{module}' {state}. To fix the file, {_AGAIN}")
+        key = f"{module}.{leaf}" if module else leaf
+        if key not in base and any(s.is_experts and f"{key}.".startswith(f"{s.path}.") for s in self.arch.sites):
+            refuse("holds whole fused experts, which are not supported: train them with a LoRA on target_parameters")
+        twin = base.get(_EMBEDDING) if key == _HEAD and self.arch.tied else None
+        target = base.get(key, twin)
+        if target is None:
+            known = nearest(ref.key, [PREFIX + k for k in base])
+            refuse(f"fits no tensor of the base model{known}")
+        if not in_model(key, self.arch):
+            refuse("belongs to a layer that transformers does not load (MTP): PEFT would ignore it")
+        if ref.shape != target.shape:
+            what = f"is {ref.shape}, but '{target.key}' of the base model is {target.shape}: "
+            if key in (_EMBEDDING, _HEAD) and ref.shape[1:] == target.shape[1:]:
+                refuse(
+                    f"{what}the vocabulary was resized for the training. Do the same to the base: load it, "
+                    f"resize_token_embeddings({ref.shape[0]}), save_pretrained, and give that folder with --base"
+                )
+            refuse(f"{what}was the adapter trained on another base model?")
+        return key
+
+    def _hint(self, key: str) -> str:
+        if not key.startswith(PREFIX):
+            return f": keys of a PEFT adapter begin with '{PREFIX}'. To fix the file, {_AGAIN}"
+        if match := re.search(r"\.lora_(?:[AB]|magnitude_vector)\.(?!weight$|bias$)([^.]+)", key):
+            return f": it holds the adapter's name '{match[1]}'; to get a file without it, {_AGAIN}"
+        if "lora_embedding" in key:
+            return (
+                ": a LoRA on the embedding is not supported. Merge it with PEFT, or train the embedding whole, with "
+                "modules_to_save"
+            )
+        if match := _ONE_EXPERT.search(key):
+            sites = self._experts.get(match["experts"].removeprefix(PREFIX))
+            if sites:
+                count = sites["down_proj"].count
+                return f": the experts of '{match['experts'].removeprefix(PREFIX)}' are 0 to {count - 1}"
+        if re.search(r"\.experts\.(base_layer\.)?lora_", key):
+            return f": target_parameters in {CONFIG_FILE} does not say which of the experts' weights it adapts"
+        return nearest(key, [f"{PREFIX}{stem}{key[key.rfind('.lora_') :]}" for stem in self.stems])
+
+
+def is_expert_key(key: str) -> bool:
+    """Whether a checkpoint key is of a single routed expert, which is no module of its own in memory."""
+    return _ONE_EXPERT.match(key) is not None
+
+
+def in_model(key: str, arch: Architecture) -> bool:
+    """Whether transformers' model has a tensor of this checkpoint key's place: MTP layers are on disk only."""
+    match = _IN_MODEL.match(key)
+    return match is not None and (match["layer"] is None or int(match["layer"]) < arch.num_layers)
