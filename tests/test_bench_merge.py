@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,16 @@ def test_cost_of_a_command_and_its_children() -> None:
     assert 200e6 < cost.anonymous - plain.anonymous < 260e6
 
 
+def test_pages_of_mapped_files_count_as_memory_but_not_as_anonymous(tmp_path: Path) -> None:
+    file = tmp_path / "mapped"
+    file.write_bytes(b"1" * 100_000_000)
+    code = "import mmap, sys, time; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)"
+    command = [sys.executable, "-c", f"{code}; sum(m[::4096]); time.sleep(0.2)", str(file)]
+    cost = process_cost.measure(command)
+    assert cost.peak > 100e6
+    assert cost.anonymous < 50e6
+
+
 def test_a_command_that_fails_ends_the_benchmark_with_its_words() -> None:
     with pytest.raises(SystemExit, match=r"(?s)exit code 3 of: .*out of luck"):
         process_cost.measure(["sh", "-c", "echo out of luck >&2; exit 3"])
@@ -207,7 +218,9 @@ def test_the_benchmark_measures_every_command(result: tuple[dict[str, Any], str]
     for part in ("peft", "cp", "flat"):
         for name, runs in document[part]["runs"].items():
             assert len(runs) == 2
-            assert all(run["seconds"] > 0.001 and run["peak"] > 1e6 for run in runs), name
+            # Copying 2 MB can be over before the first look at the process: no memory is seen then.
+            least = 0 if name.startswith("cp") else 20e6
+            assert all(run["seconds"] > 0.001 and run["peak"] >= least for run in runs), name
             assert name in text
         assert all(
             check["held"] in (True, False) and min(check["values"]) > 0 for check in document[part]["checks"][:2]
@@ -255,6 +268,16 @@ def test_the_paper_figures_by_hand() -> None:
     # With codes and scales anew, the output is as large as the base and the absorbed tensors.
     assert as_fp8.output == kept.output == 688_574_839_360 + 61 * 32768 * 512 * 2
     assert as_fp8.touched == 160, "the MTP layer fills the last three files"
+
+
+def test_the_paper_figures_are_those_of_the_dry_run(fake: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    folders = ["--base", str(fake / "model"), "--out", str(tmp_path / "out")]
+    ran = cli("merge-absorb", str(fake / "attention"), *folders, "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    plan, bill = json.loads(ran.out), merge_paper.bill(["attention"], "bf16")
+    assert len(plan["files_written"]) == bill.touched
+    assert plan["tensors_changed"] == bill.merged
+    assert (plan["bytes_written"], plan["bytes_total"]) == (bill.written, bill.output)
 
 
 def test_the_docs_have_the_paper_table() -> None:

@@ -89,7 +89,11 @@ def _nearest(x: np.ndarray, dtype: str) -> np.ndarray:
         x = _round_to_odd(x)
     if x.ndim == 0:
         return _nearest(x[None], dtype)[0]
-    return round_bf16(x.copy()) if dtype == "BF16" else _nearest_e4m3(x)
+    if dtype != "BF16":
+        return _nearest_e4m3(x)
+    codes = round_bf16(x.copy())
+    codes[np.isnan(x)] = 0x7FC0
+    return codes
 
 
 def _round_to_odd(x: np.ndarray) -> np.ndarray:
@@ -106,19 +110,20 @@ def _round_to_odd(x: np.ndarray) -> np.ndarray:
     return y
 
 
-def round_bf16(x: np.ndarray, spare: np.ndarray | None = None) -> np.ndarray:
+def round_bf16(x: np.ndarray, spare: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
     """float32 → codes of BF16, to the nearest.  `x` is overwritten: its lower halves are left over, so that
-    `x.view(uint32) & 0xFFFF0000` are the rounded numbers.  `spare` is a uint32 array of its shape to work in."""
+    `x.view(uint32) & 0xFFFF0000` are the rounded numbers.  `spare` is a uint32 array of its shape to work in, `out` a
+    uint16 one for the result.  What becomes of a NaN is not said: `encode` keeps it one."""
     bits = x.view(np.uint32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        nans = None if np.isfinite(x.sum()) else np.isnan(x)  # a sum is a cheap look for NaN
     tie = np.right_shift(bits, 16, out=spare)
     np.bitwise_and(tie, 1, out=tie)
     np.add(tie, 0x7FFF, out=tie)
     np.add(bits, tie, out=bits)
-    if nans is not None:
-        bits[nans] = 0x7FC00000
-    return np.ascontiguousarray(bits.view(np.uint16)[..., 1::2])
+    codes = bits.view(np.uint16)[..., 1::2]
+    if out is None:
+        return np.ascontiguousarray(codes)
+    out[...] = codes
+    return out
 
 
 def _nearest_e4m3(x: np.ndarray) -> np.ndarray:

@@ -12,10 +12,12 @@ by one unit in the last place and is never further from the exact sum.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +82,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a tensor seen as a matrix; one row for vectors and scalars."""
     if len(shape) < 2:
         return 1, shape[0] if shape else 1
-    return int(np.prod(shape[:-1])), shape[-1]
+    return math.prod(shape[:-1]), shape[-1]
 
 
 class Merger:
@@ -118,24 +120,26 @@ class Merger:
 
     def compute(self, piece: Piece) -> tuple[np.ndarray, Survival | None]:
         """The codes to write for a piece, (rows, columns) in the storage dtype, and what survived the rounding; None
-        where no adapter changes the tensor.  Raises `WorkError` where a result is not finite."""
+        where no adapter changes the tensor.  The codes lie in memory that the thread's next call uses again.
+        Raises `WorkError` where a result is not finite."""
         out = piece.out
         if out.scale_of is not None:
             return self._fresh_scales(out), None
         _, columns = matrix_shape(out.shape)
-        codes = np.empty((piece.end - piece.begin, columns), STORAGE[out.dtype])
+        codes = self._spare("codes", (piece.end - piece.begin, columns), STORAGE[out.dtype])
         survival = Survival() if out.updates else None
+        raw = self._read(out, piece.begin, piece.end, columns)
         for begin, end in self._blocks(piece, columns):
-            W = self._weight(out, begin, end, columns)
+            W = self._weight(out, raw[begin - piece.begin : end - piece.begin], begin)
             merged, added = self._merged(out, W, begin)
+            block = codes[begin - piece.begin : end - piece.begin]
             if out.requantise is not None:
                 absmax = self._absmax(out) if out.requantise.block is None else None
-                block, raw = requantise(merged, out.requantise, self._rng(out.key, begin), absmax)
+                block[...], raw = requantise(merged, out.requantise, self._rng(out.key, begin), absmax)
                 scales = decode(raw, out.requantise.scale.dtype, self.float_type)
                 kept = dequantise(block, scales, out.requantise, 0, self.float_type)
             else:
-                block, kept = self._round(merged, out, begin)
-            codes[begin - piece.begin : end - piece.begin] = block
+                kept = self._round(merged, out, begin, block)
             if survival is None or added is None:
                 if not np.isfinite(kept).all():
                     raise _not_finite(out, W)
@@ -154,10 +158,14 @@ class Merger:
         for begin in range(piece.begin, piece.end, step):
             yield begin, min(begin + step, piece.end)
 
-    def _weight(self, out: OutTensor, begin: int, end: int, columns: int) -> np.ndarray:
-        """Rows of the source as floats, in an array of this thread that the next call may use again."""
-        raw = np.empty((end - begin, columns), STORAGE[out.source.dtype])
+    def _read(self, out: OutTensor, begin: int, end: int, columns: int) -> np.ndarray:
+        """The codes of rows of the source."""
+        raw = self._spare("raw", (end - begin, columns), STORAGE[out.source.dtype])
         read_into(out.source, raw, begin * columns * raw.itemsize)
+        return raw
+
+    def _weight(self, out: OutTensor, raw: np.ndarray, begin: int) -> np.ndarray:
+        """The numbers that the codes of rows from `begin` on stand for."""
         if out.quant is None:
             if out.source.dtype == "BF16" and self.float_type is np.float32:
                 return decode(raw, "BF16", out=self._spare("W", raw.shape))
@@ -181,7 +189,7 @@ class Merger:
         merged = np.add(W, added, out=self._spare("merged", W.shape))
         magnitude = out.updates[0].delta.magnitude
         if magnitude is not None:
-            # A magnitude has the rows of its own delta: those of gate or up alone where experts were adapted one by one.
+            # A magnitude has the rows of its own delta: gate's or up's alone where experts were adapted one by one.
             rows = out.first_row + begin - (out.updates[0].delta.rows or (0,))[0]
             m = read_raw(magnitude, rows, rows + len(W))
             norms = np.sqrt(np.einsum("ij,ij->i", merged, merged))
@@ -230,16 +238,17 @@ class Merger:
             self._factors.move_to_end(name)
             return self._factors[name]
 
-    def _round(self, merged: np.ndarray, out: OutTensor, begin: int) -> tuple[np.ndarray, np.ndarray]:
-        """(codes, the numbers that they stand for).  `merged` is overwritten."""
+    def _round(self, merged: np.ndarray, out: OutTensor, begin: int, codes: np.ndarray) -> np.ndarray:
+        """Write the codes of `merged`, which is overwritten, and return the numbers that they stand for."""
         rng = self._rng(out.key, begin)
-        if out.dtype == "BF16" and rng is None and merged.dtype == np.float32:
-            codes = round_bf16(merged, self._spare("bits", merged.shape).view(np.uint32))
+        if out.dtype == "BF16" and rng is None and merged.dtype == np.float32 and out.updates:
+            # A NaN shows in what survived, whatever its code.
+            round_bf16(merged, self._spare("bits", merged.shape, np.dtype(np.uint32)), codes)
             bits = merged.view(np.uint32)
             np.bitwise_and(bits, 0xFFFF0000, out=bits)
-            return codes, merged
-        codes = encode(merged, out.dtype, rng)
-        return codes, decode(codes, out.dtype, self.float_type)
+            return merged
+        codes[...] = encode(merged, out.dtype, rng)
+        return decode(codes, out.dtype, self.float_type)
 
     def _rng(self, key: str, begin: int) -> np.random.Generator | None:
         """The same numbers for the same seed, tensor and rows, whatever runs beside them."""
@@ -248,13 +257,14 @@ class Merger:
         digest = hashlib.sha256(f"{self.plan.options.seed}:{key}:{begin}".encode()).digest()
         return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
 
-    def _spare(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """An array of this thread, to be used again for the next block."""
+    def _spare(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any] | None = None) -> np.ndarray:
+        """An array of this thread, to be used again: fresh memory costs a page fault every 4 KB."""
         spares = self._local.__dict__.setdefault("spares", {})
-        size = int(np.prod(shape))
-        if name not in spares or spares[name].size < size or spares[name].dtype != self.float_type:
-            spares[name] = np.empty(size, self.float_type)
-        return spares[name][:size].reshape(shape)
+        kind = np.dtype(self.float_type) if dtype is None else dtype
+        size = math.prod(shape) * kind.itemsize
+        if name not in spares or spares[name].nbytes < size:
+            spares[name] = np.empty(size, np.uint8)
+        return spares[name][:size].view(kind).reshape(shape)
 
     def _scale(self, quant: Quantised) -> np.ndarray:
         """The scales of a quantised weight, kept for the next rows."""
@@ -274,7 +284,7 @@ class Merger:
             rows, columns = matrix_shape(out.shape)
             largest = 0.0
             for begin, end in self._blocks(Piece(out, 0, rows), columns):
-                merged, _ = self._merged(out, self._weight(out, begin, end, columns), begin)
+                merged, _ = self._merged(out, self._weight(out, self._read(out, begin, end, columns), begin), begin)
                 largest = max(largest, float(np.abs(merged).max()))
             known = np.array(largest)
             with self._lock:
@@ -295,8 +305,8 @@ class Merger:
         parts = []
         for first, last, _ in self._spans(weight, rows):
             for begin, end in self._blocks(Piece(weight, first, last), columns):
-                merged, _ = self._merged(weight, self._weight(weight, begin, end, columns), begin)
-                parts.append(requantise(merged, quant, None, absmax)[1])
+                W = self._weight(weight, self._read(weight, begin, end, columns), begin)
+                parts.append(requantise(self._merged(weight, W, begin)[0], quant, None, absmax)[1])
         raw = parts[0] if quant.block is None else np.concatenate(parts)
         return raw.reshape(matrix_shape(out.shape))
 

@@ -40,7 +40,7 @@ def plan_only(
     out: Path | None = None,
     *,
     options: Options | None = None,
-    verify: bool = False,
+    verify: bool = True,
     workers: int | None = None,
 ) -> PlanReport:
     """What `merge_absorb` would do with these arguments, from headers alone.  Raises what it would raise before it
@@ -56,7 +56,7 @@ def merge_absorb(
     *,
     options: Options | None = None,
     min_survival: float | None = None,
-    verify: bool = False,
+    verify: bool = True,
     probe: bool = True,
     overwrite: bool = False,
     workers: int | None = None,
@@ -110,7 +110,11 @@ def merge_absorb(
                 from mla_tune.merge.check import prove_merge
 
                 proof, probed, hashes = prove_merge(
-                    plan, staging.folder, probe=probe, progress=_counter(progress, "check", plan.model_bytes)
+                    plan,
+                    staging.folder,
+                    probe=probe,
+                    workers=workers or default_workers(),
+                    progress=_counter(progress, "check", plan.model_bytes),
                 )
             for shard in plan.shards:
                 shard.source.check_unchanged()

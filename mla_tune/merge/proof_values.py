@@ -1,0 +1,144 @@
+"""What a tensor of a checkpoint stands for, in torch, some rows at a time: the proof's own reader.
+
+It shares no arithmetic with the writer (numpy, `checkpoint.codec` and `checkpoint.quant`); of the latter it takes only
+which scale belongs to which weight.  Files are read, not mapped: mapped pages would count as memory of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mla_tune.adapter.files import AdapterDelta
+from mla_tune.checkpoint.index import Checkpoint, TensorRef
+from mla_tune.checkpoint.quant import Quantised, quantised_weights
+from mla_tune.errors import FileError
+
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+#: Significant bits, and the exponent of the smallest normal number, of the dtypes that are rounded to.
+PRECISION = {"F64": (53, -1022), "F32": (24, -126), "F16": (11, -14), "BF16": (8, -126), "F8_E4M3": (4, -6)}
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor as a matrix: vectors and scalars are one row."""
+    rows = 1
+    for n in shape[:-1]:
+        rows *= n
+    return rows, shape[-1] if shape else 1
+
+
+class Reader:
+    """Bytes of tensors into buffers of this thread: what is read stays valid until the next read under its name."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def rows(self, ref: TensorRef, begin: int, end: int, name: str) -> torch.Tensor:
+        """Rows [begin, end) of a tensor seen as a matrix, as bytes (uint8, one dimension)."""
+        rows, _ = matrix_shape(ref.shape)
+        width = ref.nbytes // rows if rows else 0
+        return self.bytes(ref, begin * width, (end - begin) * width, name)
+
+    def bytes(self, ref: TensorRef, offset: int, count: int, name: str) -> torch.Tensor:
+        buffers: dict[str, bytearray] = self._local.__dict__.setdefault("buffers", {})
+        if len(buffers.get(name, b"")) < count:
+            buffers[name] = bytearray(count)
+        if not count:
+            return torch.empty(0, dtype=torch.uint8)
+        view = memoryview(buffers[name])[:count]
+        handle = os.open(ref.file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < count:
+                got = os.preadv(handle, [view[done:]], ref.begin + offset + done)
+                if got == 0:
+                    raise FileError(f"{ref.file}: ends within '{ref.key}': the file changed while it was read")
+                done += got
+        finally:
+            os.close(handle)
+        return torch.frombuffer(buffers[name], dtype=torch.uint8, count=count)
+
+
+def whole(ref: TensorRef, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The whole tensor as floats, in memory of its own."""
+    rows, _ = matrix_shape(ref.shape)
+    raw = Reader().rows(ref, 0, rows, "whole")
+    return raw.view(TORCH[ref.dtype]).to(dtype).reshape(ref.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The scales of an FP8 weight: value = code · scale of its block."""
+
+    scales: torch.Tensor
+    block: tuple[int, int] | None
+
+    def spread(self, begin: int, end: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """(end - begin, columns): the scale of each number of these rows of the weight seen as a matrix."""
+        columns = shape[-1]
+        if self.block is None:
+            return self.scales.reshape(1, 1).expand(end - begin, columns)
+        rows, width = self.block
+        row = torch.arange(begin, end)
+        scales = self.scales
+        if len(shape) == 3:
+            expert, row = row // shape[1], row % shape[1]
+            picked = scales[expert, row // rows]
+        else:
+            picked = scales[row // rows]
+        return picked.repeat_interleave(width, dim=1)[:, :columns]
+
+
+class Values:
+    """The numbers of a checkpoint's tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, quantised: Mapping[str, Quantised] | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.quantised = dict(quantised_weights(checkpoint) if quantised is None else quantised)
+        self._scales: dict[str, Scaled] = {}
+
+    def scaled(self, key: str) -> Scaled | None:
+        """The scales of this weight, or None for one that is not quantised."""
+        how = self.quantised.get(key)
+        if how is None:
+            return None
+        if key not in self._scales:
+            if len(self._scales) > 64:
+                self._scales.clear()
+            self._scales[key] = Scaled(whole(how.scale), how.block)
+        return self._scales[key]
+
+    def of(self, ref: TensorRef, raw: torch.Tensor, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        """Bytes of rows [begin, end) as numbers (rows, columns) of `dtype`."""
+        value = raw.view(TORCH[ref.dtype]).to(dtype).view(end - begin, -1)
+        scaled = self.scaled(ref.key) if self.checkpoint.tensors.get(ref.key) is ref else None
+        return value if scaled is None else value * scaled.spread(begin, end, ref.shape).to(dtype)
+
+
+class Factors:
+    """A (E, r, in), times s and the adapter's weight, and B (E, out, r) of the deltas used last."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, delta: AdapterDelta, weight: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rank-major layout of PEFT's stacked B is undone here (see `mla.lora.expert_factors`)."""
+        with self._lock:
+            name = (f"{delta.A.file}:{delta.A.key}", dtype)
+            if name not in self._kept:
+                if len(self._kept) >= 6:
+                    self._kept.pop(next(iter(self._kept)))
+                A, B = whole(delta.A, dtype), whole(delta.B, dtype)
+                A = A.view(delta.experts, delta.rank, -1) * (delta.scale * weight)
+                B = torch.stack([B[:, e :: delta.experts] for e in range(delta.experts)])
+                self._kept[name] = (A, B.contiguous())
+            return self._kept[name]
