@@ -9,13 +9,17 @@ from typing import Any
 
 from mla_tune import __version__
 from mla_tune.arch.roles import Role
+from mla_tune.console import human_count
 from mla_tune.merge.apply import KEPT_FACTORS, PIECE_BYTES, Survival
 from mla_tune.merge.plan import MergePlan, OutTensor
+from mla_tune.mla.fold import forms
 
 #: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).
 _PROCESS_BYTES, _WORKER_BYTES = 60_000_000, 8_000_000
 #: Bytes merged in a second by one worker, and the disk that the estimate of time assumes.
 _COMPUTE_RATE, _DISK_RATE = 0.8e9, 1e9
+#: Cached tokens for which flops are told.
+_CONTEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +164,22 @@ def notes(plan: MergePlan) -> list[str]:
         lines.append(f"{requantised:,} FP8 weights are quantised anew: look at 'kept', FP8 erases small changes")
     if plan.untied:
         lines.append("the output head is a tensor of its own now: tie_word_embeddings is false in config.json")
+    if plan.absorbed is not None and plan.absorbed.mode == "fold":
+        lines.append(_fold_cost(plan))
     if plan.replaced:
         lines.append(f"{len(plan.replaced)} tensors are whole ones of the adapter: {_some(sorted(plan.replaced))}")
     return lines
+
+
+def _fold_cost(plan: MergePlan) -> str:
+    """What folding costs against splitting, over all attention modules."""
+    by_name = {f.name: f for f in forms(plan.architecture.dims, _CONTEXT, len(plan.architecture.attention_paths))}
+    split, fold = by_name["split"], by_name["fold"]
+    return (
+        f"fold: {human_count(fold.params)} parameters where split has {human_count(split.params)} "
+        f"({fold.params / split.params:.1f} times), and {fold.flops / 1e9:.3g} GFLOP a token where split has "
+        f"{split.flops / 1e9:.3g} ({fold.flops / split.flops:.1f} times, {_CONTEXT:,} tokens cached)"
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -74,6 +74,8 @@ def merge_absorb(
     Raises `FileError` and `InputError` before anything is written, `WorkError` where writing fails, `CheckError` where
     what was written is not what it should be or too little of a delta survived.
     """
+    if min_survival is not None and not 0 <= min_survival <= 1:
+        raise InputError(f"--min-survival {min_survival:g}: a share from 0 to 1 was expected")
     weighted = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
     places, plan = _plan(weighted, base, out, options or Options())
     stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
