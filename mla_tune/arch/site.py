@@ -50,6 +50,11 @@ class Site:
         """Trainable numbers of a LoRA of this rank: A (r, in) and B (out, r), for each expert."""
         return self.count * rank * (self.shape[0] + self.shape[1])
 
+    @property
+    def disk_parts(self) -> int:
+        """Tensors on disk that one (out, in) matrix is cut into by rows: gate and up of an expert lie apart."""
+        return 2 if self.disk == "per_expert" and self.path.endswith(".gate_up_proj") else 1
+
     def disk_keys(self) -> list[str]:
         """The checkpoint keys that hold this site's weight; for per-expert files gate and up of each expert in turn."""
         if self.disk == "module":

@@ -173,9 +173,12 @@ def _weight_map(index_file: Path, index: dict[str, Any]) -> dict[str, str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{index_file}: has no 'weight_map' from keys to files: the index is damaged")
+    seen: set[str] = set()
     for key, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise FileError(f"{index_file}: '{key}' points at {name!r}, which is not a safetensors file")
+        if name in seen:
+            continue
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name:
             raise FileError(f"{index_file}: '{key}' points at {name!r}, outside the folder")
@@ -183,6 +186,7 @@ def _weight_map(index_file: Path, index: dict[str, Any]) -> dict[str, str]:
             raise FileError(
                 f"{index_file}: '{key}' is in {name}, which is missing: the download or copy is not complete"
             )
+        seen.add(name)
     return weight_map
 
 

@@ -14,7 +14,7 @@ from mla_tune.checkpoint.index import INDEX_FILE
 from mla_tune.checkpoint.quant_config import edit_config
 from mla_tune.errors import FileError, InputError
 from mla_tune.merge.plan import HEAD, MergePlan
-from mla_tune.merge.staging import JOURNAL_FILE, STATE_FILE, Staging, sha256_of
+from mla_tune.merge.staging import JOURNAL_FILE, STATE_FILE, Staging, partial_folder, sha256_of
 from mla_tune.mla.fold import LAYOUTS
 
 REPORT_FILE = "merge_report.json"
@@ -45,7 +45,9 @@ def check_output(out: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int
                 f"{out}: was not written by merge-absorb (it has no {REPORT_FILE}): --overwrite does not delete it"
             )
     parent = next(p for p in out.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
+    # What an earlier run has left is gone on with, or deleted first.
+    left = partial_folder(out.absolute())
+    free = shutil.disk_usage(parent).free + sum(p.stat().st_size for p in left.rglob("*") if p.stat().st_nlink == 1)
     if free < nbytes:
         raise FileError(f"{out}: {nbytes / 1e9:.1f} GB will be written, but only {free / 1e9:.1f} GB are free there")
 

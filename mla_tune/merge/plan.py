@@ -259,10 +259,9 @@ def _tensors(checkpoint: Checkpoint, delta: AdapterDelta) -> list[OutTensor]:
         ref = checkpoint[EMBEDDING] if ref is None and site.role == Role.LM_HEAD else checkpoint[keys[0]]
         outs.append(OutTensor(keys[0], ref.dtype, ref.shape, ref, site=site))
     else:
-        parts = len(keys) // site.count  # gate and up, or down alone
-        rows = site.shape[0] // parts
+        rows = site.shape[0] // site.disk_parts
         for i, key in enumerate(keys):
-            expert, part = divmod(i, parts)
+            expert, part = divmod(i, site.disk_parts)
             wanted = delta.rows is None or (delta.rows[0] < (part + 1) * rows and part * rows < delta.rows[1])
             if wanted and delta.expert in (None, expert):
                 ref = checkpoint[key]
@@ -284,7 +283,7 @@ def _site_shape(out: OutTensor) -> tuple[int, ...]:
         return (rows, columns)
     if out.expert is None:
         return (site.count, rows, columns)
-    return (rows // (len(site.disk_keys()) // site.count), columns)
+    return (rows // site.disk_parts, columns)
 
 
 def _shards(

@@ -52,9 +52,9 @@ class AdapterReport:
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """What a merge would do.  Files: `linked` are the base's own, `written` are not.  Bytes: `read` from the base,
-    `written` anew; `memory` is the estimated peak, `seconds` the estimated time on a disk of `disk_rate` bytes a
-    second."""
+    """What a merge would do.  Files: `linked` are the base's own, `written` are not.  Bytes: `read` from the base
+    and the adapters, `written` anew; `memory` is the estimated peak, `seconds` the estimated time on a disk of
+    `disk_rate` bytes a second."""
 
     output: str
     base: str
@@ -191,7 +191,8 @@ def plan_report(plan: MergePlan, out: str, workers: int, *, verify: bool) -> Pla
     linked = [s for s in plan.shards if s.is_same and plan.options.link]
     written = [s for s in plan.shards if not (s.is_same and plan.options.link)]
     absorbed = plan.absorbed.bytes if plan.absorbed else 0
-    read = sum(o.source.nbytes for s in written for o in s.tensors)
+    factors = sum(ref.nbytes for adapter, _ in plan.adapters for ref in adapter.refs())
+    read = factors + sum(o.source.nbytes for s in written for o in s.tensors)
     computed = sum(o.nbytes for s in written for o in s.tensors if not o.is_copy)
     roles: dict[str, int] = {}
     for o in plan.changed:

@@ -51,6 +51,11 @@ class Staging:
         self.finished[name] = what
 
 
+def partial_folder(out: Path) -> Path:
+    """Where `out` is built."""
+    return out.with_name(f".{out.name}.partial")
+
+
 @contextmanager
 def staged(out: Path, plan: MergePlan, note: Callable[[str], None]) -> Iterator[Staging]:
     """A folder to build `out` in, with what an earlier run of the same plan has finished; it takes `out`'s place when
@@ -66,7 +71,7 @@ def staged(out: Path, plan: MergePlan, note: Callable[[str], None]) -> Iterator[
         if replaced.exists() and not out.exists():
             replaced.rename(out)  # a run was killed between the two renames below
         shutil.rmtree(replaced, ignore_errors=True)
-        staging = _open(out.with_name(f".{out.name}.partial"), plan, note)
+        staging = _open(partial_folder(out), plan, note)
         try:
             yield staging
             for name in (STATE_FILE, JOURNAL_FILE):
