@@ -1,129 +1,128 @@
-"""Absorbed attention beside stock attention in one forward pass: row 0 of the batch is stock, row 1 absorbed.
+"""Absorbed attention for the probe, in the decoder layers of transformers: prefill only, no cache.
 
-    H heads   P qk_nope_head_dim   R qk_rope_head_dim   V v_head_dim   C kv_lora_rank   D hidden   T tokens   Q = L or D
+    B batch   T tokens   H heads   P qk_nope_head_dim   R qk_rope_head_dim   V v_head_dim   C kv_lora_rank   D hidden size
+    Q what the query up-projection reads: L, or D without query compression
 
-    split   q̃[h] = W_UK[h] q_nope[h]          õ[h] = Σ softmax(scores) c      o[h] = W_UV[h] õ[h], then o_proj
-    fold    q̃[h] = c_q W_QK[h]                                                output = Σ_h W_VO[h] õ[h] + bias
-    scores[h] = (q̃[h] · c + q_rope[h] · k_rope) · scale
+    split   q̃ = q_nope W_UK[h]ᵀ  (C)      o[h] = W_UV[h] õ[h] (V)           W_UK (H, C, P)   W_UV (H, V, C)
+    fold    q̃ = c_q W_QK[h]      (C)      output = Σ_h W_VO[h] õ[h] (D)     W_QK (H, Q, C)   W_VO (H, D, C)
+    both    score = (q̃ · c + q_rope · k_rope) · scale      õ[h] = Σ softmax(score) c (C)
 
-(DeepSeek-V2, arXiv:2405.04434, appendix C.)  Both rows hold the same tokens, so each weight is read once for both.
-LongCat-Flash multiplies query and latent by numbers that are in no tensor: those of the latent and of q_rope are in
-what `expand_kv` and the attention function are given, that of a folded query is put in here.
+(DeepSeek-V2, arXiv:2405.04434, section 2.1.)  LongCat-Flash multiplies queries and latent by constants: the latent's is
+in c already, the query's is in q_nope and has to be put into q̃ of fold.
+
+Two rows of a batch go through each layer: row 0 attends as transformers does, row 1 absorbed.  All else, experts
+included, is computed for both at once.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
 
+from mla_tune.arch.dims import MLADims
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.index import Checkpoint, TensorRef
+from mla_tune.checkpoint.index import TensorRef
 from mla_tune.errors import CheckError
-from mla_tune.merge.probe_weights import Stored, StoredWeight, linear
-from mla_tune.merge.proof_values import Reader, Values
+from mla_tune.merge.probe_model import Weights
 
-ABSORBED = "mla_tune_stock_and_absorbed"
+#: The name under which transformers finds this attention.
+ATTENTION = "mla_tune_probe"
+_STATE = "mla_tune_probe_state"
 
 
-def absorb_second_row(
-    model: Any, arch: Architecture, merged: Checkpoint, tensors: Mapping[str, TensorRef], mode: str
+class Absorbed:
+    """One attention module with its absorbed tensors, read for each call."""
+
+    def __init__(
+        self, module: nn.Module, dims: MLADims, refs: Mapping[str, TensorRef], weights: Weights, dtype: torch.dtype
+    ) -> None:
+        self.module, self.dims, self.refs, self.weights, self.dtype = module, dims, refs, weights, dtype
+        self.fold = "W_QK" in refs
+        self.expand: Callable[..., tuple[torch.Tensor, torch.Tensor]] = getattr(module, "expand_kv")  # noqa: B009
+        self.latent = self.k_rope = self.c_q = self.output = torch.empty(0)
+        module.expand_kv = self._expand
+        setattr(module, _STATE, self)
+        if self.fold:
+            query = module.get_submodule("q_proj" if dims.L is None else "q_b_proj")
+            query.register_forward_pre_hook(self._keep_query)
+            module.get_submodule("o_proj").register_forward_hook(self._replace_output)
+
+    def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row 0 expanded; row 1 of latent (B, 1, T, C) and rope key (B, 1, T, R) is kept as it is."""
+        self.latent, self.k_rope = latent[1:], k_rope[1:]
+        return self.expand(latent[:1], k_rope[:1])
+
+    def _keep_query(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.c_q = args[0][1:]
+
+    def _replace_output(self, module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        bias = getattr(module, "bias", None)
+        return torch.cat((output[:1], self.output if bias is None else self.output + bias))
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = torch.empty(self.refs[name].shape, dtype=self.dtype)
+        self.weights.read(self.refs[name], tensor)
+        return tensor
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+        """query (1, H, T, P+R), mask (1, 1, T, T) → values (1, T, H, V); zeros where `fold` goes on to the output."""
+        q_nope, q_rope = query.split([self.dims.P, self.dims.R], dim=-1)
+        if self.fold:
+            q = torch.einsum("btq,hqc->bhtc", self.c_q, self._read("W_QK")) * getattr(
+                self.module, "mla_scale_q_lora", 1.0
+            )
+        else:
+            q = torch.einsum("bhtp,hcp->bhtc", q_nope, self._read("W_UK"))
+        scores = (q @ self.latent.mT + q_rope @ self.k_rope.mT) * scale + mask
+        summed = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ self.latent  # õ (1, H, T, C)
+        if self.fold:
+            self.output = torch.einsum("bhtc,hdc->btd", summed, self._read("W_VO"))
+            return query.new_zeros(*self.output.shape[:2], self.dims.H, self.dims.V)
+        return torch.einsum("bhtc,hvc->bthv", summed, self._read("W_UV"))
+
+
+def absorb(
+    model: nn.Module, arch: Architecture, tensors: Mapping[str, TensorRef], weights: Weights, dtype: torch.dtype
 ) -> None:
-    """Make `model`, opened with the attention function `ABSORBED`, attend with `tensors` in row 1 of its batch.
+    """Make the attention modules of a model whose attention is `ATTENTION` treat row 1 of a batch of 2 as absorbed.
 
-    `tensors` are `<attention path>.W_UK` and `.W_UV` for the mode `split`, `.W_QK` and `.W_VO` for `fold`.
-    Raises `CheckError` for tensors that are missing or of another shape.
+    `tensors` are by `<attention path>.<name>`.  Raises `CheckError` where one is missing or of another shape.
     """
-    d, values, reader = arch.dims, Values(merged, {}), Reader()
-    shapes = (
-        {"W_UK": (d.H, d.C, d.P), "W_UV": (d.H, d.V, d.C)}
-        if mode == "split"
-        else {"W_QK": (d.H, d.L or d.D, d.C), "W_VO": (d.H, d.D, d.C)}
-    )
+    d = arch.dims
+    fold = any(key.endswith("W_QK") for key in tensors)
+    shapes = {"W_QK": (d.H, d.L or d.D, d.C), "W_VO": (d.H, d.D, d.C)}
+    shapes = shapes if fold else {"W_UK": (d.H, d.C, d.P), "W_UV": (d.H, d.V, d.C)}
     for path in arch.attention_paths:
-        weights = {}
+        refs = {}
         for name, shape in shapes.items():
             ref = tensors.get(f"{path}.{name}")
             if ref is None or ref.shape != shape:
-                have = "missing" if ref is None else f"{ref.shape}, and {shape} was expected"
-                raise CheckError(f"{merged.folder}: absorbed tensor '{path}.{name}' is {have}")
-            weights[name] = StoredWeight(Stored(values, reader, ref))
-        module = model.get_submodule(path)
-        module.absorbed = _Split(**weights) if mode == "split" else _Fold(module, **weights)
-        module.expand_kv = _keep_latent
-
-
-def _keep_latent(latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of `expand_kv`: the attention function gets (B, 1, T, C) and (B, 1, T, R) as they are cached."""
-    return latent, k_rope
+                what = "is missing" if ref is None else f"is {ref.shape}"
+                raise CheckError(f"absorbed tensors: '{path}.{name}' {what}; {shape} is needed")
+            refs[name] = ref
+        Absorbed(model.get_submodule(path), d, refs, weights, dtype)
 
 
 def _attention(
-    module: Any,
+    module: nn.Module,
     query: torch.Tensor,
-    latent: torch.Tensor,
-    k_rope: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     mask: torch.Tensor,
+    *,
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (2, H, T, P+R) → (2, T, H, V)."""
-    keys, values = type(module).expand_kv(module, latent[:1], k_rope[:1])
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    stock, _ = eager(module, query[:1], keys, values, mask[:1], scaling=scaling, **kwargs)
-
-    c, k = latent[1, 0], k_rope[1, 0]  # (T, C), (T, R)
-    q_nope, q_rope = query[1].split([query.shape[-1] - k.shape[-1], k.shape[-1]], dim=-1)  # (H, T, P), (H, T, R)
-    scores = (module.absorbed.query(q_nope) @ c.T + q_rope @ k.T) * scaling + mask[-1]
-    weighted = scores.softmax(dim=-1) @ c  # (H, T, C)
-    row = module.absorbed.output(weighted).transpose(0, 1)  # (T, H, V)
-    return torch.cat((stock, row[None])), None
+    first, _ = sdpa_attention_forward(module, query[:1], key, value, mask[:1], scaling=scaling, **kwargs)
+    second = getattr(module, _STATE).attend(query[1:], mask[1:], scaling)
+    return torch.cat((first, second)), None
 
 
-class _Split:
-    """W_UK (H, C, P) and W_UV (H, V, C), head by head."""
-
-    def __init__(self, W_UK: StoredWeight, W_UV: StoredWeight) -> None:
-        self.W_UK, self.W_UV = W_UK, W_UV
-
-    def query(self, q_nope: torch.Tensor) -> torch.Tensor:
-        return torch.stack([linear(q, self.W_UK[h]) for h, q in enumerate(q_nope)])
-
-    def output(self, weighted: torch.Tensor) -> torch.Tensor:
-        return torch.stack([linear(o, self.W_UV[h]) for h, o in enumerate(weighted)])
-
-
-class _Fold:
-    """W_QK (H, Q, C) and W_VO (H, D, C).  What q_b_proj reads is taken from it on its way, and what o_proj gives for
-    row 1 is replaced."""
-
-    def __init__(self, module: Any, W_QK: StoredWeight, W_VO: StoredWeight) -> None:
-        self.W_QK, self.W_VO, self.V = W_QK, W_VO, module.v_head_dim
-        self.scale = getattr(module, "mla_scale_q_lora", 1.0)
-        (module.q_proj if getattr(module, "q_lora_rank", None) is None else module.q_b_proj).register_forward_pre_hook(
-            self._before_query
-        )
-        module.o_proj.register_forward_hook(self._after_output)
-
-    def _before_query(self, _module: Any, args: tuple[torch.Tensor]) -> None:
-        self.c_q = args[0][1]  # (T, Q)
-
-    def query(self, q_nope: torch.Tensor) -> torch.Tensor:
-        c_q = self.c_q * self.scale
-        return torch.stack([c_q @ self.W_QK[h].source.whole() for h in range(len(q_nope))])
-
-    def output(self, weighted: torch.Tensor) -> torch.Tensor:
-        self.result = sum(linear(o, self.W_VO[h]) for h, o in enumerate(weighted))  # (T, D)
-        return weighted.new_zeros(*weighted.shape[:2], self.V)
-
-    def _after_output(self, module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        row = self.result if module.bias is None else self.result + module.bias
-        return torch.stack((output[0], row))  # type: ignore[arg-type]
-
-
-AttentionInterface.register(ABSORBED, _attention)
-AttentionMaskInterface.register(ABSORBED, eager_mask)
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)

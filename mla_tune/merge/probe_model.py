@@ -9,7 +9,6 @@ the memory of one layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +47,9 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint, arch: Architecture) -> None:
         self.checkpoint = checkpoint
         self.values = Values(checkpoint)
-        self.tied = arch.tied and bool(checkpoint.config.get("tie_word_embeddings", arch.tied))
+        # Of this checkpoint, not of `arch`: a merged one may be untied.
+        default = arch.family.defaults.get("tie_word_embeddings", False)
+        self.tied = bool(checkpoint.config.get("tie_word_embeddings", default))
         self.reader = Reader()
 
     def find(self, name: str, site: Site | None) -> list[TensorRef]:
@@ -104,6 +105,11 @@ class Slot:
     site: Site | None = None
     trained: torch.Tensor | None = None
     read: set[int] = field(default_factory=set)
+
+    @property
+    def fused(self) -> bool:
+        """One tensor on disk holds the whole parameter, as it does for all but stacks of experts."""
+        return self.site is None or self.refs[0].key == self.name
 
     @property
     def value(self) -> torch.Tensor:
@@ -222,16 +228,15 @@ class Streamed:
         count = slot.site.count
         new = [e for e in self.hit if e < count and e not in slot.read]
         slot.read.update(new)
-        parts, tensor = len(slot.refs) // count, slot.value
-        if not parts:  # one tensor for all experts
-            (ref,) = slot.refs
-            height = slot.site.shape[0]
-            jobs = [(ref, tensor[e], e * height, (e + 1) * height) for e in new]
+        tensor, height = slot.value, slot.site.shape[0]
+        if slot.fused:
+            jobs = [(slot.refs[0], tensor[e], e * height, (e + 1) * height) for e in new]
         else:
-            halves = [(e, i, half) for e in new for i, half in enumerate(tensor[e].chunk(parts))]
-            jobs = [(slot.refs[e * parts + i], half, 0, None) for e, i, half in halves]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda job: self.weights.read(*job), jobs))
+            parts = len(slot.refs) // count  # 2 for gate and up
+            halves = [(e * parts + i, half) for e in new for i, half in enumerate(tensor[e].chunk(parts))]
+            jobs = [(slot.refs[i], half, 0, None) for i, half in halves]
+        for job in jobs:
+            self.weights.read(*job)
 
     def _empty(self, piece: Piece) -> None:
         for stack in piece.stacks.values():
@@ -246,14 +251,14 @@ class Streamed:
 
 
 def _piece_paths(model: nn.Module) -> list[str]:
-    """The decoder layers, and beside them all that has parameters."""
+    """The decoder layers, and beside them all that has weights."""
     paths: list[str] = []
     for name, child in model.named_children():
         for inner, grandchild in child.named_children() if name == "model" else [("", child)]:
             path = f"{name}.{inner}".removesuffix(".")
             many = isinstance(grandchild, nn.ModuleList)
             paths += [f"{path}.{i}" for i in range(len(grandchild))] if many else [path]
-    return paths
+    return [path for path in paths if model.get_submodule(path).state_dict()]
 
 
 def _slots(model: nn.Module, weights: Weights, stacks: Mapping[str, Site]) -> Iterator[Slot]:
@@ -271,10 +276,8 @@ def _slots(model: nn.Module, weights: Weights, stacks: Mapping[str, Site]) -> It
 
 
 def _check_shape(slot: Slot, checkpoint: Checkpoint) -> None:
-    if slot.site is None:
+    if slot.site is None or slot.fused:
         expected = tuple(slot.shape)
-    elif len(slot.refs) == 1 and slot.site.count > 1:
-        expected = (slot.site.count, *slot.site.shape)
     else:
         parts = len(slot.refs) // slot.site.count
         expected = (slot.site.shape[0] // parts, slot.site.shape[1])

@@ -1,119 +1,143 @@
-"""The proof of absorbed tensors: split bit for bit from, or the product of, the matrices that lie in the checkpoint."""
+"""The proof of absorbed tensors: split bit for bit from, or the product of, the matrices that lie in the checkpoint.
+
+Letters and layouts: `mla_tune.mla.fold`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from mla_tune.arch.dims import MLADims
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.files import read_json_object
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, read_shard
-from mla_tune.checkpoint.shards import same_bits
 from mla_tune.errors import FileError
-from mla_tune.merge.absorb import ABSORBED_FILE, ABSORBED_INDEX
-from mla_tune.merge.proof import Failure
-from mla_tune.merge.proof_values import PRECISION, TORCH, Values, matrix_shape, whole
+from mla_tune.merge.absorb import ABSORBED_INDEX
+from mla_tune.merge.absorb_plan import ABSORBED_FILE
+from mla_tune.merge.proof_layout import Failure
+from mla_tune.merge.proof_values import TORCH, Reader, Values, same_bytes, ulp_of
 from mla_tune.mla.heads import split_kv_b
 
+#: Numbers of W_O that are held at once.
+_BLOCK = 1 << 21
 
-def absorbed_tensors(folder: Checkpoint) -> dict[str, TensorRef]:
-    """The tensors of the absorbed file or files beside a checkpoint; empty where there are none."""
-    index, single = folder.folder / ABSORBED_INDEX, folder.folder / ABSORBED_FILE
+
+def absorbed_tensors(merged: Checkpoint) -> dict[str, TensorRef]:
+    """The tensors of the absorbed file or files beside a checkpoint; empty where there are none.
+
+    Raises `FileError` for a damaged index, and for files that it names and that are not there."""
+    index, single = merged.folder / ABSORBED_INDEX, merged.folder / ABSORBED_FILE
+    names: dict[str, None] = dict.fromkeys([ABSORBED_FILE] if single.is_file() else [])
     if index.is_file():
-        names = dict.fromkeys(read_json_object(index, "the index of the absorbed tensors")["weight_map"].values())
-    else:
-        names = dict.fromkeys([ABSORBED_FILE] if single.is_file() else [])
-    return {key: ref for name in names for key, ref in read_shard(folder.folder / name).tensors.items()}
+        weight_map = read_json_object(index, "the index of the absorbed tensors").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(Path(str(n)).name == n for n in weight_map.values()):
+            raise FileError(f"{index}: has no 'weight_map' from keys to files of this folder: the index is damaged")
+        names = dict.fromkeys(weight_map.values())
+    return {key: ref for name in names for key, ref in read_shard(merged.folder / name).tensors.items()}
 
 
 def prove_absorbed(
-    arch: Architecture, merged: Checkpoint, tensors: Mapping[str, TensorRef]
+    arch: Architecture, merged: Checkpoint, tensors: Mapping[str, TensorRef], *, workers: int = 2
 ) -> tuple[int, list[Failure], dict[str, str]]:
     """(modules proven, failures, sha256 of each file).  `tensors` are those of `absorbed_tensors`.
 
     W_UK and W_UV must be the split of kv_b_proj as written, bit for bit (of its dequantised numbers, rounded once, for
-    FP8); W_QK and W_VO the products, computed in float64, within an ulp.
+    FP8); W_QK and W_VO the products, computed in float64, rounded once after float32 sums.
     """
     if not tensors:
         return 0, [], {}
-    values, failures, proven = Values(merged), [], 0
-    for path in arch.attention_paths:
-        here = {key.rpartition(".")[2]: ref for key, ref in tensors.items() if key.rpartition(".")[0] == path}
-        wrong = [Failure(f"{path}.{name}", what) for name, what in _module(arch, values, path, here)]
-        failures += wrong
-        proven += not wrong
+    values = Values(merged)
+    files = list(dict.fromkeys(ref.file for ref in tensors.values()))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        digests = pool.map(_sha256, files)
+        found = list(pool.map(lambda path: _Module(arch, values, path, tensors).failures(), arch.attention_paths))
+        hashes = {file.name: digest for file, digest in zip(files, digests, strict=True)}
+    failures = [failure for module in found for failure in module]
     known = {f"{path}.{name}" for path in arch.attention_paths for name in ("W_UK", "W_UV", "W_QK", "W_VO")}
-    failures += [
-        Failure(key, "is in the absorbed file and no part of the model") for key in tensors if key not in known
-    ]
-    return proven, failures, {f.name: _sha256(f) for f in dict.fromkeys(ref.file for ref in tensors.values())}
+    failures += [Failure(key, "is in the absorbed file and no part of the model") for key in tensors.keys() - known]
+    return sum(not module for module in found), failures, hashes
 
 
-def _module(arch: Architecture, values: Values, path: str, here: Mapping[str, TensorRef]) -> list[tuple[str, str]]:
-    fold = "W_QK" in here or "W_VO" in here
-    names = ("W_QK", "W_VO") if fold else ("W_UK", "W_UV")
-    missing = [(name, "is missing in the absorbed file") for name in names if name not in here]
-    if missing:
-        return missing
-    kinds = torch.float64 if fold else None
-    kv_b = _matrix(arch, values, path, Role.W_UKV, kinds)
-    W_UK, W_UV = split_kv_b(kv_b, arch.dims)  # (H, C, P), (H, V, C)
-    if not fold:
-        found = (_stored(here["W_UK"]), _stored(here["W_UV"]))
-        pairs = zip(names, found, (W_UK, W_UV), strict=True)
-        return [(n, "is not the split of kv_b_proj") for n, a, b in pairs if not same_bits(a, b.to(a.dtype))]
-    d = arch.dims
-    query = _matrix(arch, values, path, Role.W_Q if d.L is None else Role.W_UQ, kinds).view(d.H, d.P + d.R, -1)
-    output = _matrix(arch, values, path, Role.W_O, kinds).view(d.D, d.H, d.V)
-    wrong = []
-    for h in range(d.H):
-        products = {"W_QK": query[h, : d.P].T @ W_UK[h].T, "W_VO": output[:, h] @ W_UV[h]}
-        factors = {"W_QK": query[h, : d.P].T.abs() @ W_UK[h].T.abs(), "W_VO": output[:, h].abs() @ W_UV[h].abs()}
-        for name, product in products.items():
-            ref = here[name]
-            if ref.shape[1:] != tuple(product.shape):
-                return [(name, f"is {ref.shape}, and {(d.H, *product.shape)} is right")]
-            got = _stored(ref, h).double()
-            bits, smallest = PRECISION[ref.dtype]
-            ulp = torch.exp2((torch.frexp(product)[1] - 1).clamp_min(smallest).double() - bits + 1)
-            slack = max(d.P, d.V) * (2.0**-24 if bits <= 11 else 2.0**-52) * factors[name]
-            if not bool(((got - product).abs() <= ulp * 0.51 + slack).all()) and name not in dict(wrong):
-                wrong.append((name, f"head {h} is not the product of the two matrices"))
-    return wrong
+class _Module:
+    """One attention module and its absorbed tensors."""
+
+    def __init__(self, arch: Architecture, values: Values, path: str, tensors: Mapping[str, TensorRef]) -> None:
+        self.values, self.path, self.dims = values, path, arch.dims
+        self.here = {key.rpartition(".")[2]: ref for key, ref in tensors.items() if key.rpartition(".")[0] == path}
+        self.fold = "W_QK" in self.here or "W_VO" in self.here
+        query = Role.W_Q if arch.dims.L is None else Role.W_UQ
+        roles = (Role.W_UKV, query, Role.W_O) if self.fold else (Role.W_UKV,)
+        sites = {site.role: site for site in arch if site.path.rpartition(".")[0] == path and site.role in roles}
+        self.sources = [values.checkpoint[sites[role].disk_keys()[0]] for role in roles]
+
+    def failures(self) -> list[Failure]:
+        shapes = _shapes(self.dims, self.fold)
+        dtypes = {ref.dtype if ref.key not in self.values.quantised else "BF16" for ref in self.sources}
+        dtype = dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
+        wrong = []
+        for name, shape in shapes.items():
+            if name not in self.here:
+                wrong.append((name, "is missing in the absorbed file"))
+            elif (self.here[name].dtype, self.here[name].shape) != (dtype, shape):
+                ref = self.here[name]
+                wrong.append((name, f"is {ref.dtype} {ref.shape}, and {dtype} {shape} is right"))
+        wrong = wrong or list(dict(self._products() if self.fold else self._halves(dtype)).items())
+        return [Failure(f"{self.path}.{name}", what) for name, what in wrong]
+
+    def _halves(self, dtype: str) -> Iterator[tuple[str, str]]:
+        (kv_b,) = self.sources
+        rows = kv_b.shape[0]
+        if kv_b.key in self.values.quantised:
+            weight = self._rows(kv_b, 0, rows, torch.float32).to(TORCH[dtype])
+        else:
+            weight = Reader().rows(kv_b, 0, rows, "kv_b").view(TORCH[kv_b.dtype]).view(kv_b.shape)
+        for name, half in zip(("W_UK", "W_UV"), split_kv_b(weight, self.dims), strict=True):
+            ref = self.here[name]
+            stored = Reader().bytes(ref, 0, ref.nbytes, name)
+            if not same_bytes(stored, half.view(torch.uint8).flatten()):
+                yield name, "is not the split of kv_b_proj"
+
+    def _products(self) -> Iterator[tuple[str, str]]:
+        kv_b, query, output = self.sources
+        d = self.dims
+        per_head = self._rows(kv_b, 0, d.H * (d.P + d.V), torch.float64).view(d.H, d.P + d.V, d.C)
+        for h in range(d.H):
+            first = h * (d.P + d.R)
+            W_UQ = self._rows(query, first, first + d.P, torch.float64)
+            yield from self._compare("W_QK", h, 0, W_UQ.T, per_head[h, : d.P])
+        step = max(1, _BLOCK // (d.H * d.V))
+        for begin in range(0, d.D, step):
+            W_O = self._rows(output, begin, min(begin + step, d.D), torch.float64).view(-1, d.H, d.V)
+            for h in range(d.H):
+                yield from self._compare("W_VO", h, begin, W_O[:, h], per_head[h, d.P :])
+
+    def _compare(self, name: str, h: int, begin: int, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[str, str]]:
+        """Rows from `begin` on of one head against a @ b."""
+        ref, exact = self.here[name], a @ b
+        row = ref.nbytes // ref.shape[0] // ref.shape[1]
+        raw = Reader().bytes(ref, (h * ref.shape[1] + begin) * row, len(a) * row, name)
+        stored = raw.view(TORCH[ref.dtype]).view(exact.shape).double()
+        # Sums of k terms are off by at most k·u·Σ|a||b| ≤ k·u·‖a‖‖b‖; float32 products are summed in float64.
+        u = 2.0**-52 if ref.dtype in ("F32", "F64") else 2.0**-24
+        norms = torch.outer(torch.linalg.vector_norm(a, dim=1), torch.linalg.vector_norm(b, dim=0))
+        slack = (a.shape[1] + 2) * u * norms
+        if not bool(((stored - exact).abs() <= ulp_of(exact.abs() + slack, ref.dtype) / 2 + slack).all()):
+            yield name, f"head {h} is not the product of the two matrices"
+
+    def _rows(self, ref: TensorRef, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.values.of(ref, Reader().rows(ref, begin, end, "source"), begin, end, dtype)
 
 
-def _matrix(arch: Architecture, values: Values, path: str, role: Role, dtype: torch.dtype | None) -> torch.Tensor:
-    """A matrix of an attention module, as stored where `dtype` is None; FP8 as float32 numbers then."""
-    site = next(s for s in arch.by_role(role) if s.path.rpartition(".")[0] == path)
-    ref = values.checkpoint[site.disk_keys()[0]]
-    if ref.key in values.quantised:
-        raw = whole_bytes(ref)
-        return values.of(ref, raw, 0, matrix_shape(ref.shape)[0], dtype or torch.float32)
-    return whole(ref, dtype or TORCH[ref.dtype])
-
-
-def whole_bytes(ref: TensorRef) -> torch.Tensor:
-    with ref.file.open("rb") as stream:
-        stream.seek(ref.begin)
-        data = bytearray(stream.read(ref.nbytes))
-    if len(data) != ref.nbytes:
-        raise FileError(f"{ref.file}: ends within '{ref.key}': the file changed while it was read")
-    return torch.frombuffer(data, dtype=torch.uint8)
-
-
-def _stored(ref: TensorRef, head: int | None = None) -> torch.Tensor:
-    """A tensor of the absorbed file, or one head of it, in its own dtype."""
-    if head is None:
-        return whole(ref, TORCH[ref.dtype])
-    size = ref.nbytes // ref.shape[0]
-    part = TensorRef(
-        ref.key, ref.file, ref.dtype, ref.shape[1:], ref.begin + head * size, ref.begin + (head + 1) * size
-    )
-    return whole(part, TORCH[ref.dtype])
+def _shapes(d: MLADims, fold: bool) -> dict[str, tuple[int, ...]]:
+    if fold:
+        return {"W_QK": (d.H, d.D if d.L is None else d.L, d.C), "W_VO": (d.H, d.D, d.C)}
+    return {"W_UK": (d.H, d.C, d.P), "W_UV": (d.H, d.V, d.C)}
 
 
 def _sha256(file: Path) -> str:

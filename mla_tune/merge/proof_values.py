@@ -26,6 +26,29 @@ TORCH = {
 #: Significant bits, and the exponent of the smallest normal number, of the dtypes that are rounded to.
 PRECISION = {"F64": (53, -1022), "F32": (24, -126), "F16": (11, -14), "BF16": (8, -126), "F8_E4M3": (4, -6)}
 
+#: Sites whose factors are kept at hand: two threads, each with gate and up, and down, of the experts of a layer.
+_KEPT_FACTORS = 4
+
+
+def ulp_of(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The unit in the last place of `dtype` at |x|."""
+    bits, smallest = PRECISION[dtype]
+    if x.dtype == torch.float64:
+        power = (x.view(torch.int64) & 0x7FF0 << 48).view(torch.float64)
+    else:
+        power = (x.view(torch.int32) & 0x7F80 << 16).view(torch.float32)  # the exponent alone: 2^⌊log2|x|⌋
+    return power.clamp_min(2.0**smallest) * 2.0 ** (1 - bits)
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two byte tensors of one dimension are equal; in words of 8 bytes, which is much faster."""
+    whole = a.numel() // 8 * 8
+    return (
+        a.numel() == b.numel()
+        and torch.equal(a[:whole].view(torch.int64), b[:whole].view(torch.int64))
+        and torch.equal(a[whole:], b[whole:])
+    )
+
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a tensor as a matrix: vectors and scalars are one row."""
@@ -79,7 +102,9 @@ class Scaled:
     """The scales of an FP8 weight: value = code · scale of its block."""
 
     scales: torch.Tensor
+    dtype: str
     block: tuple[int, int] | None
+    power_of_two: bool
 
     def spread(self, begin: int, end: int, shape: tuple[int, ...]) -> torch.Tensor:
         """(end - begin, columns): the scale of each number of these rows of the weight seen as a matrix."""
@@ -113,7 +138,7 @@ class Values:
         if key not in self._scales:
             if len(self._scales) > 64:
                 self._scales.clear()
-            self._scales[key] = Scaled(whole(how.scale), how.block)
+            self._scales[key] = Scaled(whole(how.scale), how.scale.dtype, how.block, how.power_of_two)
         return self._scales[key]
 
     def of(self, ref: TensorRef, raw: torch.Tensor, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
@@ -135,7 +160,7 @@ class Factors:
         with self._lock:
             name = (f"{delta.A.file}:{delta.A.key}", dtype)
             if name not in self._kept:
-                if len(self._kept) >= 6:
+                if len(self._kept) >= _KEPT_FACTORS:
                     self._kept.pop(next(iter(self._kept)))
                 A, B = whole(delta.A, dtype), whole(delta.B, dtype)
                 A = A.view(delta.experts, delta.rank, -1) * (delta.scale * weight)

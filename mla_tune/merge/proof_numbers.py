@@ -1,0 +1,310 @@
+"""The proof of one tensor: every number of it, computed again.
+
+    W the base's number   P = Σ|w·s·B||A|, what an error of a sum is measured by   S the exact sum, for DoRA its rows
+    scaled to the magnitude   O the number in the output   Δ = S - W   ulp unit in the last place of the output's dtype
+
+S is computed in torch one precision above what is written: float32 for 16-bit and FP8 outputs, float64 for float32.
+With u the unit roundoff of a computation (2⁻²⁴, 2⁻⁵³) and r its ranks, a dot product is off by at most (r + 2)·u·P
+(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1); `_slack` sums this up for both sides.
+
+Strict    |O - S| ≤ ulp/2 + slack, or < ulp + slack for stochastic rounding.
+Others    |O - S| ≤ 1.5 ulp of the largest of |W|, |Δ|, |S| and |O|, + slack + ρ·P.  ρ is the unit roundoff of the
+          output's dtype: PEFT rounds some deltas to it before it adds them, and its DoRA rounds four times (4 ulp).
+
+A whole adapter can hide below an ulp, so there is the projection onto the change as well:
+
+    kept(O) = ⟨O - W, Δ⟩ / ‖Δ‖²   must be   kept(Q(S)) within 5 % of it + 6σ
+
+Q rounds to the nearest.  O can differ from Q(S) only where S lies so near to a border between two roundings that the
+tool's own errors d carry it across: σ² = Σ (ulp + d)²Δ² / ‖Δ‖⁴ over these numbers.  An adapter that was dropped has
+kept = 0, an rsLoRA scaled by alpha/r has 1/√r.  For stochastic rounding kept(O) = 1 with σ² = Σ f(1 - f)ulp²Δ² / ‖Δ‖⁴,
+f the part of an ulp that S lies above its lower neighbour.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import torch
+
+from mla_tune.arch.site import Site
+from mla_tune.checkpoint.index import TensorRef
+from mla_tune.merge.proof_layout import Expected, Rules
+from mla_tune.merge.proof_values import PRECISION, TORCH, Factors, Values, matrix_shape, ulp_of, whole
+
+#: Numbers computed at once: a few float32 arrays of this size fit into a core's cache.
+_BLOCK = 1 << 17
+#: Where fewer than one number in this many differs from the nearest one, those are looked at alone.
+_FEW = 32
+#: The largest code of FP8, and the least that the largest number of a block may be coded as: more is lost to a scale
+#: that is too large.  Powers of two can be up to twice the scale that is needed.
+_E4M3_MAX, _LEAST_CODE, _LEAST_OF_OTHERS = 448.0, 416.0, 28.0
+#: Scales below this are not made smaller (see `checkpoint.quant`): float16 ends at 2⁻²⁴.
+_SMALL_SCALE = {"F16": 2.0**-20}
+
+
+class NumberCheck:
+    """One tensor of the output, given piece by piece; then `verdict`."""
+
+    def __init__(
+        self, out: TensorRef, expected: Expected, values: Values, out_values: Values, factors: Factors, rules: Rules
+    ) -> None:
+        self.out, self.expected, self.rules = out, expected, rules
+        self.values, self.out_values, self.factors = values, out_values, factors
+        self.dtype = torch.float64 if out.dtype in ("F32", "F64") else torch.float32
+        self.quant = out_values.scaled(out.key)
+        self.dora = any(delta.magnitude is not None for delta, _ in expected.updates)
+        self.ranks = sum(delta.rank for delta, _ in expected.updates)
+        self.first_row, self.expert = _place(out.key, expected.site)
+        self.worst, self.wrong, self.example = 0.5 if rules.rounding == "nearest" else 0.0, 0, ""
+        self.got = self.due = self.delta2 = self.spread = 0.0
+        self.projects = bool(expected.updates) and (not rules.strict or rules.rounding == "stochastic")
+        self.largest_codes = None if self.quant is None else torch.zeros_like(self.quant.scales)
+        self.ours = 2.0**-53 if self.dtype == torch.float64 else 2.0**-24
+        self.theirs = 2.0**-53 if rules.exact else 2.0**-24
+
+    def piece(self, raw: torch.Tensor, source: torch.Tensor, begin: int, end: int) -> None:
+        """Bytes of rows [begin, end) of the output and of the source."""
+        rows = end - begin
+        width, source_width = raw.numel() // rows, source.numel() // rows
+        step = max(1, _BLOCK // max(1, matrix_shape(self.out.shape)[1]))
+        for a in range(0, rows, step):
+            b = min(a + step, rows)
+            block = raw[a * width : b * width], source[a * source_width : b * source_width]
+            self._block(*block, begin + a, begin + b)
+
+    def verdict(self) -> str:
+        """What is wrong with the tensor; empty where nothing is."""
+        if self.wrong:
+            return f"{self.wrong:,} of {math.prod(self.out.shape):,} numbers are wrong: {self.example}"
+        if not self.projects or not self.delta2:
+            return self._scales()
+        got, due = self.got / self.delta2, self.due / self.delta2
+        tolerance = 0.05 * abs(due) + 6 * math.sqrt(self.spread) / self.delta2
+        if abs(got - due) > tolerance:
+            return f"holds {got:.1%} of the adapter's change, and {due:.1%} ± {tolerance:.1%} is right"
+        return self._scales()
+
+    def _block(self, O_raw: torch.Tensor, W_raw: torch.Tensor, begin: int, end: int) -> None:
+        W = self.values.of(self.expected.source, W_raw, begin, end, self.dtype)
+        parts = self._parts(begin, end)
+        sums = self._sums(W, parts)
+        S, factor = (sums, None) if not self.dora else self._scaled(sums, begin, end)
+        if self.rules.strict and self.rules.rounding == "nearest" and self.quant is None:
+            different = _different(S.to(TORCH[self.out.dtype]), O_raw)
+            low, high = (float(x) for x in torch.aminmax(S))
+            largest = torch.finfo(TORCH[self.out.dtype]).max
+            finite = -largest <= low and high <= largest  # False where one is NaN, and an infinity equals itself
+            if finite and not different.size:
+                return  # every number is the nearest one
+            if finite and not self.dora and different.size * _FEW < S.numel():
+                index = torch.from_numpy(different)
+                row, column = index // S.shape[1], index % S.shape[1]
+                out = O_raw.view(TORCH[self.out.dtype])[index].to(self.dtype)
+                w, s = W.flatten()[index], S.flatten()[index]
+                slack = self._slack(w, s, self._magnitudes_at(parts, row, column))
+                self._compare(w, s, out, None, slack, begin + row, column)
+                return
+        out = self.out_values.of(self.out, O_raw, begin, end, self.dtype)
+        unit = None if self.quant is None else self.quant.spread(begin, end, self.out.shape).to(self.dtype)
+        P = self._magnitudes(parts, W)
+        slack = self._slack(W, sums, P)
+        if factor is not None:
+            # ‖S‖ is off by (n/2 + 2)u of itself and by what its numbers are off; the factor and the product round.
+            error = torch.linalg.vector_norm(slack, dim=1) / torch.linalg.vector_norm(sums, dim=1)
+            share = error + (S.shape[1] / 2 + 6) * (self.ours + self.theirs)
+            slack = slack * factor.abs().unsqueeze(1) + S.abs() * share.unsqueeze(1)
+            P = P * factor.abs().unsqueeze(1)
+        row, column = torch.arange(begin, end).unsqueeze(1), torch.arange(S.shape[1]).unsqueeze(0)
+        if not self.rules.strict:
+            slack = slack + 2.0 ** -PRECISION[self.out.dtype][0] * P
+        self._compare(W, S, out, unit, slack, row, column)
+        if self.projects:
+            self._project(W, S, out, unit, slack)
+        if self.largest_codes is not None:
+            self._note_codes(O_raw, begin, end)
+
+    def _parts(self, begin: int, end: int) -> list[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """(rows of the block, scaled A, B of these rows) of each update that reaches rows [begin, end)."""
+        if self.expected.is_bias:
+            result = []
+            for delta, weight in self.expected.updates:
+                assert delta.bias is not None
+                bias = whole(delta.bias, self.dtype) * (delta.scale * weight)
+                result.append((slice(0, 1), bias.unsqueeze(0), torch.ones(1, 1, dtype=self.dtype)))
+            return result
+        result = []
+        for delta, weight in self.expected.updates:
+            assert self.expected.site is not None
+            expert, row = self.expert, self.first_row + begin
+            if self.expected.site.is_experts and expert is None:
+                expert, row = divmod(begin, self.expected.site.shape[0])
+            if delta.expert is not None and delta.expert != expert:
+                continue
+            low, high = delta.rows or (0, self.expected.site.shape[0])
+            first, last = max(row, low), min(row + end - begin, high)
+            if first < last:
+                A, B = self.factors.of(delta, weight, self.dtype)
+                which = expert if delta.experts > 1 and expert is not None else 0
+                result.append((slice(first - row, last - row), A[which], B[which, first - low : last - low]))
+        return result
+
+    def _sums(self, W: torch.Tensor, parts: list[tuple[slice, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        S = W
+        for rows, A, B in parts:
+            if len(B) == len(W):
+                S = torch.addmm(S, B, A)
+            else:
+                S = S.clone() if S is W else S
+                S[rows] += B @ A
+        return S
+
+    def _scaled(self, sums: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows scaled to the magnitude, the factor of each row)."""
+        (delta, _), *_ = self.expected.updates
+        assert delta.magnitude is not None
+        first = self.first_row + begin - (delta.rows[0] if delta.rows else 0)
+        m = whole(delta.magnitude, self.dtype)[first : first + end - begin]
+        factor = m / torch.linalg.vector_norm(sums, dim=1)
+        return sums * factor.unsqueeze(1), factor
+
+    def _magnitudes(self, parts: list[tuple[slice, torch.Tensor, torch.Tensor]], W: torch.Tensor) -> torch.Tensor:
+        P = torch.zeros_like(W)
+        for rows, A, B in parts:
+            P[rows] += B.abs() @ A.abs()
+        return P
+
+    def _magnitudes_at(
+        self, parts: list[tuple[slice, torch.Tensor, torch.Tensor]], row: torch.Tensor, column: torch.Tensor
+    ) -> torch.Tensor:
+        """The same at single places of the block."""
+        P = torch.zeros(len(row), dtype=self.dtype)
+        for rows, A, B in parts:
+            inside = (row >= rows.start) & (row < rows.stop)
+            at = (row - rows.start).clamp(0, len(B) - 1)
+            P += inside * (B[at].abs() * A[:, column].T.abs()).sum(1)
+        return P
+
+    def _slack(self, W: torch.Tensor, S: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+        """How far two sums, the one here and the one that was rounded, may lie from each other."""
+        k = len(self.expected.updates)
+        slack = P * ((self.ranks + 3 + 2 * k) * (self.ours + self.theirs))
+        if k:
+            slack = slack + W.abs() * ((self.ranks + 3) * self.ours)
+        if self.out.dtype != "F32" or self.rules.exact or self.dora:
+            slack = slack + S.abs() * (2 * self.theirs)  # the sum was rounded once before it was rounded to the dtype
+        if self.expected.source.dtype not in ("F32", "BF16", "F16"):
+            slack = slack + W.abs() * (self.ours + self.theirs)  # code · scale
+        return slack
+
+    def _compare(
+        self,
+        W: torch.Tensor,
+        S: torch.Tensor,
+        out: torch.Tensor,
+        unit: torch.Tensor | None,
+        slack: torch.Tensor,
+        row: torch.Tensor,
+        column: torch.Tensor,
+    ) -> None:
+        error = (out - S).abs()
+        if self.rules.strict:
+            ulp = self._ulp(S.abs() + slack, unit)
+            allowed = (0.5 if self.rules.rounding == "nearest" else 1.0) * ulp + slack
+        else:
+            ulp = self._ulp(torch.stack((W.abs(), (S - W).abs(), S.abs(), out.abs())).amax(0), unit)
+            allowed = (4.0 if self.dora else 1.5) * ulp + slack
+        bad = ~(error <= allowed)  # a NaN is bad
+        self.worst = max(self.worst, float(((error - slack) / ulp).nan_to_num(math.inf).max()))
+        count = int(bad.sum())
+        if count and not self.wrong:
+            i = tuple(bad.nonzero()[0].tolist())
+            at = f"[{int(row.expand_as(bad)[i])}, {int(column.expand_as(bad)[i])}]"
+            found, right, old = (float(x[i]) for x in (out, S, W))
+            self.example = f"at {at} it is {found:.6g}, and {right:.6g} is right (base: {old:.6g})"
+        self.wrong += count
+
+    def _ulp(self, x: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+        return ulp_of(x, self.out.dtype) if unit is None else ulp_of(x / unit, self.out.dtype) * unit
+
+    def _project(
+        self, W: torch.Tensor, S: torch.Tensor, out: torch.Tensor, unit: torch.Tensor | None, slack: torch.Tensor
+    ) -> None:
+        D = (S - W).double()
+        scaled = S if unit is None else (S / unit).clamp(-_E4M3_MAX, _E4M3_MAX)
+        Q = scaled.to(TORCH[self.out.dtype]).to(self.dtype)
+        Q = (Q if unit is None else Q * unit).double()
+        ulp = self._ulp(S, unit).double()
+        off = (Q - S.double()).abs()
+        D2 = D * D
+        self.delta2 += float(D2.sum())
+        self.got += float(((out - W).double() * D).sum())
+        if self.rules.rounding == "stochastic":
+            self.due += float(D2.sum())
+            self.spread += float((off * (ulp - off).clamp_min(0) * D2).sum()) + float((slack.double() ** 2 * D2).sum())
+            return
+        self.due += float(((Q - W.double()) * D).sum())
+        rho = 2.0 ** -PRECISION["BF16" if unit is not None else self.out.dtype][0]
+        d = slack.double() + rho * D.abs()
+        if self.expected.source.key in self.values.quantised:
+            d = d + rho * W.double().abs()  # other tools round the dequantised weight to bfloat16 first
+        if self.dora:
+            # Four roundings, of which that of the row's factor moves the whole row.
+            self.spread += float((4 * ulp * ulp / 3 * D2).sum())
+            self.spread += float((2 * rho * (S.double() * D).sum(1)).square().sum())
+            return
+        near = ulp / 2 - off <= d
+        self.spread += float((near * (ulp + d) ** 2 * D2).sum())
+
+    def _note_codes(self, O_raw: torch.Tensor, begin: int, end: int) -> None:
+        """The largest |code| of each block, seen so far."""
+        assert self.quant is not None
+        assert self.largest_codes is not None
+        codes = O_raw.view(torch.float8_e4m3fn).to(torch.float32).abs().view(end - begin, -1)
+        if self.quant.block is None:
+            self.largest_codes.clamp_min_(float(codes.max()))
+            return
+        rows, width = self.quant.block
+        padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % width))
+        across = padded.view(len(codes), -1, width).amax(2)
+        row, seen = torch.arange(begin, end), self.largest_codes
+        if len(self.out.shape) == 3:
+            seen, row = seen[begin // self.out.shape[1]], row % self.out.shape[1]
+        seen.scatter_reduce_(0, (row // rows).unsqueeze(1).expand_as(across), across, "amax")
+
+    def _scales(self) -> str:
+        """Whether a scale is so large that numbers of its block were lost."""
+        if self.largest_codes is None or self.quant is None or not self.expected.updates:
+            return ""
+        least = _LEAST_OF_OTHERS
+        if self.rules.strict:
+            least = 224.0 * 0.93 if self.quant.power_of_two else _LEAST_CODE
+        small = self.quant.scales <= _SMALL_SCALE.get(self.quant.dtype, 2.0**-126)
+        lost = (self.largest_codes < least) & (self.largest_codes > 0) & ~small
+        if not bool(lost.any()):
+            return ""
+        worst = _E4M3_MAX / float(self.largest_codes[lost].min())
+        return f"{int(lost.sum()):,} of {lost.numel():,} scales are too large, by up to {worst:.3g} times"
+
+
+def _different(wanted: torch.Tensor, raw: torch.Tensor) -> np.ndarray:
+    """Where, as flat positions, the bytes of numbers differ.  Words of 8 bytes are compared: torch takes 20 times as
+    long over numbers of 16 bits."""
+    kind = np.dtype(f"u{wanted.element_size()}")
+    a, b = wanted.view(torch.uint8).numpy().reshape(-1), raw.numpy()
+    each = 8 // kind.itemsize
+    if a.size % 8:
+        return np.flatnonzero(a.view(kind) != b.view(kind))
+    words = np.flatnonzero(a.view(np.uint64) != b.view(np.uint64))
+    places = (words[:, None] * each + np.arange(each)).reshape(-1)
+    return places[a.view(kind)[places] != b.view(kind)[places]]
+
+
+def _place(key: str, site: Site | None) -> tuple[int, int | None]:
+    """(first row of the site's matrix, expert) that a tensor holds."""
+    match = re.search(r"\.experts\.(\d+)\.(\w+)\.weight$", key)
+    if match is None or site is None or not site.is_experts:
+        return 0, None
+    return (site.shape[0] // 2 if match[2] == "up_proj" else 0), int(match[1])
