@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -239,12 +240,13 @@ def drop(file: Path, key: str) -> None:
     edit_json(index, weight_map=weight_map)
 
 
-SABOTAGE: dict[str, tuple[str, Callable[[Path, str], None], str, str]] = {
-    "a merged tensor": ("model", flip, KEY, rf"'{KEY}' on the disk is not what the merge computed"),
-    "an untouched tensor": ("model", flip, "model.norm.weight", r"'model\.norm\.weight' on the disk is not"),
-    "a missing tensor": ("model", drop, "model.norm.weight", "other keys than the base"),
-    "W_UK": ("absorbed", flip, "model.layers.0.self_attn.W_UK", f"is not the split of '{KEY}'"),
-    "W_UV": ("absorbed", flip, "model.layers.0.self_attn.W_UV", f"is not the split of '{KEY}'"),
+#: What is damaged, after which step, how, which key, and what the error says.
+SABOTAGE: dict[str, tuple[str, str, Callable[[Path, str], None], str, str]] = {
+    "a merged tensor": ("model", "carry_files", flip, KEY, "1 of 2,100 numbers is wrong"),
+    "an untouched tensor": ("model", "carry_files", flip, "model.norm.weight", "is not the base's, and no adapter"),
+    "a missing tensor": ("model", "carry_files", drop, "model.norm.weight", "is in the base and missing in the output"),
+    "W_UK": ("absorbed", "write_absorbed", flip, "model.layers.0.self_attn.W_UK", "is not the split of kv_b_proj"),
+    "W_UV": ("absorbed", "write_absorbed", flip, "model.layers.0.self_attn.W_UV", "is not the split of kv_b_proj"),
 }
 
 
@@ -252,12 +254,14 @@ SABOTAGE: dict[str, tuple[str, Callable[[Path, str], None], str, str]] = {
 def test_an_output_that_is_not_as_computed_is_not_published(
     case: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, damage, key, words = SABOTAGE[case]
-    carry = run_module.carry_files
+    name, step, damage, key, words = SABOTAGE[case]
+    do = getattr(run_module, step)
 
-    def carry_and_damage(plan: Any, staging: Path) -> Any:
-        damage(staging / f"{name}.safetensors", key)
-        return carry(plan, staging)
+    def do_and_damage(*args: Any, **options: Any) -> Any:
+        result = do(*args, **options)
+        (folder,) = place.glob(".out.partial")
+        damage(folder / f"{name}.safetensors", key)
+        return result
 
-    monkeypatch.setattr(run_module, "carry_files", carry_and_damage)
-    refused(place, CheckError, words)
+    monkeypatch.setattr(run_module, step, do_and_damage)
+    refused(place, CheckError, rf"nothing was published:\n  {re.escape(key)}: {words}")

@@ -28,6 +28,7 @@ VERBS = {
     "plan": "plan",
     "train": "train",
     "merge-absorb": "merge_absorb",
+    "verify": "verify",
     "generate": "generate",
     "schema": "schema",
 }

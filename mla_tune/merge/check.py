@@ -204,9 +204,7 @@ def _manifest(out: Path) -> dict[str, Any]:
         case {"base": str(), "base_files": dict(), "adapters": [_, *_], "options": dict(options), "files": dict()}:
             if options.keys() == Options().to_json().keys():
                 return manifest
-    raise FileError(
-        f"{file}: is damaged, or of another version of mla-tune: take it away and name --base and --adapter"
-    )
+    raise FileError(f"{file}: is damaged, or of another version of mla-tune: remove it and name --base and --adapter")
 
 
 def _other_inputs(

@@ -193,7 +193,7 @@ class _Changes:
         for saved in adapter.saved:
             self._replace(adapter, saved.key, saved.ref)
         for delta in adapter.deltas:
-            self._refuse_unmergeable(adapter, delta.site)
+            self._refuse_unmergeable(adapter, delta)
             update = Update(delta, weight)
             for out in _tensors(self.checkpoint, delta):
                 known = self.outs.get(out.key)
@@ -223,7 +223,12 @@ class _Changes:
         self.replaced[key] = adapter
         self.outs[key] = OutTensor(key, base.dtype, base.shape, ref)
 
-    def _refuse_unmergeable(self, adapter: Adapter, site: Site) -> None:
+    def _refuse_unmergeable(self, adapter: Adapter, delta: AdapterDelta) -> None:
+        site = delta.site
+        if delta.expert is not None and delta.magnitude is not None and site.disk != "per_expert":
+            raise InputError(
+                f"{adapter.folder}: a DoRA on single experts can't be merged where {site.path} is one tensor of all"
+            )
         what = f"{adapter.folder}: adapts {site.path} ({site.reason})"
         if site.role == Role.ROUTER and self.arch.family.model_type in _ROUTER_READ_DIRECTLY:
             raise InputError(f"{what}: merged, it would not be the model that was trained")

@@ -9,7 +9,9 @@ differs is the weights; bfloat16 otherwise.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import transformers
 from mla_tune.adapter.files import WEIGHTS_FILE
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, read_shard
-from mla_tune.merge.probe_model import Pool, Streamed, Weights, build
+from mla_tune.merge.probe_model import CHUNK, Streamed, Weights, build
 
 #: Share of the free memory that a probe may take.
 _SHARE = 0.8
@@ -104,15 +106,14 @@ def probe(
         need = needs["bfloat16"]
         return report(False, f"a layer needs {need / 1e9:.1f} GB in bfloat16, {free / 1e9:.1f} GB are free", need)
     ids = torch.randint(0, arch.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
-    pool = Pool()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        with torch.no_grad():
-            plain, tuned, reason = _unmerged(base, arch, adapters, ids, _DTYPES[dtype], pool)
+        with torch.no_grad(), _half_the_threads() as reader:
+            plain, tuned, reason = _unmerged(base, arch, adapters, ids, _DTYPES[dtype], reader)
             if tuned is None and not wanted:
                 return report(False, reason, needs[dtype])
-            ours, other = _merged(merged, arch, wanted, ids, _DTYPES[dtype], pool)
+            ours, other = _merged(merged, arch, wanted, ids, _DTYPES[dtype], reader)
     finally:
         transformers.logging.set_verbosity(verbosity)
     found: dict[str, Any] = {}
@@ -131,19 +132,21 @@ def _unmerged(
     adapters: Sequence[tuple[Path, float]],
     ids: torch.Tensor,
     dtype: torch.dtype,
-    pool: Pool,
+    reader: Executor,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
     """(logits of the base, logits with the adapters, why there are none), logits (T, vocabulary) in float32."""
-    from mla_tune.merge.probe_peft import PeftCannot, SideBySide, attach, summed_where_used
+    from mla_tune.merge.probe_peft import PeftCannot, SideBySide, attach, in_place, summed_where_used
 
-    streamed = Streamed(build(base, arch, "sdpa"), arch, Weights(base, arch), dtype, pool)
+    chunk = CHUNK if in_place(adapters) else None
+    streamed = Streamed(build(base, arch, "sdpa"), arch, Weights(base, arch), dtype, reader, chunk)
     try:
         model: Any = attach(streamed, base, arch, adapters)
     except PeftCannot as error:
         return None, None, f"merged was not compared with base + adapters, since PEFT does not compute them: {error}"
-    streamed.stream(ids, SideBySide(streamed))
+    streamed.stream(ids, SideBySide(streamed, model))
     with summed_where_used(streamed):
         logits = model(input_ids=ids.expand(2, -1), use_cache=False).logits.float()
+    streamed.release()
     return logits[0], logits[1], ""
 
 
@@ -153,35 +156,39 @@ def _merged(
     absorbed: Mapping[str, TensorRef],
     ids: torch.Tensor,
     dtype: torch.dtype,
-    pool: Pool,
+    reader: Executor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits (T, vocabulary) in float32 of the merged model, and with absorbed attention."""
     weights = Weights(merged, arch)
-    if not absorbed:
-        streamed = Streamed(build(merged, arch, "sdpa"), arch, weights, dtype, pool)
-        streamed.stream(ids)
-        net: Any = streamed.model
-        return net(input_ids=ids, use_cache=False).logits[0].float(), None
-    from mla_tune.merge.probe_attention import ATTENTION
-    from mla_tune.merge.probe_attention import absorb as absorb_attention
+    model: Any
+    if absorbed:
+        from mla_tune.merge.probe_attention import ATTENTION, absorb_attention
 
-    streamed = Streamed(build(merged, arch, ATTENTION), arch, weights, dtype, pool)
-    absorb_attention(streamed.model, arch, absorbed, weights, dtype)
+        model, ids = build(merged, arch, ATTENTION), ids.expand(2, -1)
+        absorb_attention(model, arch, absorbed, weights, dtype)
+    else:
+        model = build(merged, arch, "sdpa")
+    streamed = Streamed(model, arch, weights, dtype, reader)
     streamed.stream(ids)
-    model: Any = streamed.model
-    logits = model(input_ids=ids.expand(2, -1), use_cache=False).logits.float()
-    return logits[0], logits[1]
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    streamed.release()
+    return logits[0], logits[1] if absorbed else None
 
 
 def _compare(reference: str, a: torch.Tensor, other: str, b: torch.Tensor) -> Comparison:
-    p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    """Of logits (T, vocabulary), token by token: in float64 all of them at once are more than a layer's weights."""
+    kl = same = 0.0
+    for x, y in zip(a, b, strict=True):
+        p, q = x.double().log_softmax(-1), y.double().log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum())
+        same += float(x.argmax() == y.argmax())
     return Comparison(
         reference=reference,
         other=other,
         max_error=float((a - b).abs().max()),
         largest=float(a.abs().max()),
-        kl=float((p.exp() * (p - q)).sum(-1).mean()),
-        top1=float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+        kl=kl / len(a),
+        top1=same / len(a),
     )
 
 
@@ -193,20 +200,32 @@ def _need(
     itemsize: int,
 ) -> int:
     """Bytes at the peak: the largest piece with its absorbed tensors, all adapters, and logits."""
-    from mla_tune.merge.probe_peft import sums_in_place
+    from mla_tune.merge.probe_peft import in_place
 
     layers: dict[int | None, int] = {}
-    # Where PEFT adds up experts itself: W, two deltas, and the sum.
-    copies = 1 if len(adapters) == 1 and sums_in_place() else 4
     for site in arch:
-        used = min(1.0, 2 * tokens * arch.experts_per_token / site.count) if site.is_experts else 1.0
-        layers[site.layer] = layers.get(site.layer, 0) + int(
-            site.params * itemsize * (used * copies if site.is_experts else 1)
-        )
-    module = [sum(r.nbytes * 4 for k, r in absorbed.items() if k.startswith(f"{p}.")) for p in arch.attention_paths[:1]]
+        numbers = site.params
+        if site.is_experts:
+            # Two chunks; where PEFT adds up all experts itself W, two deltas, and the sum.
+            numbers = 2 * max(CHUNK // itemsize, numbers // site.count) if in_place(adapters) else 4 * numbers
+        layers[site.layer] = layers.get(site.layer, 0) + numbers * itemsize
+    module = sum(r.nbytes for k, r in absorbed.items() if k.startswith(f"{arch.attention_paths[0]}."))
     held = sum(ref.nbytes for folder, _ in adapters for ref in read_shard(folder / WEIGHTS_FILE).tensors.values())
-    logits = 2 * tokens * arch.vocab_size * 8
-    return max(layers.values()) + sum(module) + held + 4 * logits + _BESIDE
+    logits = tokens * arch.vocab_size * 4
+    return max(layers.values()) + module * 4 + held + 8 * logits + _BESIDE
+
+
+@contextmanager
+def _half_the_threads() -> Iterator[Executor]:
+    """One thread that reads; for computing half of the cores meanwhile, since threads of torch that wait for each
+    other's turn on a core that something else uses take many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
+            yield reader
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _free_memory() -> int:

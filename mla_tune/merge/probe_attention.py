@@ -1,7 +1,7 @@
 """Absorbed attention for the probe, in the decoder layers of transformers: prefill only, no cache.
 
-    B batch   T tokens   H heads   P qk_nope_head_dim   R qk_rope_head_dim   V v_head_dim   C kv_lora_rank   D hidden size
-    Q what the query up-projection reads: L, or D without query compression
+    B batch   T tokens   H heads   P qk_nope_head_dim   R qk_rope_head_dim   V v_head_dim   C kv_lora_rank
+    D hidden size   Q what the query up-projection reads: L, or D without query compression
 
     split   q̃ = q_nope W_UK[h]ᵀ  (C)      o[h] = W_UV[h] õ[h] (V)           W_UK (H, C, P)   W_UV (H, V, C)
     fold    q̃ = c_q W_QK[h]      (C)      output = Σ_h W_VO[h] õ[h] (D)     W_QK (H, Q, C)   W_VO (H, D, C)
@@ -87,7 +87,7 @@ class Absorbed:
         return torch.einsum("bhtc,hvc->bthv", summed, self._read("W_UV"))
 
 
-def absorb(
+def absorb_attention(
     model: nn.Module, arch: Architecture, tensors: Mapping[str, TensorRef], weights: Weights, dtype: torch.dtype
 ) -> None:
     """Make the attention modules of a model whose attention is `ATTENTION` treat row 1 of a batch of 2 as absorbed.

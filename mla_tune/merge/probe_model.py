@@ -8,15 +8,18 @@ the memory of one layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, nearest
@@ -25,6 +28,8 @@ from mla_tune.merge.proof_values import TORCH, Reader, Values, matrix_shape
 
 #: Numbers read and converted at once: they stay in a core's cache.
 _BLOCK = 1 << 19
+#: Bytes of experts in memory at a time: few enough for a processor's cache.
+CHUNK = 16_000_000
 #: The two ends of tied embeddings: where a checkpoint has one of them, it is the other too.
 _TIED = {"lm_head.weight": "model.embed_tokens.weight", "model.embed_tokens.weight": "lm_head.weight"}
 
@@ -34,7 +39,7 @@ def build(checkpoint: Checkpoint, arch: Architecture, attention: str) -> PreTrai
     left_out = ("quantization_config", "compression_config", "auto_map", "model_type")
     settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
     config = CONFIG_MAPPING[arch.family.model_type].from_dict(settings)
-    with init_empty_weights(include_buffers=False):
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention, experts_implementation="eager"
         )
@@ -88,12 +93,19 @@ class Weights:
             target[first - begin : last - begin].copy_(numbers)
 
 
+class Sides(Protocol):
+    """Runs parts of a batch in different ways."""
+
+    def parts(self, module: nn.Module) -> list[Callable[[], None] | None]:
+        """What to call before each equal part of a batch goes through the module: one entry a part."""
+        ...
+
+
 @dataclass(eq=False)
 class Slot:
     """Where one parameter or persistent buffer is kept, and the tensors of the checkpoint that hold it.
 
-    The module stays the same one when PEFT wraps it.  `trained` is what an adapter puts in its place.  `read` are the
-    experts read so far into a stack.
+    The module stays the same one when PEFT wraps it.  `trained` is what an adapter puts in its place.
     """
 
     module: nn.Module
@@ -104,7 +116,6 @@ class Slot:
     is_buffer: bool
     site: Site | None = None
     trained: torch.Tensor | None = None
-    read: set[int] = field(default_factory=set)
 
     @property
     def fused(self) -> bool:
@@ -118,44 +129,67 @@ class Slot:
     def put(self, tensor: torch.Tensor) -> None:
         self.module._parameters[self.leaf] = nn.Parameter(tensor, requires_grad=False)
 
+    def empty(self) -> None:
+        # Whoever still holds the parameter (PEFT's parametrisations, until they are collected) keeps no memory with it.
+        if not self.value.is_meta:
+            self.value.data = torch.empty(0)
+        self.put(torch.empty(self.shape, device="meta"))
+
 
 @dataclass(eq=False)
 class Piece:
-    """What is filled and emptied at once: `stacks` are the experts in it, by the path of their module."""
+    """What is filled and emptied at once; `stacks` are the routed experts in it, by the path of their module."""
 
     path: str
     slots: list[Slot] = field(default_factory=list)
     stacks: dict[str, list[Slot]] = field(default_factory=dict)
 
 
-class Pool:
-    """Memory of stacks of experts, handed from layer to layer: fresh pages cost as much time as what is put there."""
+class Memory:
+    """Tensors cut from one piece of memory that stays: allocated one by one they leave holes behind, layer after layer,
+    and fresh pages cost as much time as what is written there."""
 
-    def __init__(self) -> None:
-        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._all, self._used = torch.empty(0, dtype=dtype), 0
 
-    def take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        free = self._free.get((shape, dtype))
-        return free.pop() if free else torch.empty(shape, dtype=dtype)
+    def reserve(self, shapes: Iterable[torch.Size]) -> None:
+        """Make room for these shapes; what was taken before is used again, or freed where there are none."""
+        numbers, self._used = sum(_padded(shape.numel()) for shape in shapes), 0
+        if numbers > len(self._all) or not numbers:
+            dtype, self._all = self._all.dtype, torch.empty(0)  # freed before there is more
+            self._all = torch.empty(numbers, dtype=dtype)
 
-    def give(self, tensor: torch.Tensor) -> None:
-        self._free.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
-
-    def clear(self) -> None:
-        self._free.clear()
+    def take(self, shape: torch.Size) -> torch.Tensor:
+        begin, self._used = self._used, self._used + _padded(shape.numel())
+        return self._all[begin : begin + shape.numel()].view(shape)
 
 
-#: Runs a piece whose weights are there: called with its path, its module, its own forward, and the arguments.
-Run = Callable[..., Any]
+def _padded(numbers: int) -> int:
+    return -(-numbers // 64) * 64  # rows begin at a cache line
 
 
 class Streamed:
-    """A model of `build`, its weights from `weights`, computing in `dtype`."""
+    """A model of `build`, its weights from `weights`, computing in `dtype`.
 
-    def __init__(self, model: PreTrainedModel, arch: Architecture, weights: Weights, dtype: torch.dtype, pool: Pool):
-        self.model, self.weights, self.dtype, self.pool = model, weights, dtype, pool
+    `reader` reads experts ahead.  `chunk` is how many bytes of experts are in memory at a time (twice: one chunk is
+    read while another is used); None means all experts of a layer that run, in a stack as large as the model's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arch: Architecture,
+        weights: Weights,
+        dtype: torch.dtype,
+        reader: Executor,
+        chunk: int | None = CHUNK,
+    ) -> None:
+        self.model, self.arch, self.weights = model, arch, weights
+        self.dtype, self.reader, self.chunk = dtype, reader, chunk
         self.pieces = {path: Piece(path) for path in _piece_paths(model)}
-        self.hit: list[int] = []
+        #: Which expert lies where in the stacks at hand.
+        self.experts: list[tuple[int, int]] = []
+        self._dense, self._ahead = Memory(dtype), (Memory(dtype), Memory(dtype))
         stacks = {site.path: site for site in arch if site.is_experts}
         for slot in _slots(model, weights, stacks):
             path = next((p for p in self.pieces if slot.name.startswith(f"{p}.")), None)
@@ -166,88 +200,128 @@ class Streamed:
             else:
                 self.pieces[path].stacks.setdefault(slot.name.rpartition(".")[0], []).append(slot)
 
+    def release(self) -> None:
+        """Give back the memory of the weights: a model, which holds itself in circles, is freed some time later."""
+        for memory in (self._dense, *self._ahead):
+            memory.reserve([])
+        for parameter in self.model.parameters():  # those of adapters
+            if not parameter.is_meta:
+                parameter.data = torch.empty(0)
+
     def slots(self) -> Iterator[Slot]:
         for piece in self.pieces.values():
             yield from piece.slots
             for stack in piece.stacks.values():
                 yield from stack
 
-    def stream(self, tokens: torch.Tensor, run: Run | None = None) -> None:
+    def stream(self, tokens: torch.Tensor, sides: Sides | None = None) -> None:
         """From now on the model fills its pieces itself.  `tokens` are those that it will be given."""
         rows = sorted(set(tokens.flatten().tolist()))
         for piece in self.pieces.values():
-            module = self.model.get_submodule(piece.path)
-            self._wrap(module, piece, rows, run)
+            self._wrap(self.model.get_submodule(piece.path), piece, rows)
             for path, stack in piece.stacks.items():
-                self._wrap_experts(self.model.get_submodule(path), stack)
+                self._wrap_experts(self.model.get_submodule(path), stack, sides)
 
-    def _wrap(self, module: nn.Module, piece: Piece, rows: list[int], run: Run | None) -> None:
+    def _wrap(self, module: nn.Module, piece: Piece, rows: list[int]) -> None:
         inner: Callable[..., Any] = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not piece.stacks:
-                self.pool.clear()
             try:
                 self._fill(piece, rows)
-                return inner(*args, **kwargs) if run is None else run(piece, module, inner, args, kwargs)
+                return inner(*args, **kwargs)
             finally:
-                self._empty(piece)
-
-        module.forward = forward
-
-    def _wrap_experts(self, module: nn.Module, stack: list[Slot]) -> None:
-        inner: Callable[..., Any] = module.forward
-
-        def forward(hidden: torch.Tensor, top_k_index: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.hit = sorted(set(top_k_index.flatten().tolist()))
-            for slot in stack:
-                self._fill_experts(slot)
-            return inner(hidden, top_k_index, *args, **kwargs)
+                for slot in piece.slots:
+                    if not slot.is_buffer:
+                        slot.empty()
 
         module.forward = forward
 
     def _fill(self, piece: Piece, rows: list[int]) -> None:
+        memory = self._dense
+        memory.reserve(slot.shape for slot in piece.slots if not slot.is_buffer)
         for slot in piece.slots:
             (ref,) = slot.refs
             if slot.is_buffer:
                 self.weights.read(ref, slot.value)
                 continue
-            tensor = torch.empty(slot.shape, dtype=self.dtype)
+            tensor = memory.take(slot.shape)
             if isinstance(slot.module, nn.Embedding):
                 for row in rows:
                     self.weights.read(ref, tensor[row], row, row + 1)
             else:
                 self.weights.read(ref, tensor)
             slot.put(tensor)
-        for stack in piece.stacks.values():
-            for slot in stack:
-                slot.put(self.pool.take(slot.shape, self.dtype))
 
-    def _fill_experts(self, slot: Slot) -> None:
-        assert slot.site is not None
-        count = slot.site.count
-        new = [e for e in self.hit if e < count and e not in slot.read]
-        slot.read.update(new)
-        tensor, height = slot.value, slot.site.shape[0]
-        if slot.fused:
-            jobs = [(slot.refs[0], tensor[e], e * height, (e + 1) * height) for e in new]
-        else:
-            parts = len(slot.refs) // count  # 2 for gate and up
-            halves = [(e * parts + i, half) for e in new for i, half in enumerate(tensor[e].chunk(parts))]
-            jobs = [(slot.refs[i], half, 0, None) for i, half in halves]
-        for job in jobs:
-            self.weights.read(*job)
+    def _wrap_experts(self, module: nn.Module, stack: list[Slot], sides: Sides | None) -> None:
+        """Run the module for a few experts at a time, on those tokens that are sent to them."""
+        inner: Callable[..., torch.Tensor] = module.forward
+        parts = sides.parts(module) if sides else [None]
+        assert stack[0].site is not None
+        count = stack[0].site.count
+        zeros = self.arch.family.moe is not None and self.arch.family.moe.identity_experts_key is not None
 
-    def _empty(self, piece: Piece) -> None:
-        for stack in piece.stacks.values():
-            for slot in stack:
-                if not slot.value.is_meta:
-                    self.pool.give(slot.value.data)
-                slot.read.clear()
-                slot.put(torch.empty(slot.shape, device="meta"))
-        for slot in piece.slots:
-            if not slot.is_buffer:
-                slot.put(torch.empty(slot.shape, device="meta"))
+        def forward(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+            out = torch.zeros_like(hidden)
+            halves = [t.chunk(len(parts)) for t in (hidden, top_k_index, top_k_weights, out)]
+            hit = sorted(set(top_k_index.flatten().tolist()))
+            chunks = self._chunks([e for e in hit if e < count], stack)
+            # Experts beyond those of the checkpoint hand their tokens through (LongCat-Flash).
+            if hit[-1] >= count:
+                chunks.append([(e, e) for e in hit if e >= count])
+            ahead = self.reader.submit(self._read_experts, stack, chunks[0], 0)
+            for i, self.experts in enumerate(chunks):
+                tensors = ahead.result()
+                if i + 1 < len(chunks):
+                    ahead = self.reader.submit(self._read_experts, stack, chunks[i + 1], i + 1)
+                for slot, tensor in zip(stack, tensors, strict=True):
+                    slot.put(tensor)
+                place = torch.full((hit[-1] + 1,), -1)
+                for expert, at in self.experts:
+                    place[expert] = at
+                for enter, x, index, weights, y in zip(parts, *halves, strict=True):
+                    at = place[index]
+                    token, choice = (at >= 0).nonzero(as_tuple=True)
+                    if enter:
+                        enter()
+                    if len(token):
+                        to, weight = at[token, choice, None], weights[token, choice, None]
+                        if zeros:  # LongCat-Flash's code can't do with one choice a token
+                            to, weight = to.expand(-1, 2), F.pad(weight, (0, 1))
+                        y.index_add_(0, token, inner(x[token], to, weight))
+                for slot in stack:
+                    slot.empty()
+            return out
+
+        module.forward = forward
+
+    def _chunks(self, experts: list[int], stack: list[Slot]) -> list[list[tuple[int, int]]]:
+        """(expert, place in the stack) of each chunk."""
+        if self.chunk is None:
+            return [[(e, e) for e in experts]]
+        size = sum(slot.shape[1:].numel() for slot in stack) * self.dtype.itemsize
+        step = max(1, self.chunk // size)
+        return [[(e, at) for at, e in enumerate(experts[i : i + step])] for i in range(0, len(experts), step)]
+
+    def _read_experts(self, stack: list[Slot], chunk: list[tuple[int, int]], turn: int) -> list[torch.Tensor]:
+        """The stacks of a chunk, in memory that is used again in the next turn but one."""
+        assert stack[0].site is not None
+        count = stack[0].site.count
+        held = [pair for pair in chunk if pair[0] < count]
+        shapes = [s.shape if self.chunk is None else torch.Size((len(held), *s.shape[1:])) for s in stack]
+        memory, tensors = self._ahead[turn % 2], []
+        memory.reserve(shapes)
+        for slot, shape in zip(stack, shapes, strict=True):
+            assert slot.site is not None
+            height, tensor = slot.site.shape[0], memory.take(shape)
+            for expert, at in held:
+                if slot.fused:
+                    self.weights.read(slot.refs[0], tensor[at], expert * height, (expert + 1) * height)
+                    continue
+                parts = len(slot.refs) // count  # 2 for gate and up
+                for i, half in enumerate(tensor[at].chunk(parts)):
+                    self.weights.read(slot.refs[expert * parts + i], half)
+            tensors.append(tensor)
+        return tensors
 
 
 def _piece_paths(model: nn.Module) -> list[str]:

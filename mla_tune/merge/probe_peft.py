@@ -1,10 +1,11 @@
-"""Base and adapters, unmerged, by PEFT: the adapted model, and the base's own output beside it from the same weights."""
+"""Base and adapters, unmerged, by PEFT, and the base's own output beside it, from the same weights."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from mla_tune.adapter.files import WEIGHTS_FILE, open_adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, read_shard
-from mla_tune.merge.probe_model import Piece, Streamed, placeholders
+from mla_tune.merge.probe_model import Slot, Streamed, placeholders
 
 #: What PEFT adds to the parameter of a stack of experts while it runs.
 _SUM = "_LoraFactorsProxy"
@@ -86,42 +87,65 @@ def _check_complete(
 
 
 class SideBySide:
-    """Runs each piece twice with the same base weights: row 0 without adapters, row 1 with them."""
+    """Makes every adapted module compute the first half of a batch without adapters and the second with them, from the
+    same base weights."""
 
-    def __init__(self, streamed: Streamed) -> None:
-        self.streamed = streamed
-        self._switches: dict[str, list[Any]] = {}
-
-    def __call__(
-        self, piece: Piece, module: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        switches = self._switches.setdefault(piece.path, [m for m in module.modules() if _is_switch(m)])
-        plain = self._row(0, switches, inner, args, kwargs)
-        for slot in piece.slots:
+    def __init__(self, streamed: Streamed, model: nn.Module) -> None:
+        self._switches: dict[nn.Module, list[Any]] = {}
+        inside: dict[nn.Module, nn.Module] = {}
+        for module in model.modules():
+            if _is_switch(module) and module not in inside:
+                inside |= dict.fromkeys(module.modules(), module)
+                self._switches[module] = [m for m in module.modules() if _is_switch(m)]
+        self._trained: dict[nn.Module, list[Slot]] = {}
+        for slot in streamed.slots():
             if slot.trained is not None:
-                slot.put(slot.trained)
-        tuned = self._row(1, switches, inner, args, kwargs)
-        return torch.cat((plain, tuned))
+                root = inside.get(slot.module, slot.module)
+                self._trained.setdefault(root, []).append(slot)
+        stacks = {streamed.model.get_submodule(path) for piece in streamed.pieces.values() for path in piece.stacks}
+        for module in {**self._switches, **self._trained}:
+            if module not in stacks:
+                self._split(module)
 
-    def _row(
-        self, row: int, switches: list[Any], inner: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> torch.Tensor:
-        for switch in switches:
-            switch.enable_adapters(bool(row))
-        only = slice(row, row + 1)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape[0] > 1:
-            kwargs = {**kwargs, "attention_mask": mask[only]}
-        return inner(args[0][only], *args[1:], **kwargs)
+    def parts(self, module: nn.Module) -> list[Callable[[], None] | None]:
+        if module not in self._switches:
+            return [None]
+        return [partial(self._switch, module, False), partial(self._switch, module, True)]
+
+    def _switch(self, module: nn.Module, on: bool) -> None:
+        for switch in self._switches.get(module, ()):
+            switch.enable_adapters(on)
+
+    def _split(self, module: nn.Module) -> None:
+        inner: Callable[..., Any] = module.forward
+
+        def forward(x: torch.Tensor) -> Any:
+            first, second = x.chunk(2)
+            self._switch(module, False)
+            plain = inner(first)
+            self._switch(module, True)
+            base = [(slot, slot.value.data) for slot in self._trained.get(module, ())]
+            for slot, _ in base:
+                assert slot.trained is not None
+                slot.put(slot.trained)
+            tuned = inner(second)
+            for slot, tensor in base:
+                slot.put(tensor)
+            if isinstance(plain, tuple):  # a router
+                return tuple(torch.cat(pair) for pair in zip(plain, tuned, strict=True))
+            return torch.cat((plain, tuned))
+
+        module.forward = forward
 
 
 def _is_switch(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
-def sums_in_place() -> bool:
-    """Whether the installed PEFT keeps the factors of experts apart, so that `summed_where_used` has an effect."""
-    return hasattr(peft_layer, _SUM)
+def in_place(adapters: Sequence[tuple[Path, float]]) -> bool:
+    """Whether the installed PEFT keeps the factors of experts apart, so that `summed_where_used` has an effect; with
+    several adapters at once it doesn't."""
+    return len(adapters) == 1 and hasattr(peft_layer, _SUM)
 
 
 @contextmanager
@@ -140,9 +164,9 @@ def summed_where_used(streamed: Streamed) -> Iterator[None]:
         def forward(self, W: torch.Tensor) -> torch.Tensor:
             if not self.done:  # it is asked for again to check its shape
                 lhs, rhs, scaling = self.factors
-                for e in streamed.hit:
-                    if e < len(W):
-                        W[e].addmm_(lhs[e], rhs[e], alpha=scaling)
+                for expert, at in streamed.experts:
+                    if at < len(W):
+                        W[at].addmm_(lhs[expert], rhs[expert], alpha=scaling)
                 self.done = True
             return W
 

@@ -38,8 +38,8 @@ _LISTED = 100
 class ProofReport:
     """`recomputed` tensors were computed again, of `numbers` numbers; `unchanged` ones were compared byte for byte, but
     for those in `same_files`, files that are the base's own.  `worst_ulp` is the largest distance from the exact sum,
-    less the error of float sums, in units in the last place: 0.5 where every number is the nearest one.  `absorbed` counts attention modules.  `failed` counts all
-    failures, `failures` lists the first."""
+    less the error of float sums, in units in the last place: 0.5 where every number is the nearest one.  `absorbed`
+    counts attention modules.  `failed` counts all failures, `failures` lists the first."""
 
     strict: bool
     recomputed: int

@@ -205,15 +205,19 @@ class Layout:
     def _files(self) -> Iterator[tuple[str, str]]:
         merged = self.merged.checkpoint
         try:
-            same = architecture(merged.config, str(merged.folder / "config.json")).sites == self.arch.sites
+            there = architecture(merged.config, str(merged.folder / "config.json"))
         except InputError as error:
             yield "config.json", str(error)
         else:
-            if not same:
+            if _matrices(there) != _matrices(self.arch):
                 yield "config.json", "describes another model than the base's"
         size = ((merged.index or {}).get("metadata") or {}).get("total_size")
         if size is not None and size != merged.nbytes:
             yield INDEX_FILE, f"total_size is {size:,}, and the tensors have {merged.nbytes:,} bytes"
+
+
+def _matrices(arch: Architecture) -> set[tuple[str, tuple[int, int], int]]:
+    return {(site.path, site.shape, site.count) for site in arch}
 
 
 def _reading(how: Quantised) -> str:

@@ -8,8 +8,9 @@ With u the unit roundoff of a computation (2⁻²⁴, 2⁻⁵³) and r its ranks
 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1); `_slack` sums this up for both sides.
 
 Strict    |O - S| ≤ ulp/2 + slack, or < ulp + slack for stochastic rounding.
-Others    |O - S| ≤ 1.5 ulp of the largest of |W|, |Δ|, |S| and |O|, + slack + ρ·P.  ρ is the unit roundoff of the
-          output's dtype: PEFT rounds some deltas to it before it adds them, and its DoRA rounds four times (4 ulp).
+Others    |O - S| ≤ 1.5 ulp of the largest of |W|, |Δ|, |S| and |O|, + slack + 3ρP.  ρ is the unit roundoff of the
+          output's dtype: some tools round factors, product and delta to it (PEFT the delta, in places) and add then;
+          a DoRA is rounded four times (4 ulp).
 
 A whole adapter can hide below an ulp, so there is the projection onto the change as well:
 
@@ -78,7 +79,8 @@ class NumberCheck:
     def verdict(self) -> str:
         """What is wrong with the tensor; empty where nothing is."""
         if self.wrong:
-            return f"{self.wrong:,} of {math.prod(self.out.shape):,} numbers are wrong: {self.example}"
+            verb = "is" if self.wrong == 1 else "are"
+            return f"{self.wrong:,} of {math.prod(self.out.shape):,} numbers {verb} wrong: {self.example}"
         if not self.projects or not self.delta2:
             return self._scales()
         got, due = self.got / self.delta2, self.due / self.delta2
@@ -119,7 +121,7 @@ class NumberCheck:
             P = P * factor.abs().unsqueeze(1)
         row, column = torch.arange(begin, end).unsqueeze(1), torch.arange(S.shape[1]).unsqueeze(0)
         if not self.rules.strict:
-            slack = slack + 2.0 ** -PRECISION[self.out.dtype][0] * P
+            slack = slack + 3 * 2.0 ** -PRECISION[self.out.dtype][0] * P
         self._compare(W, S, out, unit, slack, row, column)
         if self.projects:
             self._project(W, S, out, unit, slack)
