@@ -61,8 +61,8 @@ def test_logits_are_compared(cli: Cli, made: Path) -> None:
     assert document["probe"]["ran"]
     assert document["probe"]["absorbed"]["max_error"] < 1e-3
     lines = cli("verify", made / "out").out.splitlines()[3:]
-    assert lines[0].startswith("logits   base + adapters → merged: error ")
-    assert lines[1].startswith("         merged → merged, absorbed: error ")
+    assert lines[0].startswith("logits   base + adapters → merged: off by at most ")
+    assert lines[1].startswith("         merged → merged, absorbed: off by at most ")
     assert all("top-1" in line and "KL" in line for line in lines)
 
 

@@ -103,7 +103,8 @@ def print_proof(proof: dict[str, Any], probe: dict[str, Any] | None) -> None:
         return
     lines = [c for c in (probe["merged"], probe["absorbed"]) if c is not None]
     for i, c in enumerate(lines):
-        figures = f"error {c['max_error']:.2g} of {c['largest']:.3g}, KL {c['kl']:.2g}, top-1 {c['top1']:.1%}"
+        error = f"off by at most {c['max_error']:.2g} of {c['largest']:.3g}"
+        figures = f"{error}, KL {c['kl']:.2g}, top-1 {c['top1']:.1%}"
         _say(f"{'' if i else 'logits':8} {c['reference']} → {c['other']}: {figures}")
     if probe["idle"]:
         _say("         the adapter changes no logit: these can't tell a merge from none")

@@ -29,7 +29,7 @@ from mla_tune.merge.proof_values import TORCH, Reader, Values, matrix_shape
 #: Numbers read and converted at once: they stay in a core's cache.
 _BLOCK = 1 << 19
 #: Bytes of experts in memory at a time: few enough for a processor's cache.
-CHUNK = 16_000_000
+CHUNK = 8_000_000
 #: The two ends of tied embeddings: where a checkpoint has one of them, it is the other too.
 _TIED = {"lm_head.weight": "model.embed_tokens.weight", "model.embed_tokens.weight": "lm_head.weight"}
 
