@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from mla_tune.arch.registry import architecture
 from mla_tune.errors import FileError, InputError
 from mla_tune.merge.check import Verified, verify
 from mla_tune.merge.options import Options
@@ -76,8 +77,8 @@ def fp8(root: Path, base: Path) -> Path:
     return make_fp8(base, root / "fp8", (8, 16))
 
 
-def verified(out: Path, base: Path, *adapters: Path, **options: Any) -> Verified:
-    return verify(out, base, [(a, 1.0) for a in adapters], **({"probe": False} | options))
+def verified(out: Path, base: Path, *adapters: Path) -> Verified:
+    return verify(out, base, [(a, 1.0) for a in adapters], probe=False)
 
 
 def holds(out: Path, base: Path, *adapters: Path) -> Verified:
@@ -263,6 +264,14 @@ def test_no_tool_is_accused_for_how_it_rounds(
         holds(by_hand(base, tmp_path / f"out-{size}", changes(base, this), rule), base, this)
 
 
+def test_no_tool_is_accused_for_dequantising_to_bfloat16_first(fp8: Path, adapter: Path, tmp_path: Path) -> None:
+    values = {key: value.bfloat16() for key, value in dequantised(fp8).items()}
+    for size in (1e-3, 1e-2, 0.1, 1):
+        for seed in range(5):
+            this = scaled(adapter, tmp_path / f"adapter-{seed}-{size}", size, seed)
+            holds(raised(fp8, tmp_path / f"out-{seed}-{size}", this, values), fp8, this)
+
+
 @pytest.mark.parametrize("rule", [once, all_bfloat16])
 def test_no_dora_is_accused_for_how_it_rounds(
     rule: Callable[..., torch.Tensor], root: Path, base: Path, tmp_path: Path
@@ -362,6 +371,47 @@ def test_several_adapters_and_experts_one_by_one(base: Path, adapter: Path, tmp_
     dora = make_adapter(tmp_path / "dora", base, target_modules=["o_proj"], use_dora=True)
     with pytest.raises(InputError, match="a DoRA, which is merged alone"):
         verified(tmp_path / "sum", base, dora, adapter)
+
+
+def fused(base: Path, out: Path) -> Path:
+    """The checkpoint with the experts of a layer as one tensor (E, out, in), as some families save them."""
+    tensors = tensors_of(base)
+    for layer in (1, 2):
+        path = f"model.layers.{layer}.mlp.experts"
+        parts = [[tensors.pop(f"{path}.{e}.{x}_proj.weight") for x in ("gate", "up", "down")] for e in range(4)]
+        tensors[f"{path}.gate_up_proj"] = torch.stack([torch.cat(p[:2]) for p in parts])
+        tensors[f"{path}.down_proj"] = torch.stack([p[2] for p in parts])
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("fp8", ["", "bf16", "keep"])
+def test_fused_experts_on_disk(
+    fp8: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = architecture(json.loads((base / "config.json").read_text()))
+    sites = tuple(replace(site, disk="fused") if site.is_experts else site for site in arch)
+    for module in ("run", "check"):
+        monkeypatch.setattr(f"mla_tune.merge.{module}.architecture", lambda *_: replace(arch, sites=sites))
+    this = fused(base, tmp_path / "fused")
+    this = make_fp8(this, tmp_path / "fp8", (8, 16)) if fp8 else this
+    merge_absorb(adapter, this, tmp_path / "out", options=Options(fp8=fp8 or "bf16"), verify=False)
+    holds(tmp_path / "out", this)
+    key = "model.layers.2.mlp.experts.gate_up_proj"
+    if fp8 == "keep":
+        wide = tensors_of(tmp_path / "out")[f"{key}_scale_inv"].clone()
+        wide[3] *= 64  # of the last expert alone
+        W = dequantised(tmp_path / "out")[key]
+        codes = W / spread(wide, W.shape, (8, 16))
+        edit_tensors(
+            tmp_path / "out" / "model.safetensors",
+            lambda t: t.update({key: codes.to(torch.float8_e4m3fn), f"{key}_scale_inv": wide}),
+        )
+    else:
+        old = dequantised(this)[key].to(torch.bfloat16) if fp8 else tensors_of(this)[key]
+        edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t[key][3].copy_(old[3]))
+    assert key in wrong(tmp_path / "out", this)
 
 
 # What is wrong is named -----------------------------------------------------------------------------------------------
@@ -616,6 +666,16 @@ def test_one_flipped_bit_of_float32_and_of_codes(base: Path, fp8: Path, adapter:
             assert "1 of" in wrong(tmp_path / name, this)[key]
 
 
+def test_numbers_that_are_off_by_more_than_a_rounding(base: Path, even: Path, adapter: Path, tmp_path: Path) -> None:
+    """Two units in the last place of a stochastic rounding, four of another tool's."""
+    merge_absorb(adapter, base, tmp_path / "out", options=Options(round="stochastic", absorb="none"), verify=False)
+    edit(tmp_path / "out", DOWN, flip(1))
+    assert "1 of 1,920 numbers is wrong" in wrong(tmp_path / "out", base)[DOWN]
+    small = scaled(adapter, tmp_path / "adapter", 0.01)
+    edit(by_hand(even, tmp_path / "hand", changes(even, small), delta_first), DOWN, flip(2))
+    assert "1 of 1,920 numbers is wrong" in wrong(tmp_path / "hand", even, small)[DOWN]
+
+
 def test_stochastic_rounding_hides_no_missing_adapter(even: Path, adapter: Path, tmp_path: Path) -> None:
     base, small = even, scaled(adapter, tmp_path / "adapter", 0.002)
     merge_absorb(small, base, tmp_path / "out", options=Options(round="stochastic", absorb="none"), verify=False)
@@ -677,6 +737,10 @@ def test_numbers_that_are_not_finite(base: Path, adapter: Path, tmp_path: Path) 
     for value in (float("nan"), float("inf")):
         edit(tmp_path / "out", KV_B, lambda t, v=value: t.index_fill(0, torch.tensor([3]), v))
         assert "28 of 2,100 numbers are wrong: at [3, 0]" in wrong(tmp_path / "out", base)[KV_B]
+        damaged = tmp_path / str(value)
+        shutil.copytree(base, damaged)
+        edit(damaged, KV_B, lambda t, v=value: t.index_fill(0, torch.tensor([3]), v))
+        assert "28 of 2,100 numbers are wrong" in wrong(tmp_path / "out", damaged)[KV_B], "equal, and still not numbers"
 
 
 def test_all_failures_are_counted(base: Path, adapter: Path, tmp_path: Path) -> None:

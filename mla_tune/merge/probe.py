@@ -19,15 +19,20 @@ from typing import Any
 import torch
 import transformers
 
-from mla_tune.adapter.files import WEIGHTS_FILE
+from mla_tune.adapter.files import Adapter, open_adapter
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.index import Checkpoint, TensorRef, read_shard
-from mla_tune.merge.probe_model import CHUNK, Streamed, Weights, build
+from mla_tune.checkpoint.index import Checkpoint, TensorRef
+from mla_tune.merge.probe_model import Streamed, build
+from mla_tune.merge.probe_weights import Weights
 
 #: Share of the free memory that a probe may take.
 _SHARE = 0.8
 #: Memory beside weights, adapters and logits: attention, buffers of the reader, what is not given back at once.
 _BESIDE = 100_000_000
+#: Bytes of experts in memory at a time: few enough for a processor's cache.
+_CHUNK = 8_000_000
+#: Relative to the largest logit: rows of a batch differ by as much when they are the same.
+_NOISE = 1e-5
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -53,8 +58,9 @@ class ProbeReport:
 
     `ran` tells whether anything was compared; `reason` why not, or why not everything (empty: everything was).
     `effect` compares the base with base + adapters, `merged` base + adapters with the merged model, `absorbed` the
-    merged model with its absorbed form; None where it was not compared.  `idle`: the adapters change no logit, so
-    that a merge can't be told from none.  `memory` is the estimate in bytes that `dtype` was chosen by.
+    merged model with its absorbed form; None where it was not compared.  `idle`: the adapters change no logit by
+    more than float32's rounding does, so that a merge can't be told from none.  `memory` is the estimate in bytes
+    that `dtype` was chosen by.
     """
 
     ran: bool
@@ -93,7 +99,8 @@ def probe(
     """
     started = time.perf_counter()
     wanted = dict(absorbed) if absorbed and absorb != "none" else {}
-    needs = {name: _need(arch, adapters, wanted, tokens, d.itemsize) for name, d in _DTYPES.items()}
+    opened = [(open_adapter(folder, arch, base.tensors), weight) for folder, weight in adapters]
+    needs = {name: _need(arch, opened, wanted, tokens, d.itemsize) for name, d in _DTYPES.items()}
     free = _free_memory()
     dtype = next((name for name, need in needs.items() if need <= free * _SHARE), None)
 
@@ -109,18 +116,22 @@ def probe(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        with torch.no_grad(), _half_the_threads() as reader:
-            plain, tuned, reason = _unmerged(base, arch, adapters, ids, _DTYPES[dtype], reader)
+        with torch.no_grad(), _threads() as readers:
+            plain, tuned, reason = _unmerged(base, arch, opened, ids, _DTYPES[dtype], readers)
             if tuned is None and not wanted:
                 return report(False, reason, needs[dtype])
-            ours, other = _merged(merged, arch, wanted, ids, _DTYPES[dtype], reader)
+            ours, other = _merged(merged, arch, wanted, ids, _DTYPES[dtype], readers)
     finally:
         transformers.logging.set_verbosity(verbosity)
+    ways = {"the base": plain, "base + adapters": tuned, "the merged model": ours, "absorbed attention": other}
+    for name, logits in ways.items():
+        if logits is not None and not logits.isfinite().all():
+            return report(False, f"logits of {name} are not finite numbers", needs[dtype])
     found: dict[str, Any] = {}
     if plain is not None and tuned is not None:
         found["effect"] = _compare("base", plain, "base + adapters", tuned)
         found["merged"] = _compare("base + adapters", tuned, "merged", ours)
-        found["idle"] = found["effect"].max_error == 0
+        found["idle"] = found["effect"].max_error <= _NOISE * found["effect"].largest
     if other is not None:
         found["absorbed"] = _compare("merged", ours, "merged, absorbed", other)
     return report(True, reason, needs[dtype], **found)
@@ -129,18 +140,18 @@ def probe(
 def _unmerged(
     base: Checkpoint,
     arch: Architecture,
-    adapters: Sequence[tuple[Path, float]],
+    adapters: Sequence[tuple[Adapter, float]],
     ids: torch.Tensor,
     dtype: torch.dtype,
-    reader: Executor,
+    readers: tuple[Executor, int],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
     """(logits of the base, logits with the adapters, why there are none), logits (T, vocabulary) in float32."""
-    from mla_tune.merge.probe_peft import PeftCannot, SideBySide, attach, in_place, summed_where_used
+    from mla_tune.merge.probe_peft import PeftCannot, SideBySide, attach, summed_where_used, whole_stacks
 
-    chunk = CHUNK if in_place(adapters) else None
-    streamed = Streamed(build(base, arch, "sdpa"), arch, Weights(base, arch), dtype, reader, chunk)
+    chunk = None if whole_stacks(adapters) else _CHUNK
+    streamed = Streamed(build(base, arch, "sdpa"), arch, Weights(base, arch), dtype, *readers, chunk)
     try:
-        model: Any = attach(streamed, base, arch, adapters)
+        model: Any = attach(streamed, adapters)
     except PeftCannot as error:
         return None, None, f"merged was not compared with base + adapters, since PEFT does not compute them: {error}"
     streamed.stream(ids, SideBySide(streamed, model))
@@ -156,7 +167,7 @@ def _merged(
     absorbed: Mapping[str, TensorRef],
     ids: torch.Tensor,
     dtype: torch.dtype,
-    reader: Executor,
+    readers: tuple[Executor, int],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits (T, vocabulary) in float32 of the merged model, and with absorbed attention."""
     weights = Weights(merged, arch)
@@ -168,7 +179,7 @@ def _merged(
         absorb_attention(model, arch, absorbed, weights, dtype)
     else:
         model = build(merged, arch, "sdpa")
-    streamed = Streamed(model, arch, weights, dtype, reader)
+    streamed = Streamed(model, arch, weights, dtype, *readers, _CHUNK)
     streamed.stream(ids)
     logits = model(input_ids=ids, use_cache=False).logits.float()
     streamed.release()
@@ -194,36 +205,41 @@ def _compare(reference: str, a: torch.Tensor, other: str, b: torch.Tensor) -> Co
 
 def _need(
     arch: Architecture,
-    adapters: Sequence[tuple[Path, float]],
+    adapters: Sequence[tuple[Adapter, float]],
     absorbed: Mapping[str, TensorRef],
     tokens: int,
     itemsize: int,
 ) -> int:
     """Bytes at the peak: the largest piece with its absorbed tensors, all adapters, and logits."""
-    from mla_tune.merge.probe_peft import in_place
+    from mla_tune.merge.probe_peft import whole_stacks
 
     layers: dict[int | None, int] = {}
     for site in arch:
         numbers = site.params
-        if site.is_experts:
-            # Two chunks; where PEFT adds up all experts itself W, two deltas, and the sum.
-            numbers = 2 * max(CHUNK // itemsize, numbers // site.count) if in_place(adapters) else 4 * numbers
+        if site.is_experts and whole_stacks(adapters):
+            numbers *= 4  # W, two deltas, and their sum with W
+        elif site.is_experts:
+            numbers = (_readers() + 1) * max(_CHUNK // itemsize, numbers // site.count)
         layers[site.layer] = layers.get(site.layer, 0) + numbers * itemsize
     module = sum(r.nbytes for k, r in absorbed.items() if k.startswith(f"{arch.attention_paths[0]}."))
-    held = sum(ref.nbytes for folder, _ in adapters for ref in read_shard(folder / WEIGHTS_FILE).tensors.values())
+    held = sum(ref.nbytes for adapter, _ in adapters for ref in adapter.refs())
     logits = tokens * arch.vocab_size * 4
     return max(layers.values()) + module * 4 + held + 8 * logits + _BESIDE
 
 
+def _readers() -> int:
+    return max(1, min(8, torch.get_num_threads() // 2))
+
+
 @contextmanager
-def _half_the_threads() -> Iterator[Executor]:
-    """One thread that reads; for computing half of the cores meanwhile, since threads of torch that wait for each
-    other's turn on a core that something else uses take many times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
+def _threads() -> Iterator[tuple[Executor, int]]:
+    """Some threads that read, and their number; the other half of the cores computes meanwhile.  More threads than
+    cores make torch's wait for each other at every product, many times as long as they compute."""
+    threads, readers = torch.get_num_threads(), _readers()
+    torch.set_num_threads(max(1, threads - readers))
     try:
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
-            yield reader
+        with ThreadPoolExecutor(readers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool, readers
     finally:
         torch.set_num_threads(threads)
 

@@ -29,7 +29,7 @@ from mla_tune.arch.dims import MLADims
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.errors import CheckError
-from mla_tune.merge.probe_model import Weights
+from mla_tune.merge.probe_weights import Weights
 
 #: The name under which transformers finds this attention.
 ATTENTION = "mla_tune_probe"
@@ -46,7 +46,7 @@ class Absorbed:
         self.fold = "W_QK" in refs
         self.expand: Callable[..., tuple[torch.Tensor, torch.Tensor]] = getattr(module, "expand_kv")  # noqa: B009
         self.latent = self.k_rope = self.c_q = self.output = torch.empty(0)
-        module.expand_kv = self._expand
+        setattr(module, "expand_kv", self._expand)  # noqa: B010
         setattr(module, _STATE, self)
         if self.fold:
             query = module.get_submodule("q_proj" if dims.L is None else "q_b_proj")

@@ -2,14 +2,15 @@
 
 The model is built from config.json without weights.  A piece (the embedding, a decoder layer, the last norm, the head)
 gets its weights right before it runs and gives them back right after; of routed experts only those that are sent a
-token are read, and of the embedding the rows of the tokens.  So a plain `model(input_ids)` of a model of any size needs
-the memory of one layer.
+token are read, a few at a time, and of the embedding the rows of the tokens.  So a plain `model(input_ids)` of a model
+of any size needs the memory of one layer without its experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,17 +22,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mla_tune.arch.site import Architecture, Site
-from mla_tune.checkpoint.index import Checkpoint, TensorRef, nearest
+from mla_tune.arch.site import Architecture
+from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError
-from mla_tune.merge.proof_values import TORCH, Reader, Values, matrix_shape
-
-#: Numbers read and converted at once: they stay in a core's cache.
-_BLOCK = 1 << 19
-#: Bytes of experts in memory at a time: few enough for a processor's cache.
-CHUNK = 8_000_000
-#: The two ends of tied embeddings: where a checkpoint has one of them, it is the other too.
-_TIED = {"lm_head.weight": "model.embed_tokens.weight", "model.embed_tokens.weight": "lm_head.weight"}
+from mla_tune.merge.probe_weights import Memory, Slot, Weights, find_slots
 
 
 def build(checkpoint: Checkpoint, arch: Architecture, attention: str) -> PreTrainedModel:
@@ -46,94 +40,12 @@ def build(checkpoint: Checkpoint, arch: Architecture, attention: str) -> PreTrai
     return model.eval()
 
 
-class Weights:
-    """Tensors of a checkpoint as numbers, read into tensors that are there already."""
-
-    def __init__(self, checkpoint: Checkpoint, arch: Architecture) -> None:
-        self.checkpoint = checkpoint
-        self.values = Values(checkpoint)
-        # Of this checkpoint, not of `arch`: a merged one may be untied.
-        default = arch.family.defaults.get("tie_word_embeddings", False)
-        self.tied = bool(checkpoint.config.get("tie_word_embeddings", default))
-        self.reader = Reader()
-
-    def find(self, name: str, site: Site | None) -> list[TensorRef]:
-        """The tensors that hold the parameter or buffer `name`: one, or for a stack of experts one for each part.
-
-        Raises `CheckError` where one is missing.
-        """
-        tensors = self.checkpoint.tensors
-        if name in tensors:
-            return [tensors[name]]
-        if self.tied and _TIED.get(name) in tensors:
-            return [tensors[_TIED[name]]]
-        keys = site.disk_keys() if site is not None else [name]
-        missing = [key for key in keys if key not in tensors]
-        if missing:
-            more = f" and {len(missing) - 1:,} more of {site.path}" if site and len(missing) > 1 else ""
-            raise CheckError(
-                f"{self.checkpoint.folder}: the checkpoint has no tensor '{missing[0]}'{more}, which the model needs"
-                f"{nearest(missing[0], tensors)}"
-            )
-        return [tensors[key] for key in keys]
-
-    def read(self, ref: TensorRef, out: torch.Tensor, begin: int = 0, end: int | None = None) -> None:
-        """Rows [begin, end) of the tensor seen as a matrix into `out`, which holds as many numbers, contiguous."""
-        rows, columns = matrix_shape(ref.shape)
-        end = rows if end is None else end
-        target = out.view(end - begin, columns)
-        step = max(1, _BLOCK // max(1, columns))
-        for first in range(begin, end, step):
-            last = min(first + step, end)
-            raw = self.reader.rows(ref, first, last, "probe")
-            if ref.key in self.values.quantised:
-                numbers = self.values.of(ref, raw, first, last, torch.float32)
-            else:
-                numbers = raw.view(TORCH[ref.dtype]).view(last - first, columns)
-            target[first - begin : last - begin].copy_(numbers)
-
-
 class Sides(Protocol):
     """Runs parts of a batch in different ways."""
 
     def parts(self, module: nn.Module) -> list[Callable[[], None] | None]:
         """What to call before each equal part of a batch goes through the module: one entry a part."""
         ...
-
-
-@dataclass(eq=False)
-class Slot:
-    """Where one parameter or persistent buffer is kept, and the tensors of the checkpoint that hold it.
-
-    The module stays the same one when PEFT wraps it.  `trained` is what an adapter puts in its place.
-    """
-
-    module: nn.Module
-    leaf: str
-    name: str
-    shape: torch.Size
-    refs: list[TensorRef]
-    is_buffer: bool
-    site: Site | None = None
-    trained: torch.Tensor | None = None
-
-    @property
-    def fused(self) -> bool:
-        """One tensor on disk holds the whole parameter, as it does for all but stacks of experts."""
-        return self.site is None or self.refs[0].key == self.name
-
-    @property
-    def value(self) -> torch.Tensor:
-        return getattr(self.module, self.leaf)
-
-    def put(self, tensor: torch.Tensor) -> None:
-        self.module._parameters[self.leaf] = nn.Parameter(tensor, requires_grad=False)
-
-    def empty(self) -> None:
-        # Whoever still holds the parameter (PEFT's parametrisations, until they are collected) keeps no memory with it.
-        if not self.value.is_meta:
-            self.value.data = torch.empty(0)
-        self.put(torch.empty(self.shape, device="meta"))
 
 
 @dataclass(eq=False)
@@ -145,34 +57,11 @@ class Piece:
     stacks: dict[str, list[Slot]] = field(default_factory=dict)
 
 
-class Memory:
-    """Tensors cut from one piece of memory that stays: allocated one by one they leave holes behind, layer after layer,
-    and fresh pages cost as much time as what is written there."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._all, self._used = torch.empty(0, dtype=dtype), 0
-
-    def reserve(self, shapes: Iterable[torch.Size]) -> None:
-        """Make room for these shapes; what was taken before is used again, or freed where there are none."""
-        numbers, self._used = sum(_padded(shape.numel()) for shape in shapes), 0
-        if numbers > len(self._all) or not numbers:
-            dtype, self._all = self._all.dtype, torch.empty(0)  # freed before there is more
-            self._all = torch.empty(numbers, dtype=dtype)
-
-    def take(self, shape: torch.Size) -> torch.Tensor:
-        begin, self._used = self._used, self._used + _padded(shape.numel())
-        return self._all[begin : begin + shape.numel()].view(shape)
-
-
-def _padded(numbers: int) -> int:
-    return -(-numbers // 64) * 64  # rows begin at a cache line
-
-
 class Streamed:
     """A model of `build`, its weights from `weights`, computing in `dtype`.
 
-    `reader` reads experts ahead.  `chunk` is how many bytes of experts are in memory at a time (twice: one chunk is
-    read while another is used); None means all experts of a layer that run, in a stack as large as the model's.
+    `reader` reads experts while others are used: `ahead` chunks of about `chunk` bytes, or of one expert, beside the
+    one at hand.  `chunk` None means all experts of a layer that run at once, in a stack as large as the model's.
     """
 
     def __init__(
@@ -182,16 +71,18 @@ class Streamed:
         weights: Weights,
         dtype: torch.dtype,
         reader: Executor,
-        chunk: int | None = CHUNK,
+        ahead: int,
+        chunk: int | None,
     ) -> None:
         self.model, self.arch, self.weights = model, arch, weights
         self.dtype, self.reader, self.chunk = dtype, reader, chunk
         self.pieces = {path: Piece(path) for path in _piece_paths(model)}
         #: Which expert lies where in the stacks at hand.
         self.experts: list[tuple[int, int]] = []
-        self._dense, self._ahead = Memory(dtype), (Memory(dtype), Memory(dtype))
+        self._dense = Memory(dtype)
+        self._chunk_memory = [Memory(dtype) for _ in range(1 if chunk is None else ahead + 1)]
         stacks = {site.path: site for site in arch if site.is_experts}
-        for slot in _slots(model, weights, stacks):
+        for slot in find_slots(model, weights, stacks):
             path = next((p for p in self.pieces if slot.name.startswith(f"{p}.")), None)
             if path is None:
                 raise CheckError(f"'{slot.name}' of {type(model).__name__} is in no part of the model that is known")
@@ -202,7 +93,7 @@ class Streamed:
 
     def release(self) -> None:
         """Give back the memory of the weights: a model, which holds itself in circles, is freed some time later."""
-        for memory in (self._dense, *self._ahead):
+        for memory in (self._dense, *self._chunk_memory):
             memory.reserve([])
         for parameter in self.model.parameters():  # those of adapters
             if not parameter.is_meta:
@@ -260,20 +151,21 @@ class Streamed:
         count = stack[0].site.count
         zeros = self.arch.family.moe is not None and self.arch.family.moe.identity_experts_key is not None
 
-        def forward(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-            out = torch.zeros_like(hidden)
-            halves = [t.chunk(len(parts)) for t in (hidden, top_k_index, top_k_weights, out)]
+        def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+            out = torch.zeros_like(hidden_states)
+            halves = [t.chunk(len(parts)) for t in (hidden_states, top_k_index, top_k_weights, out)]
             hit = sorted(set(top_k_index.flatten().tolist()))
             chunks = self._chunks([e for e in hit if e < count], stack)
             # Experts beyond those of the checkpoint hand their tokens through (LongCat-Flash).
             if hit[-1] >= count:
                 chunks.append([(e, e) for e in hit if e >= count])
-            ahead = self.reader.submit(self._read_experts, stack, chunks[0], 0)
+            coming: deque[Future[list[torch.Tensor]]] = deque()
             for i, self.experts in enumerate(chunks):
-                tensors = ahead.result()
-                if i + 1 < len(chunks):
-                    ahead = self.reader.submit(self._read_experts, stack, chunks[i + 1], i + 1)
-                for slot, tensor in zip(stack, tensors, strict=True):
+                memory = self._chunk_memory
+                for turn in range(i + len(coming), min(i + len(memory), len(chunks))):
+                    job = (stack, chunks[turn], memory[turn % len(memory)])
+                    coming.append(self.reader.submit(self._read_experts, *job))
+                for slot, tensor in zip(stack, coming.popleft().result(), strict=True):
                     slot.put(tensor)
                 place = torch.full((hit[-1] + 1,), -1)
                 for expert, at in self.experts:
@@ -302,14 +194,14 @@ class Streamed:
         step = max(1, self.chunk // size)
         return [[(e, at) for at, e in enumerate(experts[i : i + step])] for i in range(0, len(experts), step)]
 
-    def _read_experts(self, stack: list[Slot], chunk: list[tuple[int, int]], turn: int) -> list[torch.Tensor]:
-        """The stacks of a chunk, in memory that is used again in the next turn but one."""
+    def _read_experts(self, stack: list[Slot], chunk: list[tuple[int, int]], memory: Memory) -> list[torch.Tensor]:
+        """The stacks of a chunk."""
         assert stack[0].site is not None
         count = stack[0].site.count
         held = [pair for pair in chunk if pair[0] < count]
         shapes = [s.shape if self.chunk is None else torch.Size((len(held), *s.shape[1:])) for s in stack]
-        memory, tensors = self._ahead[turn % 2], []
         memory.reserve(shapes)
+        tensors = []
         for slot, shape in zip(stack, shapes, strict=True):
             assert slot.site is not None
             height, tensor = slot.site.shape[0], memory.take(shape)
@@ -333,31 +225,6 @@ def _piece_paths(model: nn.Module) -> list[str]:
             many = isinstance(grandchild, nn.ModuleList)
             paths += [f"{path}.{i}" for i in range(len(grandchild))] if many else [path]
     return [path for path in paths if model.get_submodule(path).state_dict()]
-
-
-def _slots(model: nn.Module, weights: Weights, stacks: Mapping[str, Site]) -> Iterator[Slot]:
-    """Every parameter and persistent buffer, checked against the headers of the checkpoint."""
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        path, _, leaf = name.rpartition(".")
-        site = stacks.get(name)
-        refs = weights.find(name, site)
-        slot = Slot(
-            model.get_submodule(path), leaf, name, tensor.shape, refs, not isinstance(tensor, nn.Parameter), site
-        )
-        _check_shape(slot, weights.checkpoint)
-        yield slot
-
-
-def _check_shape(slot: Slot, checkpoint: Checkpoint) -> None:
-    if slot.site is None or slot.fused:
-        expected = tuple(slot.shape)
-    else:
-        parts = len(slot.refs) // slot.site.count
-        expected = (slot.site.shape[0] // parts, slot.site.shape[1])
-    for ref in slot.refs:
-        if ref.shape != expected:
-            raise CheckError(f"{checkpoint.folder}: '{ref.key}' is {ref.shape}, and the model needs {expected}")
 
 
 @contextmanager

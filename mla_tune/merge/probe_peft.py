@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from math import prod
 from typing import Any
 
 import peft.tuners.lora.layer as peft_layer
@@ -16,10 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mla_tune.adapter.files import WEIGHTS_FILE, open_adapter
-from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.index import Checkpoint, read_shard
-from mla_tune.merge.probe_model import Slot, Streamed, placeholders
+from mla_tune.adapter.files import Adapter
+from mla_tune.merge.probe_model import Streamed, placeholders
+from mla_tune.merge.probe_weights import Slot
 
 #: What PEFT adds to the parameter of a stack of experts while it runs.
 _SUM = "_LoraFactorsProxy"
@@ -29,27 +28,25 @@ class PeftCannot(Exception):
     """PEFT doesn't compute with these adapters as they were trained; the text says why."""
 
 
-def attach(
-    streamed: Streamed, base: Checkpoint, arch: Architecture, adapters: Sequence[tuple[Path, float]]
-) -> PeftModel:
+def attach(streamed: Streamed, adapters: Sequence[tuple[Adapter, float]]) -> PeftModel:
     """Put the adapters on the model, all active, each delta times its weight.  Raises `PeftCannot`."""
     names = [f"adapter_{i}" for i in range(len(adapters))]
-    for folder, _ in adapters:
-        if any(delta.expert is not None for delta in open_adapter(folder, arch, base.tensors).deltas):
+    for adapter, _ in adapters:
+        if any(delta.expert is not None for delta in adapter.deltas):
             raise PeftCannot(
-                f"{folder}: adapters of single experts, as older versions wrote them, are loaded otherwise than they "
-                "were trained"
+                f"{adapter.folder}: adapters of single experts, as older versions wrote them, are loaded otherwise "
+                "than they were trained"
             )
     options: Any = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False, "torch_device": "cpu"}
     model: Any = streamed.model
     with warnings.catch_warnings(), placeholders(streamed):
         warnings.simplefilter("ignore")
         try:
-            for (folder, _), name in zip(adapters, names, strict=True):
+            for (adapter, _), name in zip(adapters, names, strict=True):
                 if model is streamed.model:
-                    model = PeftModel.from_pretrained(model, folder, adapter_name=name, **options)
+                    model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=name, **options)
                 else:
-                    model.load_adapter(folder, adapter_name=name, **options)
+                    model.load_adapter(adapter.folder, adapter_name=name, **options)
             model.base_model.set_adapter(names)
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise PeftCannot(f"loading the adapter fails: {str(error).splitlines()[0]}") from error
@@ -59,7 +56,8 @@ def attach(
             for (_, weight), name in zip(adapters, names, strict=True):
                 if name in scaling:
                     scaling[name] *= weight
-        elif isinstance(module, AuxiliaryTrainingWrapper):
+        # PEFT has them in float32, like the placeholders, and would convert the factors of all experts for each chunk.
+        if isinstance(module, peft_layer.ParamWrapper | AuxiliaryTrainingWrapper):
             for parameter in module.parameters():
                 if not parameter.is_meta:
                     parameter.data = parameter.data.to(streamed.dtype)
@@ -68,22 +66,19 @@ def attach(
 
 
 def _check_complete(
-    streamed: Streamed, model: nn.Module, adapters: Sequence[tuple[Path, float]], names: Sequence[str]
+    streamed: Streamed, model: nn.Module, adapters: Sequence[tuple[Adapter, float]], names: Sequence[str]
 ) -> None:
-    """PEFT only warns of what is missing, and drops some keys without a word: count the numbers that it took up."""
+    """PEFT only warns of what is missing, and drops some keys without a word: count the numbers that it took up.
+
+    Raises `PeftCannot`.
+    """
     trained = sum(slot.trained.numel() for slot in streamed.slots() if slot.trained is not None)
-    for (folder, _), name in zip(adapters, names, strict=True):
-        parts = [(key, p) for key, p in model.state_dict(keep_vars=True).items() if name in key.split(".")]
-        held = sum(p.numel() for _, p in parts) + trained
-        tensors = read_shard(folder / WEIGHTS_FILE).tensors
-        # Copies of trained biases that no version of PEFT reads (see `adapter.files`).
-        copies = (".original_module.", ".modules_to_save.")
-        stored = 0
-        for key, ref in tensors.items():
-            if not any(part in key for part in copies):
-                stored += torch.Size(ref.shape).numel()
-        if held != stored or any(p.is_meta for _, p in parts):
-            raise PeftCannot(f"{folder}: of {stored:,} trained numbers PEFT takes up {held:,}")
+    state = model.state_dict(keep_vars=True)
+    for (adapter, _), name in zip(adapters, names, strict=True):
+        parts = [p for key, p in state.items() if name in key.split(".")]
+        held, stored = sum(p.numel() for p in parts) + trained, sum(prod(ref.shape) for ref in adapter.refs())
+        if held != stored or any(p.is_meta for p in parts):
+            raise PeftCannot(f"{adapter.folder}: of {stored:,} trained numbers PEFT takes up {held:,}")
 
 
 class SideBySide:
@@ -142,10 +137,11 @@ def _is_switch(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
-def in_place(adapters: Sequence[tuple[Path, float]]) -> bool:
-    """Whether the installed PEFT keeps the factors of experts apart, so that `summed_where_used` has an effect; with
-    several adapters at once it doesn't."""
-    return len(adapters) == 1 and hasattr(peft_layer, _SUM)
+def whole_stacks(adapters: Sequence[tuple[Adapter, float]]) -> bool:
+    """Whether PEFT adds the deltas of all experts of a layer up, so that it needs them all: with several adapters at
+    once, or when it has not the part that `summed_where_used` replaces."""
+    on_experts = any(delta.site.is_experts for adapter, _ in adapters for delta in adapter.deltas)
+    return on_experts and (len(adapters) > 1 or not hasattr(peft_layer, _SUM))
 
 
 @contextmanager

@@ -108,18 +108,26 @@ class Scaled:
 
     def spread(self, begin: int, end: int, shape: tuple[int, ...]) -> torch.Tensor:
         """(end - begin, columns): the scale of each number of these rows of the weight seen as a matrix."""
-        columns = shape[-1]
         if self.block is None:
-            return self.scales.reshape(1, 1).expand(end - begin, columns)
-        rows, width = self.block
+            return self.scales.reshape(1, 1).expand(end - begin, shape[-1])
+        return self._of_rows(begin, end, shape).repeat_interleave(self.block[1], dim=1)[:, : shape[-1]]
+
+    def apply(self, codes: torch.Tensor, begin: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """codes (rows, columns), from row `begin` on, times their scales; overwrites the codes where it can."""
+        end = begin + len(codes)
+        if self.block is None or shape[-1] % self.block[1]:
+            return codes * self.spread(begin, end, shape).to(codes.dtype)
+        scales = self._of_rows(begin, end, shape).to(codes.dtype)
+        codes.view(len(codes), -1, self.block[1]).mul_(scales.unsqueeze(2))
+        return codes
+
+    def _of_rows(self, begin: int, end: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """(end - begin, blocks across)."""
+        assert self.block is not None
         row = torch.arange(begin, end)
-        scales = self.scales
         if len(shape) == 3:
-            expert, row = row // shape[1], row % shape[1]
-            picked = scales[expert, row // rows]
-        else:
-            picked = scales[row // rows]
-        return picked.repeat_interleave(width, dim=1)[:, :columns]
+            return self.scales[row // shape[1], row % shape[1] // self.block[0]]
+        return self.scales[row // self.block[0]]
 
 
 class Values:
@@ -145,7 +153,7 @@ class Values:
         """Bytes of rows [begin, end) as numbers (rows, columns) of `dtype`."""
         value = raw.view(TORCH[ref.dtype]).to(dtype).view(end - begin, -1)
         scaled = self.scaled(ref.key) if self.checkpoint.tensors.get(ref.key) is ref else None
-        return value if scaled is None else value * scaled.spread(begin, end, ref.shape).to(dtype)
+        return value if scaled is None else scaled.apply(value, begin, ref.shape)
 
 
 class Factors:

@@ -1,0 +1,149 @@
+"""The numbers of a checkpoint for the probe, where a model keeps them, and the memory they are read into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mla_tune.arch.site import Architecture, Site
+from mla_tune.checkpoint.index import Checkpoint, TensorRef, nearest
+from mla_tune.errors import CheckError
+from mla_tune.merge.proof_values import TORCH, Reader, Values, matrix_shape
+
+#: Numbers read and converted at once: they stay in a core's cache.
+_BLOCK = 1 << 19
+#: The two ends of tied embeddings: where a checkpoint has one of them, it is the other too.
+_TIED = {"lm_head.weight": "model.embed_tokens.weight", "model.embed_tokens.weight": "lm_head.weight"}
+
+
+class Weights:
+    """Tensors of a checkpoint as numbers, read into tensors that are there already."""
+
+    def __init__(self, checkpoint: Checkpoint, arch: Architecture) -> None:
+        self.checkpoint = checkpoint
+        self.values = Values(checkpoint)
+        # Of this checkpoint, not of `arch`: a merged one may be untied.
+        default = arch.family.defaults.get("tie_word_embeddings", False)
+        self.tied = bool(checkpoint.config.get("tie_word_embeddings", default))
+        self.reader = Reader()
+
+    def find(self, name: str, site: Site | None) -> list[TensorRef]:
+        """The tensors that hold the parameter or buffer `name`: one, or for a stack of experts one for each part.
+
+        Raises `CheckError` where one is missing.
+        """
+        tensors = self.checkpoint.tensors
+        if name in tensors:
+            return [tensors[name]]
+        if self.tied and _TIED.get(name) in tensors:
+            return [tensors[_TIED[name]]]
+        keys = site.disk_keys() if site is not None else [name]
+        missing = [key for key in keys if key not in tensors]
+        if missing:
+            more = f" and {len(missing) - 1:,} more of {site.path}" if site and len(missing) > 1 else ""
+            raise CheckError(
+                f"{self.checkpoint.folder}: the checkpoint has no tensor '{missing[0]}'{more}, which the model needs"
+                f"{nearest(missing[0], tensors)}"
+            )
+        return [tensors[key] for key in keys]
+
+    def read(self, ref: TensorRef, out: torch.Tensor, begin: int = 0, end: int | None = None) -> None:
+        """Rows [begin, end) of the tensor seen as a matrix into `out`, which holds as many numbers, contiguous."""
+        rows, columns = matrix_shape(ref.shape)
+        end = rows if end is None else end
+        target = out.view(end - begin, columns)
+        step = max(1, _BLOCK // max(1, columns))
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            raw = self.reader.rows(ref, first, last, "probe")
+            if ref.key in self.values.quantised:
+                numbers = self.values.of(ref, raw, first, last, torch.float32)
+            else:
+                numbers = raw.view(TORCH[ref.dtype]).view(last - first, columns)
+            target[first - begin : last - begin].copy_(numbers)
+
+
+@dataclass(eq=False)
+class Slot:
+    """Where one parameter or persistent buffer is kept, and the tensors of the checkpoint that hold it.
+
+    The module stays the same one when PEFT wraps it.  `trained` is what an adapter puts in its place.
+    """
+
+    module: nn.Module
+    leaf: str
+    name: str
+    shape: torch.Size
+    refs: list[TensorRef]
+    is_buffer: bool
+    site: Site | None = None
+    trained: torch.Tensor | None = None
+
+    @property
+    def fused(self) -> bool:
+        """One tensor on disk holds the whole parameter, as it does for all but stacks of experts."""
+        return self.site is None or self.refs[0].key == self.name
+
+    @property
+    def value(self) -> torch.Tensor:
+        return getattr(self.module, self.leaf)
+
+    def put(self, tensor: torch.Tensor) -> None:
+        self.module._parameters[self.leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def empty(self) -> None:
+        # Whoever still holds the parameter (PEFT's parametrisations, until they are collected) keeps no memory with it.
+        if not self.value.is_meta:
+            self.value.data = torch.empty(0)
+        self.put(torch.empty(self.shape, device="meta"))
+
+
+def find_slots(model: nn.Module, weights: Weights, stacks: Mapping[str, Site]) -> Iterator[Slot]:
+    """Every parameter and persistent buffer, checked against the headers of the checkpoint."""
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        site = stacks.get(name)
+        refs = weights.find(name, site)
+        slot = Slot(
+            model.get_submodule(path), leaf, name, tensor.shape, refs, not isinstance(tensor, nn.Parameter), site
+        )
+        _check_shape(slot, weights.checkpoint)
+        yield slot
+
+
+def _check_shape(slot: Slot, checkpoint: Checkpoint) -> None:
+    if slot.site is None or slot.fused:
+        expected = tuple(slot.shape)
+    else:
+        parts = len(slot.refs) // slot.site.count
+        expected = (slot.site.shape[0] // parts, slot.site.shape[1])
+    for ref in slot.refs:
+        if ref.shape != expected:
+            raise CheckError(f"{checkpoint.folder}: '{ref.key}' is {ref.shape}, and the model needs {expected}")
+
+
+class Memory:
+    """Tensors cut from one piece of memory that stays: allocated one by one they leave holes behind, layer after layer,
+    and fresh pages cost as much time as what is written there."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._all, self._used = torch.empty(0, dtype=dtype), 0
+
+    def reserve(self, shapes: Iterable[torch.Size]) -> None:
+        """Make room for these shapes; what was taken before is used again, or freed where there are none."""
+        numbers, self._used = sum(_padded(shape.numel()) for shape in shapes), 0
+        if numbers > len(self._all) or not numbers:
+            dtype, self._all = self._all.dtype, torch.empty(0)  # freed before there is more
+            self._all = torch.empty(numbers, dtype=dtype)
+
+    def take(self, shape: torch.Size) -> torch.Tensor:
+        begin, self._used = self._used, self._used + _padded(shape.numel())
+        return self._all[begin : begin + shape.numel()].view(shape)
+
+
+def _padded(numbers: int) -> int:
+    return -(-numbers // 64) * 64  # rows begin at a cache line
