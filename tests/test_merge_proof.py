@@ -25,6 +25,7 @@ from mla_tune.arch.registry import architecture
 from mla_tune.errors import FileError, InputError
 from mla_tune.merge.check import Verified, verify
 from mla_tune.merge.options import Options
+from mla_tune.merge.proof_values import same_bytes
 from mla_tune.merge.run import merge_absorb
 from tests.fp8_helpers import dequantised, make_fp8, quantise, spread
 from tests.merge_helpers import edit_json, edit_tensors, load, make_adapter, make_base
@@ -664,6 +665,17 @@ def test_one_flipped_bit_of_float32_and_of_codes(base: Path, fp8: Path, adapter:
         for key in (KV_B, DOWN):
             edit(tmp_path / name, key, flip(bit))
             assert "1 of" in wrong(tmp_path / name, this)[key]
+
+
+@pytest.mark.parametrize("n", range(1, 20))
+def test_every_byte_is_compared(n: int) -> None:
+    a = torch.arange(n, dtype=torch.uint8)
+    assert same_bytes(a, a.clone())
+    assert not same_bytes(a, a[:-1])
+    for i in range(n):
+        b = a.clone()
+        b[i] ^= 1
+        assert not same_bytes(a, b)
 
 
 def test_numbers_that_are_off_by_more_than_a_rounding(base: Path, even: Path, adapter: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -33,11 +34,22 @@ def build(checkpoint: Checkpoint, arch: Architecture, attention: str) -> PreTrai
     left_out = ("quantization_config", "compression_config", "auto_map", "model_type")
     settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
     config = CONFIG_MAPPING[arch.family.model_type].from_dict(settings)
-    with no_init_weights(), init_empty_weights(include_buffers=False):
+    with no_init_weights(), init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention, experts_implementation="eager"
         )
     return model.eval()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """`init_empty_weights` allocates each parameter before it drops it, which fails where the experts of one layer are
+    more than the machine's memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 class Sides(Protocol):

@@ -49,7 +49,8 @@ def attach(streamed: Streamed, adapters: Sequence[tuple[Adapter, float]]) -> Pef
                     model.load_adapter(adapter.folder, adapter_name=name, **options)
             model.base_model.set_adapter(names)
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise PeftCannot(f"loading the adapter fails: {str(error).splitlines()[0]}") from error
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise PeftCannot(f"loading the adapter fails: {first}") from error
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             scaling: dict[str, float] = module.scaling  # type: ignore[assignment]
