@@ -129,6 +129,17 @@ def test_an_adapter_that_has_changed_is_noted(cli: Cli, place: Path) -> None:
     assert f"note: {weights} is not the file of the merge" in cli("verify", place / "out", "--no-probe").out
 
 
+def test_another_base_is_noted(cli: Cli, place: Path) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({key: tensor.float() for key, tensor in tensors.items()})
+
+    edit_tensors(place / "base" / "model.safetensors", widen)
+    result = cli("verify", place / "out", "--no-probe", "--json")
+    document = json.loads(result.out)
+    assert (result.code, document["proof"]["strict"]) == (0, False), "the same numbers in float32"
+    assert document["notes"] == [f"{place / 'base'} is not the base of the merge, or it has changed since"]
+
+
 def test_a_moved_adapter_with_the_same_content_is_the_same(cli: Cli, place: Path) -> None:
     (place / "run").rename(place / "moved")
     assert cli("verify", place / "out", "--no-probe").code == 2

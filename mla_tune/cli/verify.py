@@ -106,6 +106,8 @@ def print_proof(proof: dict[str, Any], probe: dict[str, Any] | None) -> None:
         error = f"off by at most {c['max_error']:.2g} of {c['largest']:.3g}"
         figures = f"{error}, KL {c['kl']:.2g}, top-1 {c['top1']:.1%}"
         _say(f"{'' if i else 'logits':8} {c['reference']} → {c['other']}: {figures}")
+    if probe["merged"] is not None and probe["merged"]["top1"] < 0.99:
+        _say("         rounding moves logits, most where a router's choice tips over: the numbers are the proof")
     if probe["idle"]:
         _say("         the adapter changes no logit: these can't tell a merge from none")
     if probe["reason"]:

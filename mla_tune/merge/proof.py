@@ -24,7 +24,7 @@ from mla_tune.adapter.files import Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef
 from mla_tune.errors import InputError
-from mla_tune.merge.proof_layout import Expected, Failure, Layout, Rules, expectations
+from mla_tune.merge.proof_layout import Failure, Layout, Rules, expectations
 from mla_tune.merge.proof_numbers import NumberCheck
 from mla_tune.merge.proof_values import PRECISION, Factors, Reader, Values, matrix_shape, same_bytes
 
@@ -184,7 +184,7 @@ class _Prover:
         if expected is not None and (expected.source.shape != out.shape or fresh):
             expected = None
         check = None
-        if expected is not None and not self._same_bytes(key, out, expected):
+        if expected is not None and (expected.updates or expected.source.dtype != out.dtype):
             if {out.dtype, expected.source.dtype} <= PRECISION.keys():
                 check = NumberCheck(out, expected, self.values, self.out_values, self.factors, self.rules)
             else:
@@ -218,14 +218,6 @@ class _Prover:
                     "is not the adapter's" if key in self.expected else "is not the base's, and no adapter changes it"
                 )
                 tally.failures.append(Failure(key, what))
-
-    def _same_bytes(self, key: str, out: TensorRef, expected: Expected) -> bool:
-        """Whether the tensor must be a copy."""
-        source = expected.source
-        is_base = self.base.tensors.get(source.key) is source
-        was_quantised = is_base and source.key in self.values.quantised
-        is_quantised = key in self.out_values.quantised
-        return not expected.updates and source.dtype == out.dtype and was_quantised == is_quantised
 
 
 def _pieces(ref: TensorRef) -> list[tuple[int, int]]:

@@ -104,6 +104,8 @@ def merge_absorb(
                     plan.options.absorb,
                     quantised=still,
                     exact=plan.options.exact,
+                    workers=workers or default_workers(),
+                    progress=_counter(progress, "absorb", plan.absorbed.bytes),
                 )
             proof = probed = None
             hashes: dict[str, str | None] = {}
