@@ -184,4 +184,4 @@ def test_a_terminal_shows_it_readably(width: int, made: Path, capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line.rstrip()) <= width for line in lines)
     assert all(line.startswith(("proven   ", "logits   ", " " * 9)) for line in lines)
-    assert len(lines) <= 8
+    assert len(lines) <= 10
