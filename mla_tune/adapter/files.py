@@ -37,7 +37,7 @@ _BLOCK = 1 << 24
 class AdapterDelta:
     """One low-rank update of one site, by reference: shapes are checked, weights not read.
 
-    A (E·r, in) and B (out, r·E) for `experts` E in the factors, B rank-major (see `mla.lora`).  E is 1 for a single
+    A (E·r, in) and B (out, r·E) for `experts` E in the factors, B rank-major (see `merge.apply`).  E is 1 for a single
     matrix, and more than the site's count where the model holds unused weights for its identity experts
     (LongCat-Flash); the site's come first.  `scale` is the factor s on B·A, `magnitude` (out) DoRA's.
 

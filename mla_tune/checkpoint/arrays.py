@@ -35,9 +35,15 @@ def read_raw(ref: TensorRef, begin: int = 0, end: int | None = None) -> np.ndarr
 
 def read_into(ref: TensorRef, array: np.ndarray, offset: int = 0) -> None:
     """Fill a C-contiguous array with the bytes from `offset` on inside the tensor."""
-    if not array.size:
-        return
-    view = array.reshape(-1).view(np.uint8).data
+    if array.size:
+        fill(ref, array.reshape(-1).view(np.uint8).data, offset)
+
+
+def fill(ref: TensorRef, view: memoryview, offset: int = 0) -> None:
+    """The bytes from `offset` on inside the tensor, as many as `view` has.
+
+    Raises `FileError` where the file has become shorter or can't be read.
+    """
     assert offset + len(view) <= ref.nbytes
     try:
         handle = os.open(ref.file, os.O_RDONLY)

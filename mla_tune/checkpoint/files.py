@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the contents, whole or not at all; a link is followed."""
+    with source.open("rb") as read, replacing(target) as write:
+        shutil.copyfileobj(read, write, 1 << 24)
+
+
+def sha256_of(file: Path) -> str:
+    """Digest of the whole file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(file: Path, document: Any) -> None:

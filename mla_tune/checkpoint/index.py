@@ -41,6 +41,12 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     return prod(shape) * DTYPE_BITS[dtype] // 8
 
 
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor seen as a matrix: its last dimension are the columns; vectors and scalars are one
+    row."""
+    return prod(shape[:-1]), shape[-1] if shape else 1
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """Where one tensor lies: `begin` and `end` are byte offsets from the start of `file`."""

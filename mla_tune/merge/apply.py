@@ -24,6 +24,7 @@ import numpy as np
 from mla_tune.adapter.files import AdapterDelta
 from mla_tune.checkpoint.arrays import read_float, read_into, read_raw
 from mla_tune.checkpoint.codec import STORAGE, decode, encode, round_bf16
+from mla_tune.checkpoint.index import matrix_shape
 from mla_tune.checkpoint.quant import Quantised, dequantise, read_scales, requantise
 from mla_tune.errors import WorkError
 from mla_tune.merge.plan import MergePlan, OutTensor, Update
@@ -76,13 +77,6 @@ class Piece:
     out: OutTensor
     begin: int
     end: int
-
-
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of a tensor seen as a matrix; one row for vectors and scalars."""
-    if len(shape) < 2:
-        return 1, shape[0] if shape else 1
-    return math.prod(shape[:-1]), shape[-1]
 
 
 class Merger:

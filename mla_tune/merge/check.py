@@ -11,7 +11,7 @@ from mla_tune import __version__
 from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE, Adapter, open_adapter
 from mla_tune.arch.registry import architecture
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.files import read_json_object
+from mla_tune.checkpoint.files import read_json_object, sha256_of
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError, FileError, InputError
 from mla_tune.merge.export import MANIFEST_FILE
@@ -21,7 +21,6 @@ from mla_tune.merge.plan import MergePlan
 from mla_tune.merge.proof import ProofReport, prove, with_failures
 from mla_tune.merge.proof_absorbed import absorbed_tensors, prove_absorbed
 from mla_tune.merge.proof_layout import Failure
-from mla_tune.merge.staging import sha256_of
 
 if TYPE_CHECKING:
     from mla_tune.merge.probe import ProbeReport

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from mla_tune.checkpoint.files import replacing
+from mla_tune.checkpoint.files import copy_file
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import CheckError
@@ -220,8 +219,7 @@ def place_same(source: Path, target: Path, *, link: bool) -> str:
             pass  # another file system, or one without hard links
         else:
             return "linked"
-    with source.open("rb") as read, replacing(target) as write:
-        shutil.copyfileobj(read, write, 1 << 24)
+    copy_file(source, target)
     return "copied"
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mla_tune import __version__
-from mla_tune.checkpoint.files import replacing, write_json
+from mla_tune.checkpoint.files import copy_file, sha256_of, write_json
 from mla_tune.checkpoint.index import INDEX_FILE
 from mla_tune.checkpoint.quant_config import edit_config
 from mla_tune.errors import FileError, InputError
 from mla_tune.merge.plan import HEAD, MergePlan
-from mla_tune.merge.staging import JOURNAL_FILE, STATE_FILE, Staging, partial_folder, sha256_of
+from mla_tune.merge.staging import JOURNAL_FILE, STATE_FILE, Staging, partial_folder
 from mla_tune.mla.fold import LAYOUTS
 
 REPORT_FILE = "merge_report.json"
@@ -93,8 +93,7 @@ def carry_files(plan: MergePlan, staging: Path) -> tuple[list[str], list[str]]:
             if name.startswith(".") or name.endswith(_WEIGHTS) or name in (REPORT_FILE, MANIFEST_FILE):
                 left += [] if name in written else [name]
                 continue
-            with file.open("rb") as read, replacing(staging / name) as write:
-                shutil.copyfileobj(read, write, 1 << 24)
+            copy_file(file, staging / name)
             carried.append(name)
     config = _config(plan)
     if config != plan.checkpoint.config:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from mla_tune.adapter.files import Adapter, AdapterDelta
 from mla_tune.arch.roles import Role
@@ -109,10 +110,7 @@ class MergePlan:
     twins: tuple[tuple[TensorRef, TensorRef], ...] = ()
     absorbed: AbsorbedPlan | None = None
 
-    def tensors(self) -> dict[str, OutTensor]:
-        return {out.key: out for shard in self.shards for out in shard.tensors}
-
-    @property
+    @cached_property
     def changed(self) -> list[OutTensor]:
         """The tensors that an adapter changes, in the order of the output."""
         return [

@@ -30,6 +30,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.errors import CheckError
 from mla_tune.merge.probe_weights import Weights
+from mla_tune.mla.fold import absorbed_shapes
 
 #: The name under which transformers finds this attention.
 ATTENTION = "mla_tune_probe"
@@ -96,8 +97,7 @@ def absorb_attention(
     """
     d = arch.dims
     fold = any(key.endswith("W_QK") for key in tensors)
-    shapes = {"W_QK": (d.H, d.L or d.D, d.C), "W_VO": (d.H, d.D, d.C)}
-    shapes = shapes if fold else {"W_UK": (d.H, d.C, d.P), "W_UV": (d.H, d.V, d.C)}
+    shapes = absorbed_shapes(d, "fold" if fold else "split")
     for path in arch.attention_paths:
         refs = {}
         for name, shape in shapes.items():

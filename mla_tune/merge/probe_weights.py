@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mla_tune.arch.site import Architecture, Site
-from mla_tune.checkpoint.index import Checkpoint, TensorRef, nearest
+from mla_tune.checkpoint.index import Checkpoint, TensorRef, matrix_shape, nearest
 from mla_tune.errors import CheckError
-from mla_tune.merge.proof_values import TORCH, Reader, Values, matrix_shape
+from mla_tune.merge.proof_values import TORCH, Reader, Values
 
 #: Numbers read and converted at once: they stay in a core's cache.
 _BLOCK = 1 << 19

@@ -22,11 +22,11 @@ import torch
 
 from mla_tune.adapter.files import Adapter
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef
+from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, matrix_shape
 from mla_tune.errors import InputError
 from mla_tune.merge.proof_layout import Failure, Layout, Rules, expectations
 from mla_tune.merge.proof_numbers import NumberCheck
-from mla_tune.merge.proof_values import PRECISION, Factors, Reader, Values, matrix_shape, same_bytes
+from mla_tune.merge.proof_values import PRECISION, Factors, Reader, Values, same_bytes
 
 #: Bytes read at once: what is read is still in a core's cache when it is hashed and computed with.
 _PIECE = 1 << 20

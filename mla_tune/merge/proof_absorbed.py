@@ -5,23 +5,22 @@ Letters and layouts: `mla_tune.mla.fold`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from mla_tune.arch.dims import MLADims
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.files import read_json_object
+from mla_tune.checkpoint.files import read_json_object, sha256_of
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, read_shard
 from mla_tune.errors import FileError
 from mla_tune.merge.absorb import ABSORBED_INDEX
 from mla_tune.merge.absorb_plan import ABSORBED_FILE
 from mla_tune.merge.proof_layout import Failure
 from mla_tune.merge.proof_values import TORCH, Reader, Values, same_bytes, ulp_of
+from mla_tune.mla.fold import absorbed_shapes
 from mla_tune.mla.heads import split_kv_b
 
 #: Numbers of W_O that are held at once.
@@ -55,7 +54,7 @@ def prove_absorbed(
     values = Values(merged)
     files = list(dict.fromkeys(ref.file for ref in tensors.values()))
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        digests = pool.map(_sha256, files)
+        digests = pool.map(sha256_of, files)
         found = list(pool.map(lambda path: _Module(arch, values, path, tensors).failures(), arch.attention_paths))
         hashes = {file.name: digest for file, digest in zip(files, digests, strict=True)}
     failures = [failure for module in found for failure in module]
@@ -77,7 +76,7 @@ class _Module:
         self.sources = [values.checkpoint[sites[role].disk_keys()[0]] for role in roles]
 
     def failures(self) -> list[Failure]:
-        shapes = _shapes(self.dims, self.fold)
+        shapes = absorbed_shapes(self.dims, "fold" if self.fold else "split")
         dtypes = {ref.dtype if ref.key not in self.values.quantised else "BF16" for ref in self.sources}
         dtype = dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
         wrong = []
@@ -132,14 +131,3 @@ class _Module:
 
     def _rows(self, ref: TensorRef, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
         return self.values.of(ref, Reader().rows(ref, begin, end, "source"), begin, end, dtype)
-
-
-def _shapes(d: MLADims, fold: bool) -> dict[str, tuple[int, ...]]:
-    if fold:
-        return {"W_QK": (d.H, d.D if d.L is None else d.L, d.C), "W_VO": (d.H, d.D, d.C)}
-    return {"W_UK": (d.H, d.C, d.P), "W_UV": (d.H, d.V, d.C)}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

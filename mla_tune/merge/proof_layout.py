@@ -15,10 +15,9 @@ from mla_tune.checkpoint.quant import Quantised
 from mla_tune.checkpoint.quant_config import quantisation_field
 from mla_tune.errors import InputError
 from mla_tune.merge.options import DTYPES
-from mla_tune.merge.plan import KEEP_DTYPE
+from mla_tune.merge.plan import EMBEDDING, HEAD, KEEP_DTYPE
 from mla_tune.merge.proof_values import PRECISION, Values
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 #: Layers that engines (vLLM) make one of: the other part of a weight with this ending.
 _FUSED_WITH = {"q_a_proj.weight": "kv_a_proj_with_mqa.weight", "gate_proj.weight": "up_proj.weight"}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\..*")

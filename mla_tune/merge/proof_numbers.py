@@ -32,9 +32,9 @@ import numpy as np
 import torch
 
 from mla_tune.arch.site import Site
-from mla_tune.checkpoint.index import TensorRef
+from mla_tune.checkpoint.index import TensorRef, matrix_shape
 from mla_tune.merge.proof_layout import Expected, Rules
-from mla_tune.merge.proof_values import PRECISION, TORCH, Factors, Values, matrix_shape, ulp_of, whole
+from mla_tune.merge.proof_values import PRECISION, TORCH, Factors, Values, ulp_of, whole
 
 #: Numbers computed at once: a few float32 arrays of this size fit into a core's cache.
 _BLOCK = 1 << 17

@@ -6,7 +6,6 @@ which scale belongs to which weight.  Files are read, not mapped: mapped pages w
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from mla_tune.adapter.files import AdapterDelta
-from mla_tune.checkpoint.index import Checkpoint, TensorRef
+from mla_tune.checkpoint.arrays import fill
+from mla_tune.checkpoint.index import Checkpoint, TensorRef, matrix_shape
 from mla_tune.checkpoint.quant import Quantised, quantised_weights
-from mla_tune.errors import FileError
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -50,14 +49,6 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of a tensor as a matrix: vectors and scalars are one row."""
-    rows = 1
-    for n in shape[:-1]:
-        rows *= n
-    return rows, shape[-1] if shape else 1
-
-
 class Reader:
     """Bytes of tensors into buffers of this thread: what is read stays valid until the next read under its name."""
 
@@ -76,17 +67,7 @@ class Reader:
             buffers[name] = bytearray(count)
         if not count:
             return torch.empty(0, dtype=torch.uint8)
-        view = memoryview(buffers[name])[:count]
-        handle = os.open(ref.file, os.O_RDONLY)
-        try:
-            done = 0
-            while done < count:
-                got = os.preadv(handle, [view[done:]], ref.begin + offset + done)
-                if got == 0:
-                    raise FileError(f"{ref.file}: ends within '{ref.key}': the file changed while it was read")
-                done += got
-        finally:
-            os.close(handle)
+        fill(ref, memoryview(buffers[name])[:count], offset)
         return torch.frombuffer(buffers[name], dtype=torch.uint8, count=count)
 
 
@@ -164,7 +145,7 @@ class Factors:
         self._lock = threading.Lock()
 
     def of(self, delta: AdapterDelta, weight: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rank-major layout of PEFT's stacked B is undone here (see `mla.lora.expert_factors`)."""
+        """The rank-major layout of PEFT's stacked B is undone here (`ParamWrapper.get_delta_weight`)."""
         with self._lock:
             name = (f"{delta.A.file}:{delta.A.key}", dtype)
             if name not in self._kept:

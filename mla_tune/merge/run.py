@@ -26,7 +26,7 @@ from mla_tune.merge.locate import Places, locate
 from mla_tune.merge.options import DTYPES, Options
 from mla_tune.merge.plan import MergePlan, plan_merge
 from mla_tune.merge.report import MergeReport, PlanReport, adapter_reports, notes, plan_report, role_reports
-from mla_tune.merge.staging import staged
+from mla_tune.merge.staging import partial_folder, staged
 
 #: Told the stage ("merge", "check"), the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]
@@ -76,6 +76,7 @@ def merge_absorb(
     """
     if min_survival is not None and not 0 <= min_survival <= 1:
         raise InputError(f"--min-survival {min_survival:g}: a share from 0 to 1 was expected")
+    workers = workers or default_workers()
     weighted = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
     places, plan = _plan(weighted, base, out, options or Options())
     stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
@@ -88,9 +89,7 @@ def merge_absorb(
     try:
         with staged(places.out, plan, note) as staging:
             count = _counter(progress, "merge", plan.model_bytes)
-            survival = execute(
-                plan, staging, workers=workers or default_workers(), min_survival=min_survival, done=count
-            )
+            survival = execute(plan, staging, workers=workers, min_survival=min_survival, done=count)
             write_index_of(plan, staging.folder)
             carried, left = carry_files(plan, staging.folder)
             merged = Checkpoint.open(staging.folder)
@@ -104,7 +103,7 @@ def merge_absorb(
                     plan.options.absorb,
                     quantised=still,
                     exact=plan.options.exact,
-                    workers=workers or default_workers(),
+                    workers=workers,
                     progress=_counter(progress, "absorb", plan.absorbed.bytes),
                 )
             proof = probed = None
@@ -117,7 +116,7 @@ def merge_absorb(
                     plan,
                     staging.folder,
                     probe=probe,
-                    workers=workers or default_workers(),
+                    workers=workers,
                     progress=_counter(progress, "check", plan.model_bytes),
                 )
             for shard in plan.shards:
@@ -193,13 +192,10 @@ def _dtypes(plan: MergePlan) -> str:
 
 
 def _failed(error: OSError, out: Path) -> MlaTuneError:
-    where = f".{out.name}.partial"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WorkError(
-            f"{out}: the disk is full; nothing was published. What is finished lies in {where} beside it: free some "
-            "space and run the same command again to go on from there, or delete that folder"
-        )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else f"writing failed: {error.strerror or error}"
+    advice = "free some space and run" if full else "run"
     return WorkError(
-        f"{out}: writing failed: {error.strerror or error}; nothing was published. What is finished lies in {where} "
-        "beside it: run the same command again to go on from there, or delete that folder"
+        f"{out}: {what}; nothing was published. What is finished lies in {partial_folder(out).name} beside it: "
+        f"{advice} the same command again to go on from there, or delete that folder"
     )

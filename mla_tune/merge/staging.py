@@ -10,7 +10,6 @@ change), the adapters (their content) and the options: anything else starts anew
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 
 from mla_tune import __version__
 from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE
-from mla_tune.checkpoint.files import read_json_object, sync_folder, write_json
+from mla_tune.checkpoint.files import read_json_object, sha256_of, sync_folder, write_json
 from mla_tune.errors import FileError
 from mla_tune.merge.plan import MergePlan
 
@@ -137,10 +136,10 @@ def _changed(folder: Path, wanted: dict[str, Any]) -> str | None:
         found = read_json_object(folder / STATE_FILE, "the state of the merge")
     except FileError:
         return "unknown origin"
-    if found == json.loads(json.dumps(wanted)):
+    if found == wanted:
         return None
     names = {"base": "another base", "adapters": "another adapter", "options": "other options"}
-    differing = [text for key, text in names.items() if found.get(key) != json.loads(json.dumps(wanted[key]))]
+    differing = [text for key, text in names.items() if found.get(key) != wanted[key]]
     return " and ".join(differing) or "another version of mla-tune"
 
 
@@ -179,8 +178,3 @@ def identity(plan: MergePlan) -> dict[str, Any]:
         ],
         "options": plan.options.to_json(),
     }
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
