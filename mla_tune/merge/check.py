@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_tune import __version__
-from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE, Adapter, open_adapter
-from mla_tune.arch.registry import architecture
+from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.files import read_json_object, sha256_of
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError, FileError, InputError
 from mla_tune.merge.export import MANIFEST_FILE
-from mla_tune.merge.locate import locate
+from mla_tune.merge.locate import open_inputs
 from mla_tune.merge.options import Options
 from mla_tune.merge.plan import MergePlan
 from mla_tune.merge.proof import ProofReport, prove, with_failures
@@ -159,16 +158,11 @@ def verify(
         raise FileError(
             f"{out / MANIFEST_FILE}: the base was {manifest['base']}, which is gone: name its folder with --base"
         )
-    places = locate([path for path, _ in named], manifest.get("base") if base is None else base, out)
-    base_folder = Checkpoint.open(places.base)
-    arch = architecture(base_folder.config, str(places.base / "config.json"))
-    opened = [
-        (open_adapter(folder, arch, base_folder.tensors), weight)
-        for folder, (_, weight) in zip(places.adapters, named, strict=True)
-    ]
+    inputs = open_inputs(named, manifest.get("base") if base is None else base, out)
+    places, opened = inputs.places, inputs.adapters
     for adapter, _ in opened:
         adapter.check_finite()
-    notes = _other_inputs(manifest, base_folder, opened)
+    notes = _other_inputs(manifest, inputs.base, opened)
     total, done = merged.nbytes, 0
 
     def count(nbytes: int) -> None:
@@ -178,8 +172,8 @@ def verify(
             progress(done, total)
 
     found = check(
-        base_folder,
-        arch,
+        inputs.base,
+        inputs.arch,
         opened,
         merged,
         strict=bool(manifest) and not notes,

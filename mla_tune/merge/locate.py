@@ -8,8 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_tune.adapter.files import CONFIG_FILE, RUN_SUBFOLDER, adapter_folder
+from mla_tune.adapter.files import CONFIG_FILE, RUN_SUBFOLDER, Adapter, adapter_folder, open_adapter
+from mla_tune.arch.registry import architecture
+from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.files import read_json_object
+from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import FileError, InputError
 from mla_tune.resources import EMBEDDED_MODEL
 
@@ -62,6 +65,28 @@ def locate(named: Sequence[Path], base: Path | str | None, out: Path | None) -> 
     if not recorded:
         raise InputError(f"{source}: does not say which base model the adapter belongs to: name its folder with --base")
     return Places(adapters, _folder(str(recorded), str(source), settings.get("revision")), out)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a merge is made from: headers read, nothing else."""
+
+    places: Places
+    base: Checkpoint
+    arch: Architecture
+    adapters: list[tuple[Adapter, float]]
+
+
+def open_inputs(adapters: Sequence[tuple[Path, float]], base: Path | str | None, out: Path | None) -> Inputs:
+    """`locate` the folders and open them; each adapter stands with its weight.  Raises `FileError` and `InputError`."""
+    places = locate([path for path, _ in adapters], base, out)
+    checkpoint = Checkpoint.open(places.base)
+    arch = architecture(checkpoint.config, str(places.base / "config.json"))
+    opened = [
+        (open_adapter(folder, arch, checkpoint.tensors), weight)
+        for folder, (_, weight) in zip(places.adapters, adapters, strict=True)
+    ]
+    return Inputs(places, checkpoint, arch, opened)
 
 
 def _folder(name: str, source: str, revision: str | None) -> Path:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mla_tune.adapter.files import WEIGHTS_FILE, open_adapter
-from mla_tune.arch.registry import architecture
+from mla_tune.adapter.files import WEIGHTS_FILE
 from mla_tune.checkpoint.files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
 from mla_tune.checkpoint.quant import quantised_weights
@@ -22,7 +21,7 @@ from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
 from mla_tune.merge.absorb import sha256, write_absorbed
 from mla_tune.merge.execute import execute
 from mla_tune.merge.export import REPORT_FILE, carry_files, check_output, write_index_of, write_manifest
-from mla_tune.merge.locate import Places, locate
+from mla_tune.merge.locate import Places, open_inputs
 from mla_tune.merge.options import DTYPES, Options
 from mla_tune.merge.plan import MergePlan, plan_merge
 from mla_tune.merge.report import MergeReport, PlanReport, adapter_reports, notes, plan_report, role_reports
@@ -164,14 +163,8 @@ def default_workers() -> int:
 def _plan(
     adapters: Sequence[Weighted], base: Path | str | None, out: Path | None, options: Options
 ) -> tuple[Places, MergePlan]:
-    places = locate([path for path, _ in adapters], base, out)
-    checkpoint = Checkpoint.open(places.base)
-    arch = architecture(checkpoint.config, str(places.base / "config.json"))
-    opened = [
-        (open_adapter(folder, arch, checkpoint.tensors), weight)
-        for folder, (_, weight) in zip(places.adapters, adapters, strict=True)
-    ]
-    return places, plan_merge(checkpoint, arch, opened, options)
+    inputs = open_inputs(adapters, base, out)
+    return inputs.places, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
 
 
 def _counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
