@@ -12,10 +12,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from mla_tune.adapter.files import open_adapter
 from mla_tune.arch.registry import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.merge.options import Options
-from mla_tune.merge.probe import Comparison, ProbeReport, probe
+from mla_tune.merge.probe import Comparison, Probe, ProbeReport
 from mla_tune.merge.proof_absorbed import absorbed_tensors
 from mla_tune.merge.run import merge_absorb
 from tests.merge_helpers import load
@@ -44,7 +45,9 @@ def run(
     absorbed = absorbed_tensors(merged)
     mode = "none" if not absorbed else "fold" if any(k.endswith("W_QK") for k in absorbed) else "split"
     pairs = [(adapters, 1.0)] if isinstance(adapters, Path) else adapters
-    return probe(base, architecture(base.config), pairs, merged, absorbed or None, mode)
+    arch = architecture(base.config)
+    opened = [(open_adapter(folder, arch, base.tensors), weight) for folder, weight in pairs]
+    return Probe(base, arch, opened, mode, **settings).compare(merged, absorbed)
 
 
 def tokens(seed: int = 0, count: int = 32, vocabulary: int = 97) -> torch.Tensor:

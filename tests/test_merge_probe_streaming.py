@@ -13,7 +13,6 @@ import torch
 
 import mla_tune.merge.probe as probe_module
 import mla_tune.merge.probe_peft as probe_peft
-from mla_tune.arch.registry import architecture
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.merge.probe_model import Streamed
 from mla_tune.merge.probe_weights import Weights
@@ -146,10 +145,8 @@ def test_a_peft_that_sums_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_tokens_and_seed(tmp_path: Path) -> None:
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=ATTENTION)
-    base, merged = Checkpoint.open(tmp_path / "base"), merge(tmp_path, adapter)
-    report = probe_module.probe(
-        base, architecture(base.config), [(adapter, 1.0)], merged, None, "none", tokens=5, seed=3
-    )
+    merged = merge(tmp_path, adapter)
+    report = run(tmp_path, adapter, merged, tokens=5, seed=3)
     with torch.no_grad():
         largest = load(tmp_path / "base")(tokens(3, 5)).logits.abs().max()
     assert report.effect is not None

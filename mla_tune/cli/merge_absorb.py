@@ -88,6 +88,7 @@ def command(
         print_json(plan.to_json()) if as_json else _print_plan(plan)
         return
     stages = ["merge", *(["absorb"] if absorb != "none" else []), *(["check"] if verify else [])]
+    stages += ["logits"] if verify and probe else []
     with bars(stages) as show:
         report = merge_absorb(
             named, base, out, options=options, min_survival=min_survival, verify=verify, probe=probe,

@@ -42,15 +42,8 @@ def command(
     from mla_tune.merge.run import default_workers
 
     named = weighted(None, adapters) if adapters else []
-    with bars(["check"]) as show:
-        found = verify(
-            out,
-            base,
-            named,
-            probe=probe,
-            workers=workers or default_workers(),
-            progress=lambda done, total: show("check", done, total),
-        )
+    with bars(["check", *(["logits"] if probe else [])]) as show:
+        found = verify(out, base, named, probe=probe, workers=workers or default_workers(), progress=show)
     print_json(found.to_json()) if as_json else _print(found)
     if not found.holds:
         n = found.proof.failed

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from mla_tune import __version__
 from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.files import read_json_object, sha256_of
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError, FileError, InputError
 from mla_tune.merge.export import MANIFEST_FILE
-from mla_tune.merge.locate import open_inputs
+from mla_tune.merge.locate import Inputs, open_inputs
 from mla_tune.merge.options import Options
-from mla_tune.merge.plan import MergePlan
+from mla_tune.merge.progress import Progress, counter
 from mla_tune.merge.proof import ProofReport, prove, with_failures
 from mla_tune.merge.proof_absorbed import absorbed_tensors, prove_absorbed
 from mla_tune.merge.proof_layout import Failure
+from mla_tune.merge.prover import Proven
 
 if TYPE_CHECKING:
-    from mla_tune.merge.probe import ProbeReport
+    from mla_tune.merge.probe import Probe, ProbeReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,77 +60,88 @@ class Verified:
 
 
 def check(
-    base: Checkpoint,
-    arch: Architecture,
-    adapters: Sequence[tuple[Adapter, float]],
+    inputs: Inputs,
     merged: Checkpoint,
     *,
     strict: bool,
     options: Options | None = None,
-    with_probe: bool = True,
+    probe: Probe | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
 ) -> Checked:
-    """Prove `merged` against base and adapters.  Failures are in the report; the probe runs where there are none.
+    """Prove `merged` against base and adapters.  Failures are in the report; logits are compared where there are none.
 
     `options` are those of the merge where it is `strict`.  `files` are those of a manifest (see `write_manifest`): the
     output's must still be the same.
     """
     options = options or Options()
-    report, hashes = prove(
-        base,
-        arch,
-        adapters,
-        merged,
-        strict=strict,
-        rounding=options.round,
-        exact=options.exact,
-        dtype=options.dtype,
-        workers=workers,
-        progress=progress,
-    )
     absorbed = absorbed_tensors(merged)
-    modules, failures, digests = prove_absorbed(arch, merged, absorbed, workers=workers)
-    hashes |= digests
-    failures += _changed_files(merged.folder, files or {}, hashes)
-    report = with_failures(report, failures, absorbed=modules)
-    probed = None
-    if with_probe and not report.failed:
-        # transformers and PEFT take seconds to load.
-        from mla_tune.merge.probe import probe
+    with ThreadPoolExecutor(1) as pool:
+        compared = pool.submit(probe.compare, merged, absorbed) if probe else None
+        try:
+            report, hashes = prove(
+                inputs.base,
+                inputs.arch,
+                inputs.adapters,
+                merged,
+                strict=strict,
+                rounding=options.round,
+                exact=options.exact,
+                dtype=options.dtype,
+                workers=workers,
+                progress=progress,
+            )
+            modules, failures, digests = prove_absorbed(inputs.arch, merged, absorbed, workers=workers)
+            hashes |= digests
+            failures += _changed_files(merged.folder, files or {}, hashes)
+            report = with_failures(report, failures, absorbed=modules)
+        except BaseException:
+            if probe:
+                probe.stop()
+            raise
+        if probe and report.failed:
+            probe.stop()
+    return Checked(report, None if compared is None or report.failed else compared.result(), hashes)
 
-        mode = "none" if not absorbed else "fold" if any(key.endswith("W_QK") for key in absorbed) else "split"
-        folders = [(adapter.folder, weight) for adapter, weight in adapters]
-        probed = probe(base, arch, folders, merged, absorbed or None, mode)
-    return Checked(report, probed, hashes)
 
+class MergeProof:
+    """The proof of what merge-absorb writes: `begin` computes the logits that need no output, `finish` all else."""
 
-def prove_merge(
-    plan: MergePlan,
-    folder: Path,
-    *,
-    probe: bool,
-    workers: int,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, str | None]]:
-    """(proof, probe, hashes) of what a plan has written to `folder`.  Raises `CheckError` naming what differs."""
-    done = check(
-        plan.checkpoint,
-        plan.architecture,
-        plan.adapters,
-        Checkpoint.open(folder),
-        strict=True,
-        options=plan.options,
-        with_probe=probe,
-        workers=workers,
-        progress=progress,
-    )
-    if done.proof.failed:
-        lines = "".join(f"\n  {failure.key}: {failure.what}" for failure in done.proof.failures[:10])
-        more = f"\n  … and {done.proof.failed - 10} more" if done.proof.failed > 10 else ""
-        raise CheckError(f"the output is not what it must be; nothing was published:{lines}{more}")
-    return done.proof.to_json(), done.probe.to_json() if done.probe else None, done.hashes
+    def __init__(
+        self, inputs: Inputs, options: Options, with_probe: bool, workers: int, progress: Progress | None
+    ) -> None:
+        self.inputs, self.options, self.workers, self.progress = inputs, options, workers, progress
+        logits = counter(progress, "logits", 2 * inputs.base.nbytes)
+        self.probe = _probe(inputs, options.absorb, logits) if with_probe else None
+
+    def begin(self) -> None:
+        """In a thread; `finish` waits for it, and tells what goes wrong."""
+        if self.probe:
+            Thread(target=self._reference, args=(self.probe,), daemon=True).start()
+
+    def _reference(self, probe: Probe) -> None:
+        with suppress(Exception):  # it is raised again by what waits for it
+            probe.reference()
+
+    def finish(self, folder: Path) -> Proven:
+        """Prove `folder`.  Raises `CheckError` naming what differs."""
+        merged = Checkpoint.open(folder)
+        count = counter(self.progress, "check", merged.nbytes)
+        done = check(
+            self.inputs,
+            merged,
+            strict=True,
+            options=self.options,
+            probe=self.probe,
+            workers=self.workers,
+            progress=count,
+        )
+        if done.proof.failed:
+            lines = "".join(f"\n  {failure.key}: {failure.what}" for failure in done.proof.failures[:10])
+            more = f"\n  … and {done.proof.failed - 10} more" if done.proof.failed > 10 else ""
+            raise CheckError(f"the output is not what it must be; nothing was published:{lines}{more}")
+        return Proven(done.proof.to_json(), done.probe.to_json() if done.probe else None, done.hashes)
 
 
 def verify(
@@ -137,13 +151,13 @@ def verify(
     *,
     probe: bool = True,
     workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Verified:
     """Prove a merged checkpoint, made by any tool, against `base` and `adapters` (folders as for merge-absorb).
 
     What is not named is taken from the manifest of the output, if merge-absorb wrote it; the base, else, from what the
     adapter records.  Every number must be the nearest one where base, adapters and weights are those of the manifest,
-    and near it otherwise.  `progress` is told bytes done and in all.
+    and near it otherwise.
     Raises `FileError` and `InputError` for folders that are missing, damaged, or not told of.
     """
     merged = Checkpoint.open(out)
@@ -163,28 +177,32 @@ def verify(
     for adapter, _ in opened:
         adapter.check_finite()
     notes = _other_inputs(manifest, inputs.base, opened)
-    total, done = merged.nbytes, 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress(done, total)
-
+    logits = counter(progress, "logits", inputs.base.nbytes + merged.nbytes)
     found = check(
-        inputs.base,
-        inputs.arch,
-        opened,
+        inputs,
         merged,
         strict=bool(manifest) and not notes,
         options=Options(**manifest["options"]) if manifest else None,
-        with_probe=probe,
+        probe=_probe(inputs, _mode(absorbed_tensors(merged)), logits) if probe else None,
         files=manifest.get("files"),
         workers=workers,
-        progress=count,
+        progress=counter(progress, "check", merged.nbytes),
     )
     used = [(str(adapter.folder), weight) for adapter, weight in opened]
     return Verified(str(out.absolute()), str(places.base.absolute()), used, found.proof, found.probe, notes)
+
+
+def _probe(inputs: Inputs, absorb: str, progress: Callable[[int], None]) -> Probe:
+    # transformers and PEFT take seconds to load.
+    from mla_tune.merge.probe import Probe
+
+    return Probe(inputs.base, inputs.arch, inputs.adapters, absorb, progress=progress)
+
+
+def _mode(absorbed: Iterable[str]) -> str:
+    """What made these absorbed tensors."""
+    names = {key.rpartition(".")[2] for key in absorbed}
+    return "none" if not names else "fold" if "W_QK" in names else "split"
 
 
 def _manifest(out: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from mla_tune.merge.staging import Staging
 _COPY_BYTES = 1 << 26
 #: ioctl request that makes a file share another's blocks until one of them changes (Linux: btrfs, XFS, bcachefs).
 _FICLONE = 0x40049409
+#: Niceness of workers that let others go first.
+_GENTLY = 10
 
 
 @dataclass
@@ -47,10 +50,12 @@ def execute(
     *,
     workers: int,
     min_survival: float | None = None,
+    gently: bool = False,
     done: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Survival]:
     """Write every shard that `staging` does not have yet, and return by key what survived of each tensor's delta.
 
+    `gently`: the workers let other processes go first where there are too few cores (on Linux).
     Raises `WorkError` for results that are not finite, `FileError` where the base changes meanwhile, `CheckError` where
     less than `min_survival` of a delta was kept, `OSError` where the disk is full or fails.
     """
@@ -64,7 +69,7 @@ def execute(
             done(shard.nbytes)
         else:
             todo.append(shard)
-    _Executor(plan, staging, min_survival, done).run(todo, workers)
+    _Executor(plan, staging, min_survival, gently, done).run(todo, workers)
     survival = {}
     for shard in plan.shards:
         for key, sums in staging.finished[shard.name].get("survival", {}).items():
@@ -76,10 +81,15 @@ class _Executor:
     """Threads over the jobs of some shards; the first error stops them all."""
 
     def __init__(
-        self, plan: MergePlan, staging: Staging, min_survival: float | None, done: Callable[[int], None]
+        self,
+        plan: MergePlan,
+        staging: Staging,
+        min_survival: float | None,
+        gently: bool,
+        done: Callable[[int], None],
     ) -> None:
         self.merger = Merger(plan)
-        self.staging, self.min_survival, self.done = staging, min_survival, done
+        self.staging, self.min_survival, self.gently, self.done = staging, min_survival, gently, done
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
@@ -147,6 +157,8 @@ class _Executor:
             self.done(nbytes)
 
     def _work(self, jobs: Iterator[tuple[_Work, Callable[[], None]]]) -> None:
+        if self.gently and sys.platform == "linux":  # where a thread can have a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _GENTLY)
         while not self.stop.is_set():
             with self.lock:
                 job = next(jobs, None)

@@ -9,21 +9,25 @@ differs is the weights; bfloat16 otherwise.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
+from threading import Event, RLock
 from typing import Any
 
 import torch
 import transformers
 
-from mla_tune.adapter.files import Adapter, open_adapter
+from mla_tune.adapter.files import Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
+from mla_tune.errors import WorkError
 from mla_tune.merge.probe_model import Streamed, build
 from mla_tune.merge.probe_weights import Weights
+from mla_tune.mla.fold import absorbed_shapes
 
 #: Share of the free memory that a probe may take.
 _SHARE = 0.8
@@ -79,111 +83,163 @@ class ProbeReport:
         return asdict(self)
 
 
-def probe(
-    base: Checkpoint,
-    arch: Architecture,
-    adapters: Sequence[tuple[Path, float]],
-    merged: Checkpoint,
-    absorbed: Mapping[str, TensorRef] | None,
-    absorb: str,
-    *,
-    tokens: int = 32,
-    seed: int = 0,
-) -> ProbeReport:
-    """Compare logits of base + adapters, of `merged`, and of `merged` with the tensors `absorbed`.
+class Probe:
+    """The logits of one merge: `reference` needs base and adapters only, `compare` the merged model as well.
 
-    `adapters` are PEFT adapter folders with the weights of their deltas.  `absorbed` are the tensors of the absorbed
-    files, by key, `absorb` says which (split or fold; none: no comparison).  `tokens` random ones, drawn from `seed`,
-    make one sequence.  Raises `CheckError` where a checkpoint or the absorbed files lack a tensor, or one has another
-    shape than the model's.
+    `adapters` stand with the weights of their deltas.  `absorb` says which tensors the absorbed files hold (split or
+    fold; none: no comparison).  `tokens` random ones, drawn from `seed`, make one sequence.  `progress` is told bytes
+    of weights as they are passed by, of the base and then of the merged model.  Threads may call what they like: one
+    waits for the other.
     """
-    started = time.perf_counter()
-    wanted = dict(absorbed) if absorbed and absorb != "none" else {}
-    opened = [(open_adapter(folder, arch, base.tensors), weight) for folder, weight in adapters]
-    needs = {name: _need(arch, opened, wanted, tokens, d.itemsize) for name, d in _DTYPES.items()}
-    free = _free_memory()
-    dtype = next((name for name, need in needs.items() if need <= free * _SHARE), None)
 
-    def report(ran: bool, reason: str, memory: int, **found: Any) -> ProbeReport:
+    def __init__(
+        self,
+        base: Checkpoint,
+        arch: Architecture,
+        adapters: Sequence[tuple[Adapter, float]],
+        absorb: str,
+        *,
+        tokens: int = 16,
+        seed: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.base, self.arch, self.adapters, self.absorb = base, arch, adapters, absorb
+        self.tokens, self.seed, self.progress = tokens, seed, progress
+        self.seconds = 0.0
+        self._lock, self._stop = RLock(), Event()
+        self.ids = torch.randint(0, arch.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+        self.plain = self.tuned = None
+        self.reason, self.done = "", False
+        needs = {name: self._need(d.itemsize) for name, d in _DTYPES.items()}
+        free = _free_memory()
+        self.dtype = next((name for name, need in needs.items() if need <= free * _SHARE), None)
+        self.memory = needs[self.dtype or "bfloat16"]
+        if self.dtype is None:
+            self.reason = f"a layer needs {self.memory / 1e9:.1f} GB in bfloat16, {free / 1e9:.1f} GB are free"
+
+    def reference(self) -> None:
+        """Compute the logits of the base and of base + adapters."""
+        with self._lock:
+            if not self.done and self.dtype is not None:
+                with self._computing() as readers:
+                    self.plain, self.tuned, self.reason = self._unmerged(readers)
+            self.done = True
+
+    def stop(self) -> None:
+        """Let what another thread computes end soon, with an error."""
+        self._stop.set()
+
+    def compare(self, merged: Checkpoint, absorbed: Mapping[str, TensorRef]) -> ProbeReport:
+        """The report for `merged` and the tensors of its absorbed files, by key.
+
+        Raises `CheckError` where a checkpoint or the absorbed files lack a tensor, or one has another shape than the
+        model's.
+        """
+        self.reference()
+        wanted = absorbed if self.absorb != "none" else {}
+        if self.dtype is None or (self.tuned is None and not wanted):
+            return self._report(False)
+        with self._computing() as readers:
+            ours, other = self._merged(merged, wanted, readers)
+        ways = {
+            "the base": self.plain, "base + adapters": self.tuned, "the merged model": ours, "absorbed attention": other
+        }  # fmt: skip
+        for name, logits in ways.items():
+            if logits is not None and not logits.isfinite().all():
+                self.reason = f"logits of {name} are not finite numbers"
+                return self._report(False)
+        found: dict[str, Any] = {}
+        if self.plain is not None and self.tuned is not None:
+            found["effect"] = _compare("base", self.plain, "base + adapters", self.tuned)
+            found["merged"] = _compare("base + adapters", self.tuned, "merged", ours)
+            found["idle"] = found["effect"].max_error <= _NOISE * found["effect"].largest
+        if other is not None:
+            found["absorbed"] = _compare("merged", ours, "merged, absorbed", other)
+        return self._report(True, **found)
+
+    def _passed(self, nbytes: int) -> None:
+        if self._stop.is_set():
+            raise WorkError("the comparison of logits was stopped")
+        if self.progress:
+            self.progress(nbytes)
+
+    def _report(self, ran: bool, **found: Any) -> ProbeReport:
         compared: dict[str, Any] = {"effect": None, "merged": None, "absorbed": None, "idle": False} | found
-        seconds = time.perf_counter() - started
-        return ProbeReport(ran, reason, tokens, seed, dtype, **compared, memory=memory, seconds=seconds)
+        about: dict[str, Any] = {"tokens": self.tokens, "seed": self.seed, "dtype": self.dtype, "memory": self.memory}
+        return ProbeReport(ran=ran, reason=self.reason, seconds=self.seconds, **about, **compared)
 
-    if dtype is None:
-        need = needs["bfloat16"]
-        return report(False, f"a layer needs {need / 1e9:.1f} GB in bfloat16, {free / 1e9:.1f} GB are free", need)
-    ids = torch.randint(0, arch.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with torch.no_grad(), _threads() as readers:
-            plain, tuned, reason = _unmerged(base, arch, opened, ids, _DTYPES[dtype], readers)
-            if tuned is None and not wanted:
-                return report(False, reason, needs[dtype])
-            ours, other = _merged(merged, arch, wanted, ids, _DTYPES[dtype], readers)
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    ways = {"the base": plain, "base + adapters": tuned, "the merged model": ours, "absorbed attention": other}
-    for name, logits in ways.items():
-        if logits is not None and not logits.isfinite().all():
-            return report(False, f"logits of {name} are not finite numbers", needs[dtype])
-    found: dict[str, Any] = {}
-    if plain is not None and tuned is not None:
-        found["effect"] = _compare("base", plain, "base + adapters", tuned)
-        found["merged"] = _compare("base + adapters", tuned, "merged", ours)
-        found["idle"] = found["effect"].max_error <= _NOISE * found["effect"].largest
-    if other is not None:
-        found["absorbed"] = _compare("merged", ours, "merged, absorbed", other)
-    return report(True, reason, needs[dtype], **found)
+    @contextmanager
+    def _computing(self) -> Iterator[tuple[Executor, int]]:
+        """Without gradients, and without transformers' remarks on the model; gives the threads that read."""
+        started, verbosity = time.perf_counter(), transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            with torch.no_grad(), _threads() as readers:
+                yield readers
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+            self.seconds += time.perf_counter() - started
 
+    def _streamed(
+        self, checkpoint: Checkpoint, attention: str, readers: tuple[Executor, int], chunk: int | None
+    ) -> Streamed:
+        assert self.dtype is not None
+        weights = Weights(checkpoint, self.arch)
+        model = build(checkpoint, self.arch, attention)
+        return Streamed(model, self.arch, weights, _DTYPES[self.dtype], *readers, chunk, self._passed)
 
-def _unmerged(
-    base: Checkpoint,
-    arch: Architecture,
-    adapters: Sequence[tuple[Adapter, float]],
-    ids: torch.Tensor,
-    dtype: torch.dtype,
-    readers: tuple[Executor, int],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
-    """(logits of the base, logits with the adapters, why there are none), logits (T, vocabulary) in float32."""
-    from mla_tune.merge.probe_peft import PeftCannot, SideBySide, attach, summed_where_used, whole_stacks
+    def _unmerged(self, readers: tuple[Executor, int]) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
+        """(logits of the base, logits with the adapters, why there are none), logits (T, vocabulary) in float32."""
+        from mla_tune.merge.probe_peft import PeftCannot, SideBySide, attach, summed_where_used, whole_stacks
 
-    chunk = None if whole_stacks(adapters) else _CHUNK
-    streamed = Streamed(build(base, arch, "sdpa"), arch, Weights(base, arch), dtype, *readers, chunk)
-    try:
-        model: Any = attach(streamed, adapters)
-    except PeftCannot as error:
-        return None, None, f"merged was not compared with base + adapters, since PEFT does not compute them: {error}"
-    streamed.stream(ids, SideBySide(streamed, model))
-    with summed_where_used(streamed):
-        logits = model(input_ids=ids.expand(2, -1), use_cache=False).logits.float()
-    streamed.release()
-    return logits[0], logits[1], ""
+        streamed = self._streamed(self.base, "sdpa", readers, None if whole_stacks(self.adapters) else _CHUNK)
+        try:
+            model: Any = attach(streamed, self.adapters)
+        except PeftCannot as error:
+            why = f"merged was not compared with base + adapters, since PEFT does not compute them: {error}"
+            return None, None, why
+        streamed.stream(self.ids, SideBySide(streamed, model))
+        with summed_where_used(streamed):
+            logits = model(input_ids=self.ids.expand(2, -1), use_cache=False).logits.float()
+        streamed.release()
+        return logits[0], logits[1], ""
 
+    def _merged(
+        self, merged: Checkpoint, absorbed: Mapping[str, TensorRef], readers: tuple[Executor, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (T, vocabulary) in float32 of the merged model, and with absorbed attention."""
+        ids = self.ids
+        if absorbed:
+            from mla_tune.merge.probe_attention import ATTENTION, absorb_attention
 
-def _merged(
-    merged: Checkpoint,
-    arch: Architecture,
-    absorbed: Mapping[str, TensorRef],
-    ids: torch.Tensor,
-    dtype: torch.dtype,
-    readers: tuple[Executor, int],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits (T, vocabulary) in float32 of the merged model, and with absorbed attention."""
-    weights = Weights(merged, arch)
-    model: Any
-    if absorbed:
-        from mla_tune.merge.probe_attention import ATTENTION, absorb_attention
+            ids = ids.expand(2, -1)
+            streamed = self._streamed(merged, ATTENTION, readers, _CHUNK)
+            absorb_attention(streamed.model, self.arch, absorbed, streamed.weights, streamed.dtype)
+        else:
+            streamed = self._streamed(merged, "sdpa", readers, _CHUNK)
+        streamed.stream(ids)
+        model: Any = streamed.model
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        streamed.release()
+        return logits[0], logits[1] if absorbed else None
 
-        model, ids = build(merged, arch, ATTENTION), ids.expand(2, -1)
-        absorb_attention(model, arch, absorbed, weights, dtype)
-    else:
-        model = build(merged, arch, "sdpa")
-    streamed = Streamed(model, arch, weights, dtype, *readers, _CHUNK)
-    streamed.stream(ids)
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    streamed.release()
-    return logits[0], logits[1] if absorbed else None
+    def _need(self, itemsize: int) -> int:
+        """Bytes at the peak: the largest piece with its absorbed tensors, all adapters, and logits."""
+        from mla_tune.merge.probe_peft import whole_stacks
+
+        layers: dict[int | None, int] = {}
+        for site in self.arch:
+            numbers = site.params
+            if site.is_experts and whole_stacks(self.adapters):
+                numbers *= 4  # W, two deltas, and their sum with W
+            elif site.is_experts:
+                numbers = (_readers() + 1) * max(_CHUNK // itemsize, numbers // site.count)
+            layers[site.layer] = layers.get(site.layer, 0) + numbers * itemsize
+        shapes = absorbed_shapes(self.arch.dims, self.absorb).values() if self.absorb != "none" else ()
+        module = sum(prod(shape) for shape in shapes)
+        held = sum(ref.nbytes for adapter, _ in self.adapters for ref in adapter.refs())
+        logits = self.tokens * self.arch.vocab_size * 4
+        return max(layers.values()) + module * 2 * itemsize + held + 8 * logits + _BESIDE
 
 
 def _compare(reference: str, a: torch.Tensor, other: str, b: torch.Tensor) -> Comparison:
@@ -201,30 +257,6 @@ def _compare(reference: str, a: torch.Tensor, other: str, b: torch.Tensor) -> Co
         kl=kl / len(a),
         top1=same / len(a),
     )
-
-
-def _need(
-    arch: Architecture,
-    adapters: Sequence[tuple[Adapter, float]],
-    absorbed: Mapping[str, TensorRef],
-    tokens: int,
-    itemsize: int,
-) -> int:
-    """Bytes at the peak: the largest piece with its absorbed tensors, all adapters, and logits."""
-    from mla_tune.merge.probe_peft import whole_stacks
-
-    layers: dict[int | None, int] = {}
-    for site in arch:
-        numbers = site.params
-        if site.is_experts and whole_stacks(adapters):
-            numbers *= 4  # W, two deltas, and their sum with W
-        elif site.is_experts:
-            numbers = (_readers() + 1) * max(_CHUNK // itemsize, numbers // site.count)
-        layers[site.layer] = layers.get(site.layer, 0) + numbers * itemsize
-    module = sum(r.nbytes for k, r in absorbed.items() if k.startswith(f"{arch.attention_paths[0]}."))
-    held = sum(ref.nbytes for adapter, _ in adapters for ref in adapter.refs())
-    logits = tokens * arch.vocab_size * 4
-    return max(layers.values()) + module * 4 + held + 8 * logits + _BESIDE
 
 
 def _readers() -> int:

@@ -29,6 +29,10 @@ from mla_tune.errors import CheckError
 from mla_tune.merge.probe_weights import Memory, Slot, Weights, find_slots
 
 
+#: Bytes of a matrix that is multiplied by some rows at a time.
+_ROWS = 1 << 24
+
+
 def build(checkpoint: Checkpoint, arch: Architecture, attention: str) -> PreTrainedModel:
     """The model of config.json in float32 with parameters on the meta device and real buffers, as if not quantised."""
     left_out = ("quantization_config", "compression_config", "auto_map", "model_type")
@@ -74,6 +78,7 @@ class Streamed:
 
     `reader` reads experts while others are used: `ahead` chunks of about `chunk` bytes, or of one expert, beside the
     one at hand.  `chunk` None means all experts of a layer that run at once, in a stack as large as the model's.
+    `progress` is told the bytes that a piece has on the disk, of all its experts, when it has run.
     """
 
     def __init__(
@@ -85,9 +90,11 @@ class Streamed:
         reader: Executor,
         ahead: int,
         chunk: int | None,
+        progress: Callable[[int], None],
     ) -> None:
         self.model, self.arch, self.weights = model, arch, weights
         self.dtype, self.reader, self.chunk = dtype, reader, chunk
+        self.progress = progress
         self.pieces = {path: Piece(path) for path in _piece_paths(model)}
         #: Which expert lies where in the stacks at hand.
         self.experts: list[tuple[int, int]] = []
@@ -121,21 +128,52 @@ class Streamed:
         """From now on the model fills its pieces itself.  `tokens` are those that it will be given."""
         rows = sorted(set(tokens.flatten().tolist()))
         for piece in self.pieces.values():
-            self._wrap(self.model.get_submodule(piece.path), piece, rows)
+            module = self.model.get_submodule(piece.path)
+            if type(module) is nn.Linear and piece.slots[0].trained is None:  # the head, if no adapter is on it
+                self._wrap_matrix(module, piece.slots)
+                continue
+            self._wrap(module, piece, rows)
             for path, stack in piece.stacks.items():
                 self._wrap_experts(self.model.get_submodule(path), stack, sides)
 
     def _wrap(self, module: nn.Module, piece: Piece, rows: list[int]) -> None:
         inner: Callable[..., Any] = module.forward
+        every = [*piece.slots, *(slot for stack in piece.stacks.values() for slot in stack)]
+        size = sum(ref.nbytes for slot in every for ref in slot.refs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             try:
                 self._fill(piece, rows)
-                return inner(*args, **kwargs)
+                result = inner(*args, **kwargs)
             finally:
                 for slot in piece.slots:
                     if not slot.is_buffer:
                         slot.empty()
+            self.progress(size)
+            return result
+
+        module.forward = forward
+
+    def _wrap_matrix(self, module: nn.Linear, slots: list[Slot]) -> None:
+        """Multiply by some rows at a time: the matrix of a large vocabulary is larger than a layer."""
+        refs = {slot.leaf: slot.refs[0] for slot in slots}
+        step = max(1, _ROWS // (module.in_features * self.dtype.itemsize))
+        size = sum(ref.nbytes for ref in refs.values())
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            out = x.new_empty(*x.shape[:-1], module.out_features)
+            for first in range(0, module.out_features, step):
+                last = min(first + step, module.out_features)
+                self._dense.reserve([torch.Size((last - first, module.in_features))])
+                weight = self._dense.take(torch.Size((last - first, module.in_features)))
+                self.weights.read(refs["weight"], weight, first, last)
+                out[..., first:last] = F.linear(x, weight)
+            if "bias" in refs:
+                bias = torch.empty(module.out_features, dtype=self.dtype)
+                self.weights.read(refs["bias"], bias)
+                out += bias
+            self.progress(size)
+            return out
 
         module.forward = forward
 

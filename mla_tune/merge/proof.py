@@ -29,7 +29,7 @@ from mla_tune.merge.proof_numbers import NumberCheck
 from mla_tune.merge.proof_values import PRECISION, Factors, Reader, Values, same_bytes
 
 #: Bytes read at once: what is read is still in a core's cache when it is hashed and computed with.
-_PIECE = 1 << 20
+_PIECE = 1 << 21
 #: Failures that are listed; all are counted.
 _LISTED = 100
 

@@ -37,7 +37,7 @@ from mla_tune.merge.proof_layout import Expected, Rules
 from mla_tune.merge.proof_values import PRECISION, TORCH, Factors, Values, ulp_of, whole
 
 #: Numbers computed at once: a few float32 arrays of this size fit into a core's cache.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 19
 #: Where fewer than one number in this many differs from the nearest one, those are looked at alone.
 _FEW = 32
 #: The largest code of FP8, and the least that the largest number of a block may be coded as: more is lost to a scale

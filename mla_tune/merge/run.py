@@ -24,11 +24,11 @@ from mla_tune.merge.export import REPORT_FILE, carry_files, check_output, write_
 from mla_tune.merge.locate import Places, open_inputs
 from mla_tune.merge.options import DTYPES, Options
 from mla_tune.merge.plan import MergePlan, plan_merge
+from mla_tune.merge.progress import Progress, counter
+from mla_tune.merge.prover import Prover, start
 from mla_tune.merge.report import MergeReport, PlanReport, adapter_reports, notes, plan_report, role_reports
 from mla_tune.merge.staging import partial_folder, staged
 
-#: Told the stage ("merge", "check"), the bytes done and the bytes in all.
-Progress = Callable[[str, int, int], None]
 #: An adapter or run folder, and the weight of its delta.
 Weighted = tuple[Path, float]
 
@@ -44,7 +44,8 @@ def plan_only(
 ) -> PlanReport:
     """What `merge_absorb` would do with these arguments, from headers alone.  Raises what it would raise before it
     writes, but for an output that is in the way."""
-    places, plan = _plan(adapters, base, out, options or Options())
+    inputs = open_inputs(adapters, base, out)
+    places, plan = inputs.places, plan_merge(inputs.base, inputs.arch, inputs.adapters, options or Options())
     return plan_report(plan, str(places.out.absolute()), workers or default_workers(), verify=verify)
 
 
@@ -77,7 +78,29 @@ def merge_absorb(
         raise InputError(f"--min-survival {min_survival:g}: a share from 0 to 1 was expected")
     workers = workers or default_workers()
     weighted = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
-    places, plan = _plan(weighted, base, out, options or Options())
+    options = options or Options()
+    prover = start(probe) if verify else None
+    try:
+        inputs = open_inputs(weighted, base, out)
+        plan = plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
+        if prover:
+            prover.begin(inputs, options, workers, progress)
+        return _merge(inputs.places, plan, prover, min_survival, overwrite, workers, progress, note)
+    finally:
+        if prover:
+            prover.stop()
+
+
+def _merge(
+    places: Places,
+    plan: MergePlan,
+    prover: Prover | None,
+    min_survival: float | None,
+    overwrite: bool,
+    workers: int,
+    progress: Progress | None,
+    note: Callable[[str], None],
+) -> MergeReport:
     stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
     check_output(places.out, overwrite, (places.base, *places.adapters), plan.written_bytes)
     for item, _ in plan.adapters:
@@ -87,8 +110,10 @@ def merge_absorb(
             raise InputError(f"{one.file}: '{one.key}' and '{other.key}' are one tensor of the model, but they differ")
     try:
         with staged(places.out, plan, note) as staging:
-            count = _counter(progress, "merge", plan.model_bytes)
-            survival = execute(plan, staging, workers=workers, min_survival=min_survival, done=count)
+            count = counter(progress, "merge", plan.model_bytes)
+            # What proves is the slower one of the two.
+            gently = prover is not None and prover.beside
+            survival = execute(plan, staging, workers=workers, min_survival=min_survival, gently=gently, done=count)
             write_index_of(plan, staging.folder)
             carried, left = carry_files(plan, staging.folder)
             merged = Checkpoint.open(staging.folder)
@@ -103,21 +128,9 @@ def merge_absorb(
                     quantised=still,
                     exact=plan.options.exact,
                     workers=workers,
-                    progress=_counter(progress, "absorb", plan.absorbed.bytes),
+                    progress=counter(progress, "absorb", plan.absorbed.bytes),
                 )
-            proof = probed = None
-            hashes: dict[str, str | None] = {}
-            if verify:
-                # torch, transformers and PEFT are loaded for the proof only.
-                from mla_tune.merge.check import prove_merge
-
-                proof, probed, hashes = prove_merge(
-                    plan,
-                    staging.folder,
-                    probe=probe,
-                    workers=workers,
-                    progress=_counter(progress, "check", plan.model_bytes),
-                )
+            proven = prover.finish(staging.folder) if prover else None
             for shard in plan.shards:
                 shard.source.check_unchanged()
             for file, stamp in stamps:
@@ -139,14 +152,14 @@ def merge_absorb(
                 files_written=sum(e["how"] in ("written", "copied") for e in staging.finished.values()),
                 roles=role_reports(plan, survival),
                 absorbed=asdict(absorbed) if absorbed is not None else None,
-                proof=proof,
-                probe=probed,
+                proof=proven.proof if proven else None,
+                probe=proven.probe if proven else None,
                 survival={key: (s.relative, s.kept, s.cosine) for key, s in survival.items()},
                 notes=notes(plan),
                 carried=carried,
                 left_behind=left,
             )
-            write_manifest(plan, staging, hashes)
+            write_manifest(plan, staging, proven.hashes if proven else {})
             write_json(staging.folder / REPORT_FILE, report.to_json())
     except MlaTuneError:
         raise
@@ -158,25 +171,6 @@ def merge_absorb(
 def default_workers() -> int:
     """Threads that merge: more than four wait for the disk."""
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def _plan(
-    adapters: Sequence[Weighted], base: Path | str | None, out: Path | None, options: Options
-) -> tuple[Places, MergePlan]:
-    inputs = open_inputs(adapters, base, out)
-    return inputs.places, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
-
-
-def _counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress(stage, done, total)
-
-    return count
 
 
 def _dtypes(plan: MergePlan) -> str:
