@@ -50,7 +50,7 @@ def run(
     return Probe(base, arch, opened, mode, **settings).compare(merged, absorbed)
 
 
-def tokens(seed: int = 0, count: int = 32, vocabulary: int = 97) -> torch.Tensor:
+def tokens(seed: int = 0, count: int = 16, vocabulary: int = 97) -> torch.Tensor:
     return torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(seed))
 
 

@@ -50,7 +50,7 @@ def test_a_right_merge(tmp_path: Path, family: str, absorb: str) -> None:
     merged = merge(tmp_path, adapter, absorb)
     report = run(tmp_path, adapter, merged)
     assert report.ran
-    assert (report.reason, report.idle, report.dtype, report.tokens) == ("", False, "float32", 32)
+    assert (report.reason, report.idle, report.dtype, report.tokens) == ("", False, "float32", 16)
     before = logits(load(tmp_path / "base"))
     check(report.effect, before, adapted(tmp_path / "base", adapter))
     wrong(report.effect)

@@ -64,6 +64,7 @@ def main() -> None:
         for line in lines:
             print(line if isinstance(error, Interrupted) else f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == 130:  # Ctrl-C, of which typer says nothing
+            print("stopped", file=sys.stderr)
+        raise

@@ -28,7 +28,6 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError
 from mla_tune.merge.probe_weights import Memory, Slot, Weights, find_slots
 
-
 #: Bytes of a matrix that is multiplied by some rows at a time.
 _ROWS = 1 << 24
 
@@ -160,14 +159,14 @@ class Streamed:
         step = max(1, _ROWS // (module.in_features * self.dtype.itemsize))
         size = sum(ref.nbytes for ref in refs.values())
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            out = x.new_empty(*x.shape[:-1], module.out_features)
+        def forward(input: torch.Tensor) -> torch.Tensor:
+            out = input.new_empty(*input.shape[:-1], module.out_features)
             for first in range(0, module.out_features, step):
                 last = min(first + step, module.out_features)
                 self._dense.reserve([torch.Size((last - first, module.in_features))])
                 weight = self._dense.take(torch.Size((last - first, module.in_features)))
                 self.weights.read(refs["weight"], weight, first, last)
-                out[..., first:last] = F.linear(x, weight)
+                out[..., first:last] = F.linear(input, weight)
             if "bias" in refs:
                 bias = torch.empty(module.out_features, dtype=self.dtype)
                 self.weights.read(refs["bias"], bias)

@@ -165,6 +165,9 @@ def _merge(
         raise
     except OSError as error:
         raise _failed(error, places.out) from error
+    except KeyboardInterrupt:
+        note(_left_behind(places.out, "run"))
+        raise
     return report
 
 
@@ -182,7 +185,11 @@ def _failed(error: OSError, out: Path) -> MlaTuneError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full" if full else f"writing failed: {error.strerror or error}"
     advice = "free some space and run" if full else "run"
-    return WorkError(
-        f"{out}: {what}; nothing was published. What is finished lies in {partial_folder(out).name} beside it: "
+    return WorkError(f"{out}: {what}; {_left_behind(out, advice)}")
+
+
+def _left_behind(out: Path, advice: str) -> str:
+    return (
+        f"nothing was published. What is finished lies in {partial_folder(out).name} beside {out.name}: "
         f"{advice} the same command again to go on from there, or delete that folder"
     )
