@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mla_tune.merge.probe as probe_module
+import mla_tune.merge.probe_model as probe_model
 import mla_tune.merge.probe_peft as probe_peft
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.merge.probe_model import Streamed
@@ -72,6 +74,29 @@ def test_one_expert_at_a_time(
     layers = 2
     assert layers * 2 < sum(c == [1, 1] for c in chunks) <= layers * 2 * 7
     assert all(c in ([1, 1], [0, 0]) for c in chunks), "identity experts have no weights"
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3"])
+def test_the_head_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """97 rows in tens; minicpm3's is the embedding."""
+    make_base(tmp_path / "base", family)
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=ATTENTION)
+    monkeypatch.setattr(probe_model, "_ROWS", 10 * 48 * 4)
+    report = run(tmp_path, adapter, merge(tmp_path, adapter, "split"))
+    check(report.effect, logits(load(tmp_path / "base")), adapted(tmp_path / "base", adapter))
+    exact(report.merged)
+
+
+def test_a_trained_head_that_is_no_adapter(tmp_path: Path) -> None:
+    """`save_embedding_layers` adds the matrices as they are, and nothing marks their modules."""
+    make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=ATTENTION)
+    head = load_file(tmp_path / "base" / WEIGHTS)["lm_head.weight"]
+    edit_tensors(adapter / "adapter_model.safetensors", lambda t: t.update({"base_model.model.lm_head.weight": -head}))
+    report = run(tmp_path, adapter, merge(tmp_path, adapter))
+    assert report.effect is not None
+    assert report.effect.top1 < 0.5
+    exact(report.merged)
 
 
 def test_three_experts_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: None) -> None:

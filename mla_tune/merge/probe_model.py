@@ -24,7 +24,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import CheckError
 from mla_tune.merge.probe_weights import Memory, Slot, Weights, find_slots
 
@@ -128,10 +128,11 @@ class Streamed:
         rows = sorted(set(tokens.flatten().tolist()))
         for piece in self.pieces.values():
             module = self.model.get_submodule(piece.path)
-            if type(module) is nn.Linear and piece.slots[0].trained is None:  # the head, if no adapter is on it
-                self._wrap_matrix(module, piece.slots)
-                continue
-            self._wrap(module, piece, rows)
+            whole = len(piece.slots) == 1 and piece.slots[0].trained is None
+            if type(module) is nn.Linear and whole:  # the head, if no adapter is on it
+                self._wrap_matrix(module, piece.slots[0].refs[0])
+            else:
+                self._wrap(module, piece, rows)
             for path, stack in piece.stacks.items():
                 self._wrap_experts(self.model.get_submodule(path), stack, sides)
 
@@ -153,25 +154,21 @@ class Streamed:
 
         module.forward = forward
 
-    def _wrap_matrix(self, module: nn.Linear, slots: list[Slot]) -> None:
+    def _wrap_matrix(self, module: nn.Linear, ref: TensorRef) -> None:
         """Multiply by some rows at a time: the matrix of a large vocabulary is larger than a layer."""
-        refs = {slot.leaf: slot.refs[0] for slot in slots}
-        step = max(1, _ROWS // (module.in_features * self.dtype.itemsize))
-        size = sum(ref.nbytes for ref in refs.values())
+        rows, width = module.out_features, module.in_features
+        step = max(1, _ROWS // (width * self.dtype.itemsize))
 
         def forward(input: torch.Tensor) -> torch.Tensor:
-            out = input.new_empty(*input.shape[:-1], module.out_features)
-            for first in range(0, module.out_features, step):
-                last = min(first + step, module.out_features)
-                self._dense.reserve([torch.Size((last - first, module.in_features))])
-                weight = self._dense.take(torch.Size((last - first, module.in_features)))
-                self.weights.read(refs["weight"], weight, first, last)
-                out[..., first:last] = F.linear(input, weight)
-            if "bias" in refs:
-                bias = torch.empty(module.out_features, dtype=self.dtype)
-                self.weights.read(refs["bias"], bias)
-                out += bias
-            self.progress(size)
+            out = input.new_empty(*input.shape[:-1], rows)
+            for first in range(0, rows, step):
+                last = min(first + step, rows)
+                shape = torch.Size((last - first, width))
+                self._dense.reserve([shape])
+                part = self._dense.take(shape)
+                self.weights.read(ref, part, first, last)
+                out[..., first:last] = F.linear(input, part)
+            self.progress(ref.nbytes)
             return out
 
         module.forward = forward
