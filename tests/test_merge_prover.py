@@ -73,12 +73,12 @@ def test_here_where_torch_is_loaded() -> None:
 def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
     here = _Here(probe=True)
     here.begin(inputs, Options(), 2, None)
-    expected = here.finish(merged / "out")
+    expected = here.finish(merged / "out", [])
     told: list[tuple[str, int, int]] = []
     beside = _Beside(probe=True)
     try:
         beside.begin(inputs, Options(), 2, lambda *message: told.append(message))
-        found = beside.finish(merged / "out")
+        found = beside.finish(merged / "out", [])
     finally:
         beside.stop()
     assert found.proof == expected.proof
@@ -99,21 +99,21 @@ def test_what_is_wrong_is_told(merged: Path, inputs: Inputs, beside: _Beside, tm
     edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t[KEY].mul_(2))
     beside.begin(inputs, Options(), 2, None)
     with pytest.raises(CheckError, match=rf"nothing was published:\n  {KEY}: .* numbers are wrong"):
-        beside.finish(tmp_path / "out")
+        beside.finish(tmp_path / "out", [])
 
 
 def test_other_errors_keep_their_kind(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
     gone = replace(inputs, places=replace(inputs.places, base=tmp_path / "gone"))
     beside.begin(gone, Options(), 2, None)
     with pytest.raises(FileError, match="gone"):
-        beside.finish(merged / "out")
+        beside.finish(merged / "out", [])
 
 
 def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: _Beside) -> None:
     beside.begin(inputs, Options(), 2, None)
     os.kill(beside._process.pid, signal.SIGKILL)
     with pytest.raises(WorkError, match=r"was killed by signal 9 .*short of memory.*nothing was published"):
-        beside.finish(merged / "out")
+        beside.finish(merged / "out", [])
 
 
 def test_a_worker_with_a_bug(merged: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_worker_with_a_bug(merged: Path, inputs: Inputs, monkeypatch: pytest.M
     beside = _Beside(probe=False)
     beside.begin(inputs, Options(), 2, None)
     with pytest.raises(WorkError, match="ended with exit code 1"):
-        beside.finish(merged / "out")
+        beside.finish(merged / "out", [])
     beside.stop()
     assert "no_such_module" in capfd.readouterr().err
 
@@ -133,7 +133,7 @@ def test_the_folder_of_the_user_is_not_imported_from(
     monkeypatch.chdir(tmp_path)
     beside = _Beside(probe=False)
     beside.begin(inputs, Options(), 2, None)
-    beside.finish(merged / "out")
+    beside.finish(merged / "out", [])
     beside.stop()
 
 

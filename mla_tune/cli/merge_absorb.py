@@ -77,6 +77,9 @@ def command(
     """Merge adapters into their base model, exactly and proven, and split the result for absorbed decoding."""
     # Every worker is a thread: BLAS threads under each would only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from mla_tune.merge.prover import start
+
+    prover = start(probe) if verify and not dry_run else None  # before all else: it takes seconds to load what it needs
     from mla_tune.console import err, print_json
     from mla_tune.merge.options import Options
     from mla_tune.merge.run import merge_absorb, plan_only
@@ -92,7 +95,8 @@ def command(
     with bars(stages) as show:
         report = merge_absorb(
             named, base, out, options=options, min_survival=min_survival, verify=verify, probe=probe,
-            overwrite=overwrite, workers=workers, progress=show, note=lambda line: err.print(line, soft_wrap=True),
+            overwrite=overwrite, workers=workers, prover=prover, progress=show,
+            note=lambda line: err.print(line, soft_wrap=True),
         )  # fmt: skip
     print_json(report.to_json()) if as_json else _print(report)
 

@@ -67,13 +67,14 @@ def check(
     options: Options | None = None,
     probe: Probe | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
+    hashed: Sequence[str] = (),
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
 ) -> Checked:
     """Prove `merged` against base and adapters.  Failures are in the report; logits are compared where there are none.
 
     `options` are those of the merge where it is `strict`.  `files` are those of a manifest (see `write_manifest`): the
-    output's must still be the same.
+    output's must still be the same.  `hashed` are files of weights whose sha256 is not asked for.
     """
     options = options or Options()
     absorbed = absorbed_tensors(merged)
@@ -89,6 +90,7 @@ def check(
                 rounding=options.round,
                 exact=options.exact,
                 dtype=options.dtype,
+                hashed=hashed,
                 workers=workers,
                 progress=progress,
             )
@@ -124,8 +126,8 @@ class MergeProof:
         with suppress(Exception):  # it is raised again by what waits for it
             probe.reference()
 
-    def finish(self, folder: Path) -> Proven:
-        """Prove `folder`.  Raises `CheckError` naming what differs."""
+    def finish(self, folder: Path, hashed: Sequence[str] = ()) -> Proven:
+        """Prove `folder`, without the sha256 of the files in `hashed`.  Raises `CheckError` naming what differs."""
         merged = Checkpoint.open(folder)
         count = counter(self.progress, "check", merged.nbytes)
         done = check(
@@ -134,6 +136,7 @@ class MergeProof:
             strict=True,
             options=self.options,
             probe=self.probe,
+            hashed=hashed,
             workers=self.workers,
             progress=count,
         )

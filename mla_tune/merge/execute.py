@@ -14,11 +14,12 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from mla_tune.checkpoint.files import copy_file
+from mla_tune.checkpoint.files import copy_file, sha256_of
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import CheckError
@@ -30,7 +31,7 @@ from mla_tune.merge.staging import Staging
 _COPY_BYTES = 1 << 26
 #: ioctl request that makes a file share another's blocks until one of them changes (Linux: btrfs, XFS, bcachefs).
 _FICLONE = 0x40049409
-#: Niceness of workers that let others go first.
+#: Niceness of threads that let others go first.
 _GENTLY = 10
 
 
@@ -50,12 +51,13 @@ def execute(
     *,
     workers: int,
     min_survival: float | None = None,
-    gently: bool = False,
+    hashed: dict[str, Future[str]] | None = None,
     done: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Survival]:
     """Write every shard that `staging` does not have yet, and return by key what survived of each tensor's delta.
 
-    `gently`: the workers let other processes go first where there are too few cores (on Linux).
+    `hashed` gets the sha256 of each file that is written, some time later: while it still lies in the page cache.  It
+    is given where another process gets ready to prove them: then the threads let it go first, too (on Linux).
     Raises `WorkError` for results that are not finite, `FileError` where the base changes meanwhile, `CheckError` where
     less than `min_survival` of a delta was kept, `OSError` where the disk is full or fails.
     """
@@ -69,7 +71,7 @@ def execute(
             done(shard.nbytes)
         else:
             todo.append(shard)
-    _Executor(plan, staging, min_survival, gently, done).run(todo, workers)
+    _Executor(plan, staging, min_survival, hashed, done).run(todo, workers)
     survival = {}
     for shard in plan.shards:
         for key, sums in staging.finished[shard.name].get("survival", {}).items():
@@ -85,11 +87,11 @@ class _Executor:
         plan: MergePlan,
         staging: Staging,
         min_survival: float | None,
-        gently: bool,
+        hashed: dict[str, Future[str]] | None,
         done: Callable[[int], None],
     ) -> None:
         self.merger = Merger(plan)
-        self.staging, self.min_survival, self.gently, self.done = staging, min_survival, gently, done
+        self.staging, self.min_survival, self.hashed, self.done = staging, min_survival, hashed, done
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
@@ -98,6 +100,7 @@ class _Executor:
 
     def run(self, shards: list[OutShard], workers: int) -> None:
         jobs = self._jobs(shards)
+        self.hashers = ThreadPoolExecutor(workers, initializer=_let_others_go_first)
         threads = [threading.Thread(target=self._guarded, args=(self._work, jobs)) for _ in range(max(1, workers))]
         flusher = threading.Thread(target=self._guarded, args=(self._flush,))
         try:
@@ -112,6 +115,7 @@ class _Executor:
             raise
         finally:
             self.whole.put(None)
+            self.hashers.shutdown(wait=False)
             for thread in (*threads, flusher):
                 if thread.is_alive():
                     thread.join()
@@ -157,8 +161,8 @@ class _Executor:
             self.done(nbytes)
 
     def _work(self, jobs: Iterator[tuple[_Work, Callable[[], None]]]) -> None:
-        if self.gently and sys.platform == "linux":  # where a thread can have a priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _GENTLY)
+        if self.hashed is not None:
+            _let_others_go_first()
         while not self.stop.is_set():
             with self.lock:
                 job = next(jobs, None)
@@ -184,6 +188,9 @@ class _Executor:
             survival = {key: [s.inner, s.delta2, s.kept2, s.weight2] for key, s in sums.items()}
             what = {"bytes": work.writer.nbytes, "how": "written", "survival": survival}
             self.staging.record(work.shard.name, what)
+            if self.hashed is not None:
+                file = self.staging.folder / work.shard.name
+                self.hashed[work.shard.name] = self.hashers.submit(sha256_of, file)
 
     def _check_survival(self, sums: dict[str, Survival]) -> None:
         if self.min_survival is None:
@@ -199,6 +206,11 @@ class _Executor:
                 f"tensors; nothing was published:{lines}{more}\n"
                 "Write them in a wider dtype (--dtype float32, --fp8 bf16) or lower the limit"
             )
+
+
+def _let_others_go_first() -> None:
+    if sys.platform == "linux":  # where a thread can have a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _GENTLY)
 
 
 def _copy_runs(shard: OutShard) -> list[tuple[str, TensorRef, int]]:

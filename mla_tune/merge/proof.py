@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -78,11 +78,12 @@ def prove(
     rounding: str = "nearest",
     exact: bool = False,
     dtype: str = "keep",
+    hashed: Container[str] = (),
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[ProofReport, dict[str, str | None]]:
     """Compare `merged` with what base and adapters make; also returns the sha256 of each weight file (None for the
-    base's own files, which are not read).
+    base's own files, which are not read, and for those in `hashed`).
 
     `strict`: the output is merge-absorb's, made with `rounding`, `dtype` and, where `exact`, sums in float64.
     `progress` is told bytes of the output as they are done.
@@ -90,7 +91,8 @@ def prove(
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # every worker is a thread
-    prover = _Prover(base, arch, adapters, merged, Rules(strict, rounding, exact, dtype), progress)
+    rules = Rules(strict, rounding, exact, dtype)
+    prover = _Prover(base, arch, adapters, merged, rules, hashed, progress)
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             try:
@@ -129,9 +131,10 @@ class _Prover:
         adapters: Sequence[tuple[Adapter, float]],
         merged: Checkpoint,
         rules: Rules,
+        hashed: Container[str],
         progress: Callable[[int], None] | None,
     ) -> None:
-        self.base, self.merged, self.rules = base, merged, rules
+        self.base, self.merged, self.rules, self.hashed = base, merged, rules, hashed
         self.expected = expectations(base, arch, adapters)
         self.values = Values(base)
         self.problems: list[Failure] = []
@@ -154,12 +157,13 @@ class _Prover:
             tally.same, tally.unchanged = True, len(shard.tensors) - len(touched)
             self._count(sum(ref.nbytes for ref in shard.tensors.values()))
             return tally
-        digest = hashlib.sha256()
-        with shard.file.open("rb") as stream:
-            digest.update(stream.read(min((ref.begin for ref in shard.tensors.values()), default=shard.stamp.size)))
+        digest = None if self.merged.name(shard) in self.hashed else hashlib.sha256()
+        if digest:
+            with shard.file.open("rb") as stream:
+                digest.update(stream.read(min((ref.begin for ref in shard.tensors.values()), default=shard.stamp.size)))
         for key, ref in shard.tensors.items():
             self._tensor(key, ref, tally, digest)
-        tally.sha256 = digest.hexdigest()
+        tally.sha256 = digest.hexdigest() if digest else None
         return tally
 
     def _is_base(self, shard: Shard) -> bool:
@@ -177,7 +181,7 @@ class _Prover:
                 self.progress(nbytes)
 
     def _tensor(self, key: str, out: TensorRef, tally: _Tally, digest: Any) -> None:
-        """Compare one tensor; its bytes go through `digest` whatever comes of it."""
+        """Compare one tensor; its bytes go through `digest`, where there is one, whatever comes of it."""
         expected = self.layout.source(key)
         weight = self.out_scales.get(key)
         fresh = weight is not None and weight in self.expected  # scales are proven by the numbers that they make
@@ -194,7 +198,8 @@ class _Prover:
             if self.stop.is_set():
                 return
             raw = self.reader.rows(out, begin, end, "out")
-            digest.update(raw.numpy().data)
+            if digest:
+                digest.update(raw.numpy().data)
             if expected is not None:
                 source = self.reader.rows(expected.source, begin, end, "base")
                 if check is not None:

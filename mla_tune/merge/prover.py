@@ -11,27 +11,30 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mla_tune
 from mla_tune import errors
 from mla_tune.errors import MlaTuneError, WorkError
-from mla_tune.merge.locate import Inputs
-from mla_tune.merge.options import Options
 from mla_tune.merge.progress import Progress
+
+if TYPE_CHECKING:
+    from mla_tune.merge.locate import Inputs
+    from mla_tune.merge.options import Options
 
 WORKER = "mla_tune.merge.prover_worker"
 
 
 @dataclass(frozen=True, slots=True)
 class Proven:
-    """`ProofReport.to_json`, `ProbeReport.to_json` (None: not asked for), the sha256 of each file of weights that was
-    read."""
+    """`ProofReport.to_json`, `ProbeReport.to_json` (None: not asked for), and the sha256 of each file of weights that
+    was read (None: it is the base's own, or its hash was known)."""
 
     proof: dict[str, Any]
     probe: dict[str, Any] | None
@@ -48,8 +51,11 @@ class Prover(Protocol):
         """Raises nothing: what goes wrong is told by `finish`."""
         ...
 
-    def finish(self, folder: Path) -> Proven:
-        """Raises `CheckError` for an output that is not what it must be, and what reading it raises."""
+    def finish(self, folder: Path, hashed: Sequence[str]) -> Proven:
+        """`hashed` are files whose sha256 is known.
+
+        Raises `CheckError` for an output that is not what it must be, and what reading it raises.
+        """
         ...
 
     def stop(self) -> None: ...
@@ -69,10 +75,10 @@ class _Here:
     def begin(self, inputs: Inputs, options: Options, workers: int, progress: Progress | None) -> None:
         self._job = (inputs, options, self._probe, workers, progress)
 
-    def finish(self, folder: Path) -> Proven:
+    def finish(self, folder: Path, hashed: Sequence[str]) -> Proven:
         from mla_tune.merge.check import MergeProof
 
-        return MergeProof(*self._job).finish(folder)
+        return MergeProof(*self._job).finish(folder, hashed)
 
     def stop(self) -> None:
         pass
@@ -110,8 +116,8 @@ class _Beside:
         base, out = str(inputs.places.base), str(inputs.places.out)
         self._say({"adapters": adapters, "base": base, "out": out, "options": options.to_json(), "workers": workers})
 
-    def finish(self, folder: Path) -> Proven:
-        self._say({"folder": str(folder)})
+    def finish(self, folder: Path, hashed: Sequence[str]) -> Proven:
+        self._say({"folder": str(folder), "hashed": list(hashed)})
         answer = self._answer.get()
         if answer is None:
             code = self._process.wait()

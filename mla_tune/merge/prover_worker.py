@@ -72,7 +72,8 @@ def main() -> None:
         inputs = open_inputs([(Path(p), weight) for p, weight in job["adapters"]], job["base"], Path(job["out"]))
         proof = MergeProof(inputs, Options(**job["options"]), with_probe, job["workers"], pipes.progress)
         proof.begin()
-        found = proof.finish(Path(pipes.next()["folder"]))
+        output = pipes.next()
+        found = proof.finish(Path(output["folder"]), output["hashed"])
     except MlaTuneError as error:
         if os.environ.get("MLA_TUNE_DEBUG"):
             traceback.print_exc()

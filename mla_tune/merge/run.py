@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def merge_absorb(
     probe: bool = True,
     overwrite: bool = False,
     workers: int | None = None,
+    prover: Prover | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
@@ -68,8 +70,8 @@ def merge_absorb(
     `base` and `out` are found as `locate` says where they are None; the base `embedded` is the model that ships with
     mla-tune.  `min_survival` is the share of its delta that every tensor must keep through the rounding.  `verify`
     reopens the output and proves it; `probe` compares logits too.  `overwrite` replaces the output of an earlier merge.
-    `note` is told what a user should know while it runs.  The output appears whole and proven, or not at all; what was
-    finished of a merge that was killed is taken up again.
+    `prover` is one that was started earlier, to save time.  `note` is told what a user should know while it runs.  The
+    output appears whole and proven, or not at all; what was finished of a merge that was killed is taken up again.
 
     Raises `FileError` and `InputError` before anything is written, `WorkError` where writing fails, `CheckError` where
     what was written is not what it should be or too little of a delta survived.
@@ -79,7 +81,7 @@ def merge_absorb(
     workers = workers or default_workers()
     weighted = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
     options = options or Options()
-    prover = start(probe) if verify else None
+    prover = (prover or start(probe)) if verify else None
     try:
         inputs = open_inputs(weighted, base, out)
         plan = plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
@@ -111,9 +113,9 @@ def _merge(
     try:
         with staged(places.out, plan, note) as staging:
             count = counter(progress, "merge", plan.model_bytes)
-            # What proves is the slower one of the two.
-            gently = prover is not None and prover.beside
-            survival = execute(plan, staging, workers=workers, min_survival=min_survival, gently=gently, done=count)
+            # Here, while the prover is loading what it needs: it is the slower one of the two.
+            hashed: dict[str, Future[str]] | None = {} if prover and prover.beside else None
+            survival = execute(plan, staging, workers=workers, min_survival=min_survival, hashed=hashed, done=count)
             write_index_of(plan, staging.folder)
             carried, left = carry_files(plan, staging.folder)
             merged = Checkpoint.open(staging.folder)
@@ -130,7 +132,9 @@ def _merge(
                     workers=workers,
                     progress=counter(progress, "absorb", plan.absorbed.bytes),
                 )
-            proven = prover.finish(staging.folder) if prover else None
+            proven = prover.finish(staging.folder, list(hashed or ())) if prover else None
+            hashes = dict(proven.hashes if proven else {})
+            hashes |= {name: digest.result() for name, digest in (hashed or {}).items()}
             for shard in plan.shards:
                 shard.source.check_unchanged()
             for file, stamp in stamps:
@@ -159,7 +163,7 @@ def _merge(
                 carried=carried,
                 left_behind=left,
             )
-            write_manifest(plan, staging, proven.hashes if proven else {})
+            write_manifest(plan, staging, hashes)
             write_json(staging.folder / REPORT_FILE, report.to_json())
     except MlaTuneError:
         raise
