@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -148,7 +150,11 @@ assert report.proof["failed"] == 0 and report.probe["ran"]
 assert not {{"torch", "transformers", "peft"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert (merged / "lib" / "merge_report.json").is_file()
+    manifest = json.loads((merged / "lib" / "mla_tune_manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        digest = hashlib.sha256((merged / "lib" / name).read_bytes()).hexdigest()
+        assert entry["sha256"] == digest, name
+    assert "model.safetensors" in manifest["files"]
 
 
 @pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)])
