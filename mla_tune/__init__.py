@@ -1,3 +1,23 @@
-"""mla-tune: fine-tune models with Multi-head Latent Attention, merge and absorb the result, and prove it right."""
+"""mla-tune: fine-tune models with Multi-head Latent Attention, merge and absorb the result, and prove it right.
+
+mla_tune.absorb(model)   decode in the latent space, inside transformers' own `generate`
+mla_tune.expand(model)   and back
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mla_tune.runtime.absorb import absorb, expand
+
+__all__ = ["absorb", "expand"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # torch is loaded by those alone who ask for it
+        return getattr(import_module("mla_tune.runtime.absorb"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
