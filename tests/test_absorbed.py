@@ -22,9 +22,12 @@ from mla_tune.errors import InputError, NotMLAError
 from mla_tune.runtime.absorb import is_absorbed, mla_modules, obstacles
 from mla_tune.runtime.latent import Latent
 from mla_tune.runtime.lora import BASE, LoraTensors
+from tests import tiny_families
 from tests.merge_helpers import FAMILIES
+from tests.tiny_families import tiny
 
-NAMES = sorted(FAMILIES)
+#: All families of transformers 5.23, wrappers included.
+NAMES = sorted(tiny_families.FAMILIES)
 ATTENTION = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 #: Of a logit, relative to the largest, between two orders of float32 sums.
 TOLERANCE = 1e-5
@@ -115,7 +118,7 @@ def attention_outputs(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
 # Equal to stock -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_float64(family: str) -> None:
     model = build(family, torch.float64)
     (stock,) = attention_outputs(model, ids())
@@ -128,7 +131,7 @@ def test_float64(family: str) -> None:
 @pytest.mark.parametrize("mode", ["auto", "absorbed", "expanded"])
 @pytest.mark.parametrize("family", NAMES)
 def test_logits_and_tokens(family: str, mode: str) -> None:
-    model = build(family)
+    model = tiny(family)
     whole, steps, tokens = logits(model, ids()), stepped(model, ids()), generate(model, ids(), 64)
     beams = generate(model, ids(), 12, num_beams=3)
     with mla_tune.absorb(model, mode):
@@ -141,7 +144,7 @@ def test_logits_and_tokens(family: str, mode: str) -> None:
 
 @pytest.mark.parametrize("family", NAMES)
 def test_left_padding(family: str) -> None:
-    model = build(family)
+    model = tiny(family)
     tokens, mask = ids(), torch.ones(2, 14, dtype=torch.long)
     tokens[0, :6], mask[0, :6] = 0, 0
     stock = generate(model, tokens, attention_mask=mask)
@@ -309,14 +312,22 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", NAMES)
-def test_one_adapter(family: str, method: str) -> None:
-    if family in ("minicpm3", "longcat_flash") and method == "dense MLP by parameter":
-        METHODS_HERE = {"target_modules": ["kv_b_proj"], "target_parameters": ["up_proj.weight"]}
-    else:
-        METHODS_HERE = METHODS[method]
-    model = adapt(build(family), "x", **METHODS_HERE)
+def test_one_adapter_on_every_family(family: str, method: str) -> None:
+    model = adapt(tiny(family), "x", "y", target_modules=["kv_b_proj", "o_proj"], **METHODS[method])
+    names = ["x", BASE, "y"]
+    models = {name: merged(model, name) for name in names}
+    right = torch.cat([logits(models[name], ids(3)[i : i + 1]) for i, name in enumerate(names)])
+    with mla_tune.absorb(model, "absorbed"):
+        assert not obstacles(model)
+        assert near(logits(model, ids(3)[:1]), right[:1])
+        assert near(logits(model, ids(3), adapter_names=names), right)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_adapter(method: str) -> None:
+    model = adapt(build(), "x", **METHODS[method])
     right = merged(model, "x")
     plain = logits(merged(model, BASE), ids())
     with mla_tune.absorb(model, "absorbed"):
@@ -480,6 +491,23 @@ def test_control_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     right = logits(build(), ids())
     monkeypatch.setattr(Latent, "attend", _without_mask(Latent.attend))
     model = build()
+    with mla_tune.absorb(model, "absorbed"):
+        assert not near(logits(model, ids()), right, 1e-3)
+
+
+def test_control_sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("hy_v4")
+    right = logits(model, ids())
+    monkeypatch.setattr("mla_tune.runtime.latent._softmax", lambda scores, _: torch.softmax(scores, dim=-1))
+    with mla_tune.absorb(model, "absorbed"):
+        assert not near(logits(model, ids()), right, 1e-3)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "hy_v4", "dots3_note", "mistral_large4"])
+def test_control_indices_ignored(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    model = tiny(family)
+    right = logits(model, ids())
+    monkeypatch.setattr(attention, "_with_indices", lambda mask, *_: mask)
     with mla_tune.absorb(model, "absorbed"):
         assert not near(logits(model, ids()), right, 1e-3)
 
