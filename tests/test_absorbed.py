@@ -22,6 +22,7 @@ from mla_tune.errors import InputError, NotMLAError
 from mla_tune.runtime.absorb import is_absorbed, mla_modules, obstacles
 from mla_tune.runtime.latent import Latent
 from mla_tune.runtime.lora import BASE, LoraTensors
+from mla_tune.runtime.rows import drop_names
 from tests import tiny_families
 from tests.merge_helpers import FAMILIES
 from tests.tiny_families import tiny
@@ -361,6 +362,22 @@ def test_rows_with_beams() -> None:
     with mla_tune.absorb(model, "absorbed"):
         found = generate(model, ids(), 10, num_beams=2, adapter_names=["x", "y"])
     assert torch.equal(found, torch.cat(right))
+
+
+def test_routed_experts_in_a_mixed_batch() -> None:
+    """Refused by name where an adapter of the batch is on them; PEFT refuses them always, and leaves hooks behind."""
+    model = adapt(build(), "y")
+    experts = ["mlp.experts.gate_up_proj"]
+    model.add_adapter("e", LoraConfig(r=2, target_modules=[], target_parameters=experts, init_lora_weights=False))
+    model.set_adapter("y")
+    right = torch.cat([logits(merged(model, n), ids()[i : i + 1]) for i, n in enumerate(["y", BASE])])
+    before = logits(model, ids())
+    with mla_tune.absorb(model, "absorbed"):
+        assert near(logits(model, ids(), adapter_names=["y", BASE]), right)
+        with pytest.raises(InputError, match=r"e adapts routed experts: rows of a batch"):
+            logits(model, ids(), adapter_names=["y", "e"])
+        drop_names(model)
+        assert near(logits(model, ids()), before)
 
 
 def test_several_active_adapters() -> None:

@@ -356,7 +356,9 @@ def test_mtp_layers(v3: Path, tmp_path: Path) -> None:
     base = copied(v3, tmp_path / "base")
     # transformers writes num_nextn_predict_layers: 1 for every DeepSeek-V3, and no such layer.
     assert {verdicts(judged(engine, base))["MTP layers"] for engine in ENGINES} == {"applied"}
-    edit_tensors(base / "model.safetensors", lambda t: t.update({"model.layers.3.eh_proj.weight": t["lm_head.weight"]}))
+    edit_tensors(
+        base / "model.safetensors", lambda t: t.update({"model.layers.3.eh_proj.weight": t["lm_head.weight"].clone()})
+    )
     found = {engine: verdicts(judged(engine, base))["MTP layers"] for engine in ENGINES}
     assert found == {"vllm": "applied", "sglang": "applied", "llama.cpp": "applied", "mlx": "refused"}
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mla_tune import __version__
+from mla_tune.cli import bench
 from mla_tune.errors import Interrupted, MlaTuneError, RecipeError
 
 app = typer.Typer(
@@ -29,7 +30,9 @@ VERBS = {
     "train": "train",
     "merge-absorb": "merge_absorb",
     "verify": "verify",
+    "serve-check": "serve_check",
     "generate": "generate",
+    "chat": "chat",
     "schema": "schema",
 }
 
@@ -51,6 +54,7 @@ def root(
 
 for _verb, _module in VERBS.items():
     app.command(_verb)(import_module(f"mla_tune.cli.{_module}").command)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -32,12 +32,18 @@ class RowForward:
         if self._listening:
             self._heard = adapter_names
             return x
-        by_parameter = isinstance(self.layer, ParamWrapper)
-        if by_parameter and adapter_names is None and not (args or kwargs or self.tensors.obstacle()):
-            return self._all_rows(x)
-        if adapter_names is None or args or kwargs or self.tensors.obstacle():
-            given = {} if adapter_names is None else {"adapter_names": adapter_names}
-            return self.original(x, *args, **given, **kwargs)
+        by_parameter, whole = isinstance(self.layer, ParamWrapper), bool(args or kwargs or self.tensors.obstacle())
+        if adapter_names is None:
+            return self._all_rows(x) if by_parameter and not whole else self.original(x, *args, **kwargs)
+        if whole and by_parameter:  # routed experts, which PEFT refuses whether or not these adapters are on them
+            here = [name for name in dict.fromkeys(adapter_names) if name in self.layer.lora_A]
+            if here:
+                raise InputError(
+                    f"{here[0]} adapts routed experts: rows of a batch can't have adapters of their own there"
+                )
+            return self.layer.base_layer(x, *args, **kwargs)
+        if whole:
+            return self.original(x, *args, adapter_names=adapter_names, **kwargs)
         base, count = self.layer.base_layer(x), len(adapter_names)
         if x.shape[0] == count and x.dim() > 2:
             flat = x.reshape(count, -1, x.shape[-1])
@@ -89,8 +95,18 @@ def row_forward(layer: Any) -> RowForward:
 def let_rows_choose(model: nn.Module) -> None:
     """For every LoRA of a linear layer in the model.  Layers that are adapted later stay PEFT's: as right, slower."""
     for module in model.modules():
-        if is_adapted(module) and not LoraTensors(module).obstacle():
+        if is_adapted(module):
             row_forward(module)
+
+
+def drop_names(model: nn.Module) -> None:
+    """Take out the hooks with `adapter_names` that PEFT leaves behind where a forward ends by an error: with them,
+    every later call would be one of that batch."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if "adapter_names" in (getattr(hook, "keywords", None) or {}):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def undo_rows_choose(model: nn.Module) -> None:

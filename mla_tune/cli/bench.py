@@ -1,0 +1,160 @@
+"""`mla-tune bench`: what decoding takes on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mla_tune.runtime.bench import AtContext, DecodeBench
+
+app = typer.Typer(help="Measure stock transformers against mla-tune on this machine.", no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """A group even while it has one command."""
+
+
+@app.command("decode")
+def decode(
+    model: Annotated[
+        str,
+        typer.Argument(help="'bench' (a random model of 33 M parameters), a model folder, a preset, or 'embedded'."),
+    ],
+    contexts: Annotated[str, typer.Option(metavar="N,N,…", help="Tokens in the cache.")] = "512,2048,8192",
+    batch: Annotated[int, typer.Option(metavar="N", help="Rows that are decoded at once.")] = 1,
+    adapters: Annotated[
+        int, typer.Option(metavar="N", help="Also N unmerged LoRAs, one for each row in turn; raises --batch to N.")
+    ] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on a CPU.")
+    ] = "auto",
+    runs: Annotated[int, typer.Option(metavar="N", help="Rounds in which all take turns.")] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write decode.png and decode.json there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Decode with stock transformers, absorbed, and with unmerged adapters, in turn."""
+    from mla_tune.checkpoint.files import write_json
+    from mla_tune.console import err, print_json
+    from mla_tune.errors import CheckError, FileError
+
+    counts = _counts(contexts)
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"--out {out}: {error.strerror}") from None
+    from mla_tune.runtime import bench
+
+    def say(line: str) -> None:
+        err.print(line, markup=False, soft_wrap=True)
+
+    found = bench.decode(model, contexts=counts, batch=batch, adapters=adapters, dtype=dtype, runs=runs, say=say)
+    if out is not None:
+        from mla_tune.report.plots import plot_decode
+
+        document = found.to_json()
+        write_json(out / "decode.json", document)
+        plot_decode(document, out / "decode.png")
+        say(f"written: {out / 'decode.json'}, {out / 'decode.png'}")
+    print_json(found.to_json()) if as_json else print_decode(found)
+    if not found.cache_agrees:
+        raise CheckError("the cache has not the size that the formula gives: see cache_bytes_per_token in --json")
+
+
+def _counts(text: str) -> list[int]:
+    """Sorted, each once."""
+    from mla_tune.errors import InputError
+
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise InputError(f"--contexts {text!r}: expected counts of tokens, as in 512,2048,8192") from None
+
+
+def print_decode(found: DecodeBench) -> None:
+    """In 80 columns."""
+    from rich.markup import escape
+
+    from mla_tune.console import human_bytes, human_count, out
+
+    def say(line: str) -> None:
+        out.print(escape(line), soft_wrap=True)
+
+    threads = f", {found.threads} threads" if found.device == "cpu" else ""
+    say(f"{found.model}: {found.model_type}, {human_count(found.params_total)} parameters, {found.dtype}")
+    say(f"on {found.device}{threads}, copies at {human_bytes(found.bandwidth_bytes_per_second)}/s; rows: {found.batch}")
+    for at in found.contexts:
+        _print_context(at)
+    formula = found.formula_cache_bytes_per_token
+    if found.cache_agrees:
+        say(f"cache    {formula:,} bytes a token, as (C + R) · layers · bytes of a number says")
+    else:
+        counted = sorted({t.cache_bytes_per_token for at in found.contexts for t in at.ways})
+        say(f"cache    {', '.join(f'{n:,g}' for n in counted)} bytes a token, where the formula says {formula:,}")
+    if found.adapters:
+        for at in found.contexts:
+            what = "adapters" if at is found.contexts[0] else ""
+            say(f"{what:9}{_ratio(at.adapters_cost)} × the time of one merged model at {at.context:,}")
+    p = found.prefill
+    absorbed, stock, ratio = _middle(p.absorbed_ms), _middle(p.stock_ms), _ratio(p.ratios)
+    say(f"prefill  {p.context:,} tokens in {absorbed} ms, stock {stock}: {ratio} × stock")
+    say("Medians, and the range over the rounds.  × stock: its time by this one's, round by")
+    say("round.  memory: peak above rest in a step.  MBU: of the bandwidth of a copy, what")
+    say("weights and cache, read once a step, take.")
+
+
+def _print_context(at: AtContext) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from mla_tune.console import human_bytes, out
+
+    table = Table(
+        title=f"{at.context:,} tokens in the cache",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for name in ("ms a token", "range", "tokens/s", "× stock", "range", "memory", "MBU"):
+        table.add_column(name, justify="right", no_wrap=name != "ms a token")
+    for i, t in enumerate(at.ways):
+        table.add_row(
+            t.way,
+            _number(t.ms_median),
+            _range(t.ms),
+            _number(t.tokens_per_second),
+            _number(t.ratio_median),
+            _range(t.ratios) if i else "",
+            human_bytes(t.transient_bytes),
+            f"{t.bandwidth_share:.1%}",
+        )
+    out.print()
+    out.print(table)
+    out.print()
+
+
+def _number(n: float) -> str:
+    """Three significant digits, or all before the point, or three behind it."""
+    return f"{n:,.{0 if n >= 100 else 1 if n >= 10 else 2 if n >= 1 else 3}f}"
+
+
+def _range(numbers: Sequence[float]) -> str:
+    return f"{_number(min(numbers))}–{_number(max(numbers))}"
+
+
+def _middle(numbers: Sequence[float]) -> str:
+    from statistics import median
+
+    return _number(median(numbers))
+
+
+def _ratio(numbers: Sequence[float]) -> str:
+    return f"{_middle(numbers)} ({_range(numbers)})"

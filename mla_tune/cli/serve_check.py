@@ -1,0 +1,162 @@
+"""`mla-tune serve-check`: what an inference engine will do with an adapter or a checkpoint, before it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mla_tune.survey.serve import Check, Judgement
+
+#: Colours of verdicts on a terminal.
+_STYLES = {"dropped": "bold red", "refused": "red", "unknown": "yellow", "applied": "green"}
+
+
+def command(
+    what: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER_OR_MODEL", help="An adapter folder, a run folder, a model folder, or 'embedded'."
+        ),
+    ],
+    engine: Annotated[str, typer.Option(metavar="NAME", help="vllm, sglang, llama.cpp or mlx.")],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder of the adapter's base model. Default: the one the adapter records."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Say what an engine will do with an adapter or a checkpoint, and print the launch command.
+
+    Exits 1 where something is silently dropped, and where the engine refuses.
+    """
+    from mla_tune.console import print_json
+    from mla_tune.errors import CheckError
+    from mla_tune.survey.engines import find_engine
+
+    judgement, document = _judge(what, find_engine(engine), base)
+    print_json(document) if as_json else _print(judgement, document)
+    if judgement.verdict in ("dropped", "refused"):
+        found = {"silently dropped": _named(judgement, "dropped"), "refused": _named(judgement, "refused")}
+        listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
+        raise CheckError(f"{what}: {judgement.engine.title} can't serve it as it is. {listed}")
+
+
+def _named(judgement: Judgement, verdict: str) -> list[str]:
+    return list(dict.fromkeys(judgement.named(verdict)))
+
+
+def _judge(what: Path, engine: Any, base: str | None) -> tuple[Judgement, dict[str, Any]]:
+    from mla_tune.adapter.files import RUN_SUBFOLDER
+    from mla_tune.adapter.settings import CONFIG_FILE
+    from mla_tune.arch.registry import architecture
+    from mla_tune.checkpoint.index import Checkpoint
+    from mla_tune.errors import FileError, InputError
+    from mla_tune.merge.locate import EMBEDDED, open_inputs
+    from mla_tune.resources import EMBEDDED_MODEL
+    from mla_tune.survey.serve import judge
+
+    folder = EMBEDDED_MODEL if str(what) == EMBEDDED else what.expanduser()
+    is_model, is_adapter = (folder / "config.json").is_file(), (folder / CONFIG_FILE).is_file()
+    if is_model and is_adapter:
+        raise InputError(
+            f"{what}: holds both config.json and {CONFIG_FILE}, and engines differ in which one they look at: move "
+            "the adapter or the model into a folder of its own"
+        )
+    if not (is_model or is_adapter or (folder / RUN_SUBFOLDER / CONFIG_FILE).is_file()):
+        found = f"holds neither config.json nor {CONFIG_FILE}" if folder.is_dir() else "no such folder"
+        raise FileError(
+            f"{what}: {found}: give an adapter folder, a run folder of mla-tune train, or the folder of a model"
+        )
+    if is_model:
+        if base is not None:
+            raise InputError(f"{what}: is a model, not an adapter: --base has no meaning for it")
+        checkpoint = Checkpoint.open(folder)
+        judgement = judge(engine, checkpoint, architecture(checkpoint.config, str(folder / "config.json")))
+        places = {"adapter": None, "model": str(folder)}
+    else:
+        inputs = open_inputs([(what, 1.0)], base, None)
+        adapter = inputs.adapters[0][0]
+        judgement = judge(engine, inputs.base, inputs.arch, adapter, str(inputs.places.out))
+        places = {"adapter": str(adapter.folder), "model": str(inputs.base.folder)}
+    return judgement, {
+        "what": str(what),
+        "kind": "model" if is_model else "adapter",
+        **places,
+        "engine": engine.id,
+        "verdict": judgement.verdict,
+        "model_checks": [check.to_json() for check in judgement.model],
+        "adapter_checks": [check.to_json() for check in judgement.adapter],
+        "merge": judgement.merge,
+        "launch": list(judgement.launch),
+    }
+
+
+def _print(judgement: Judgement, document: dict[str, Any]) -> None:
+    from rich.markup import escape
+
+    from mla_tune.console import out
+
+    what = f"{document['adapter']} on {document['model']}" if document["adapter"] else document["model"]
+    out.print(escape(f"{judgement.engine.title} and {what}"), soft_wrap=True)
+    sources: dict[str, int] = {}
+    if judgement.adapter:
+        _table("adapter", judgement.adapter, sources)
+    _table("base model" if judgement.adapter else "model", judgement.model, sources)
+    seen = {check.fact.source for check in judgement.checks if check.fact}
+    for source in sorted(seen, key=lambda s: sources[s.id]):
+        how = {"measured": "measured", "source": "read in the code", "issue": "said by its tracker"}[source.how]
+        out.print(escape(f"[{sources[source.id]}] {source.versions}; {how}, {source.date}"), soft_wrap=True)
+        out.print(escape(f"    {source.url}"), soft_wrap=True)
+    if unknown := _named(judgement, "unknown"):
+        out.print(escape(f"\nunknown: {', '.join(unknown)}: compare outputs before you trust them"), soft_wrap=True)
+    advice: dict[str, dict[str, None]] = {}
+    for check in judgement.checks:
+        if check.fact and check.fact.instead and check.verdict != "applied":
+            advice.setdefault(check.fact.instead, {})[check.item.subject] = None
+    if advice:
+        out.print("\nwhat to do")
+        for what_to_do, subjects in advice.items():
+            out.print(escape(f"  {', '.join(subjects)}: {what_to_do}"), soft_wrap=True)
+    if judgement.merge:
+        out.print(escape(f"\nmerge it\n  {judgement.merge}"), soft_wrap=True)
+        out.print(f"\nand serve the merged checkpoint (serve-check it first) with {judgement.engine.title}")
+    else:
+        out.print("\nlaunch")
+    for line in judgement.launch:
+        out.print(escape(f"  {line}"), soft_wrap=True)
+
+
+def _table(title: str, checks: tuple[Check, ...], sources: dict[str, int]) -> None:
+    """One row for each run of items that the same fact decides; `sources` numbers the sources as they come."""
+    from itertools import groupby
+
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mla_tune.console import out
+
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(title, max_width=26, overflow="fold")
+    counted = any(check.item.about == "role" for check in checks)
+    if counted:
+        table.add_column("matrices", justify="right")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("why")
+    for _, run in groupby(checks, key=lambda c: (c.fact, c.item.about) if c.fact else (None, c.item)):
+        same = list(run)
+        names = ", ".join(c.item.subject + (f" ({c.item.detail})" if c.item.detail else "") for c in same)
+        fact, verdict = same[0].fact, same[0].verdict
+        mark = f" [{sources.setdefault(fact.source.id, len(sources) + 1)}]" if fact else ""
+        count = sum(c.item.count for c in same)
+        style = _STYLES[verdict]
+        table.add_row(
+            escape(names),
+            *([f"{count:,}" if count else ""] if counted else []),
+            f"[{style}]{verdict}[/]",
+            escape(same[0].says + mark),
+        )
+    out.print(table)

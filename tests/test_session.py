@@ -1,0 +1,321 @@
+"""`generate` and `chat` with several unmerged adapters.
+
+The oracle is each adapter's own merged checkpoint, in a process of its own, through stock attention.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from mla_tune.adapter.files import open_adapter
+from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.errors import FileError, InputError
+from mla_tune.resources import EMBEDDED_MODEL
+from mla_tune.runtime.requests import read_requests
+from mla_tune.runtime.session import Request, Session, Settings
+
+ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+PROMPTS = ["Write a function that adds two numbers.", "What is 3 + 4?", "Name a color.", "Count to three."]
+SHORT = Settings(max_new_tokens=12)
+
+
+def make_adapter(folder: Path, seed: int, **settings: Any) -> Path:
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(**{"r": 4 + seed, "target_modules": ATTENTION} | settings))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.add_(0.15 * torch.randn_like(p))
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "one": str(make_adapter(folder / "one", 1)),
+        "two.b": str(make_adapter(folder / "two", 2, use_dora=True)),
+        "mlp": str(make_adapter(folder / "mlp", 3, target_parameters=["shared_experts.up_proj.weight"])),
+        "experts": str(make_adapter(folder / "experts", 4, target_parameters=EXPERTS)),
+    }
+
+
+@pytest.fixture(scope="module")
+def oracle(adapters: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """By adapter, the answers of its merged checkpoint to all prompts; merged by merge-absorb, answered by stock."""
+    folder = tmp_path_factory.mktemp("merged")
+    program = str(Path(sys.executable).parent / "mla-tune")
+    texts = {}
+    for name, adapter in [(None, None), *adapters.items()]:
+        model = str(EMBEDDED_MODEL)
+        if adapter is not None:
+            model = str(folder / str(name))
+            merge = [program, "merge-absorb", adapter, "--base", "embedded", "--out", model, "--no-verify"]
+            subprocess.run([*merge, "--dtype", "float32"], check=True, capture_output=True)
+        code = f"""
+import json, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({model!r})
+model = AutoModelForCausalLM.from_pretrained({model!r}, dtype=torch.float32).eval()
+texts = []
+for prompt in {PROMPTS!r}:
+    turn = [{{"role": "user", "content": prompt}}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    texts.append(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))
+print(json.dumps(texts))
+"""
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        texts[name] = json.loads(done.stdout.splitlines()[-1])
+    return texts
+
+
+@pytest.fixture(scope="module")
+def session(adapters: dict[str, str]) -> Session:
+    """PEFT wants one set of parameters of all adapters that have any: without `mlp`."""
+    return Session("embedded", {name: folder for name, folder in adapters.items() if name != "mlp"})
+
+
+def ask(session: Session, *names: str | None, settings: Settings = SHORT) -> list[Any]:
+    """The prompts in turn, to these adapters."""
+    return session.answer([Request(PROMPTS[i % 4], adapter=n) for i, n in enumerate(names)], settings)
+
+
+def test_adapters_differ(oracle: dict[str, list[str]]) -> None:
+    assert len({tuple(texts) for texts in oracle.values()}) == 5
+
+
+@pytest.mark.parametrize("name", [None, "one", "two.b", "experts"])
+def test_one_adapter(session: Session, oracle: dict[str, list[str]], name: str | None) -> None:
+    answers = ask(session, name, name, name, name)
+    assert [a.text for a in answers] == oracle[name]
+    assert {(a.adapter, a.batch) for a in answers} == {(name, 4)}
+
+
+def test_a_mixed_batch(session: Session, oracle: dict[str, list[str]]) -> None:
+    names = ["one", None, "two.b", "one"]
+    answers = ask(session, *names)
+    assert [a.text for a in answers] == [oracle[name][i] for i, name in enumerate(names)]
+    assert {a.batch for a in answers} == {4}
+
+
+def test_shared_experts_in_a_mixed_batch(adapters: dict[str, str], oracle: dict[str, list[str]]) -> None:
+    """PEFT, which reaches them as parameters, refuses rows of their own for them."""
+    session = Session("embedded", {name: adapters[name] for name in ("mlp", "one")})
+    answers = ask(session, "mlp", None, "one", "mlp")
+    assert [a.text for a in answers] == [oracle[n][i] for i, n in enumerate(["mlp", None, "one", "mlp"])]
+    assert {a.batch for a in answers} == {4}
+    assert [a.text for a in ask(session, "mlp", "mlp")] == oracle["mlp"][:2]
+
+
+def test_two_sets_of_parameters(adapters: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="all adapters must target the same set of parameters"):
+        Session("embedded", {name: adapters[name] for name in ("mlp", "experts")})
+
+
+def test_experts_are_answered_apart(session: Session, oracle: dict[str, list[str]]) -> None:
+    names = ["one", "experts", None, "one", "experts"]
+    answers = ask(session, *names)
+    assert [a.text for a in answers] == [oracle[name][i % 4] for i, name in enumerate(names)]
+    assert [a.batch for a in answers] == [2, 2, 1, 2, 2]
+
+
+def test_acceptance_of_unmerged_adapters(session: Session, oracle: dict[str, list[str]]) -> None:
+    """Base, A, B, A, base, and a mixed batch between them: nothing is left behind."""
+    for name in (None, "one", "two.b", "one", None):
+        assert ask(session, name)[0].text == oracle[name][0]
+    ask(session, "one", "two.b", None)
+    assert ask(session, None)[0].text == oracle[None][0]
+    assert [a.text for a in ask(session, "one", "two.b")] == [oracle["one"][0], oracle["two.b"][1]]
+
+
+def test_batches(session: Session) -> None:
+    answers = ask(session, *["one", None] * 3, settings=Settings(max_new_tokens=2, batch=4))
+    assert [a.batch for a in answers] == [4, 4, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+def test_attention(adapters: dict[str, str], oracle: dict[str, list[str]], attention: str) -> None:
+    session = Session("embedded", {"one": adapters["one"]}, attention)
+    assert ask(session, "one")[0].text == oracle["one"][0]
+
+
+def test_streamed_text_is_the_answer(session: Session) -> None:
+    parts: list[str] = []
+    (answer,) = session.answer([Request(PROMPTS[0], adapter="one")], SHORT, parts.append)
+    assert "".join(parts).strip() == answer.text.strip()
+    assert len(parts) > 1
+
+
+def test_sampling(session: Session) -> None:
+    def text(seed: int, top_p: float) -> str:
+        return ask(session, "one", settings=Settings(12, temperature=1.5, top_p=top_p, seed=seed))[0].text
+
+    assert text(1, 1.0) == text(1, 1.0) != text(2, 1.0)
+    assert text(1, 0.01) == text(2, 0.01) == ask(session, "one")[0].text, "of the likeliest token alone"
+
+
+def test_messages(session: Session) -> None:
+    said = [{"role": "user", "content": PROMPTS[0]}]
+    one, other = session.answer([Request(messages=said), Request(PROMPTS[0])], SHORT)
+    assert one.text == other.text
+    more = [*said, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Again."}]
+    (third,) = session.answer([Request(messages=more)], SHORT)
+    assert third.prompt == "Again."
+    assert third.text != one.text
+
+
+# Named errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_adapter(session: Session) -> None:
+    with pytest.raises(InputError, match=r"no adapter is called 'onee'; did you mean 'one'\? There are: one, two\.b"):
+        ask(session, "one", "onee")
+
+
+def test_an_adapter_of_another_base(adapters: dict[str, str], tmp_path: Path) -> None:
+    """By hash: the shapes are the same."""
+    run = tmp_path / "run"
+    shutil.copytree(adapters["one"], run / "adapter")
+    hashed = {"kind": "files", "sha256": "0" * 64}
+    (run / "run.json").write_text(json.dumps({"base_path": str(EMBEDDED_MODEL), "base_hash": hashed}))
+    with pytest.raises(InputError, match=r"does not fit .*: it was trained on another base \(see base_path"):
+        Session("embedded", {"x": str(run)})
+
+
+def test_an_adapter_of_other_shapes(adapters: dict[str, str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(adapters["one"], tmp_path / "x")
+    file = tmp_path / "x" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if "o_proj.lora_B" in k)
+    tensors[key] = tensors[key][:-1].contiguous()
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"x: this adapter does not fit .*o_proj"):
+        Session("embedded", {"x": str(tmp_path / "x")})
+
+
+def test_other_folders(tmp_path: Path, adapters: dict[str, str]) -> None:
+    with pytest.raises(FileError, match="not an adapter folder"):
+        Session("embedded", {"x": str(tmp_path)})
+    with pytest.raises(InputError, match="'base'"):
+        Session("embedded", {"base": adapters["one"]})
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{", r"rows.jsonl:2: not valid JSON"),
+        ('{"adapter": "x"}', r"rows.jsonl:2: an object with either prompt or messages"),
+        ('{"prompt": "a", "messages": []}', "either prompt or messages"),
+        ('{"prompt": "a", "lora": "x"}', "either prompt or messages"),
+        ('{"prompt": " "}', "a text that is not empty"),
+        ('{"messages": [{"role": "user"}]}', "role and content"),
+        ('{"prompt": "a", "adapter": 3}', "adapter must be a name"),
+    ],
+)
+def test_lines_of_a_file(tmp_path: Path, line: str, words: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(InputError, match=words):
+        read_requests(file, None)
+
+
+def test_a_file_of_requests(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"prompt": "b", "adapter": "base"}\n{"prompt": "c", "adapter": "x"}\n')
+    assert [r.adapter for r in read_requests(file, "own")] == ["own", None, "x"]
+    file.write_text("\n")
+    with pytest.raises(InputError, match="holds no requests"):
+        read_requests(file, None)
+    with pytest.raises(FileError, match="No such file"):
+        read_requests(tmp_path / "nowhere", None)
+
+
+# The commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_command(cli: Any, adapters: dict[str, str], oracle: dict[str, list[str]], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": PROMPTS[0], "adapter": "one"}, {"prompt": PROMPTS[1]}, {"prompt": PROMPTS[2], "adapter": "d"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    named = ["--adapter", f"one={adapters['one']}", "--adapter", f"d={adapters['two.b']}"]
+    done = cli("generate", "embedded", *named, "--prompts", str(file), "-n", "12", "--json")
+    assert done.code == 0, done.err
+    answers = json.loads(done.out)
+    assert [a["text"] for a in answers] == [oracle["one"][0], oracle[None][1], oracle["two.b"][2]]
+    assert [a["adapter"] for a in answers] == ["one", None, "d"]
+    both = cli("generate", "embedded", *named, "--prompt", PROMPTS[0], "-n", "12")
+    assert both.code == 0, both.err
+    assert both.out.index("── one") < both.out.index("── d")
+    streamed = cli("generate", "embedded", *named[:2], "--prompt", PROMPTS[0], "-n", "12", "--stream")
+    assert streamed.out.strip() == oracle["one"][0].strip()
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("--prompt", "x", "--prompts", "y"), "give --prompt TEXT, or --prompts"),
+        ((), "give --prompt TEXT, or --prompts"),
+        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: can't be read"),
+        (("--prompt", "x", "--adapter", "=y"), "NAME=DIR or DIR was expected"),
+        (("--prompt", "x", "--adapter", "a=b", "--adapter", "a=c"), "the name of another adapter already"),
+        (("--prompt", "x", "--stream", "--json"), "--stream shows one answer"),
+    ],
+)
+def test_wrong_arguments(cli: Any, args: tuple[str, ...], words: str) -> None:
+    done = cli("generate", "embedded", *args)
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_chat(adapters: dict[str, str], oracle: dict[str, list[str]]) -> None:
+    lines = [PROMPTS[0], "/adapter two", "/reset", "/adapter base", PROMPTS[0], "/adapter nobody", "/what", "", "/help"]
+    program = str(Path(sys.executable).parent / "mla-tune")
+    command = [program, "chat", "embedded", "--adapter", f"one={adapters['one']}", "--max-new-tokens", "12"]
+    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{oracle['one'][0]}\n{oracle[None][0]}".strip()
+    for words in (
+        "answering with one",
+        "forgotten",
+        "no adapter is called 'nobody'",
+        "no such command",
+        "/reset   forget",
+    ):
+        assert words in done.stderr
+
+
+def test_chat_remembers(adapters: dict[str, str], session: Session) -> None:
+    program = str(Path(sys.executable).parent / "mla-tune")
+    said = "Say red.\nAgain.\n"
+    done = subprocess.run(
+        [program, "chat", "embedded", "-n", "12"], input=said, capture_output=True, text=True, check=True
+    )
+    turns = [{"role": "user", "content": "Say red."}]
+    (first,) = session.answer([Request(messages=turns)], SHORT)
+    turns += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "Again."}]
+    (second,) = session.answer([Request(messages=turns)], SHORT)
+    assert done.stdout.strip() == f"{first.text}\n{second.text}".strip()
+
+
+def test_open_adapter_agrees(adapters: dict[str, str], session: Session) -> None:
+    """The fixture's adapters are what their names say."""
+    tensors = Checkpoint.open(EMBEDDED_MODEL).tensors
+    opened = open_adapter(Path(adapters["experts"]), session.loaded.arch, tensors)
+    assert any(delta.site.is_experts for delta in opened.deltas)
