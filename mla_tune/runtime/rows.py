@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from mla_tune.errors import InputError
+from mla_tune.runtime import experts
 from mla_tune.runtime.lora import LoraTensors, is_adapted
 
 
@@ -34,6 +35,8 @@ class RowForward:
             return x
         by_parameter, whole = isinstance(self.layer, ParamWrapper), bool(args or kwargs or self.tensors.obstacle())
         if adapter_names is None:
+            if by_parameter and experts.is_experts(self.layer):
+                return experts.forward(self.layer, x, *args, **kwargs)
             return self._all_rows(x) if by_parameter and not whole else self.original(x, *args, **kwargs)
         if whole and by_parameter:  # routed experts, which PEFT refuses whether or not these adapters are on them
             here = [name for name in dict.fromkeys(adapter_names) if name in self.layer.lora_A]
