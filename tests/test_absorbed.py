@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -362,6 +363,43 @@ def test_rows_with_beams() -> None:
     with mla_tune.absorb(model, "absorbed"):
         found = generate(model, ids(), 10, num_beams=2, adapter_names=["x", "y"])
     assert torch.equal(found, torch.cat(right))
+
+
+@pytest.mark.parametrize("family", [name for name in NAMES if name not in ("minicpm3", "youtu")])
+def test_routed_experts_by_their_factors(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PEFT computes them, which makes W + s·B A of all experts for every token."""
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    settings = {"target_modules": ["kv_b_proj"], "target_parameters": stacks}
+    model = adapt(tiny(family), "x", "y", **settings, r=3)
+    right = logits(model, ids())
+    model.set_adapter("y")
+    other = logits(model, ids())
+    with model.disable_adapter():
+        plain = logits(model, ids())
+    with mla_tune.absorb(model, "absorbed"), monkeypatch.context() as patch:
+        patch.setattr(ParamWrapper, "_activate_lora", None)
+        assert near(logits(model, ids()), other)
+        model.set_adapter("x")
+        assert near(logits(model, ids()), right)
+        with model.disable_adapter():
+            assert near(logits(model, ids()), plain)
+    assert not near(right, other, 1e-3)
+    assert not near(right, plain, 1e-3)
+    assert torch.equal(logits(model, ids()), right)
+
+
+def test_routed_experts_one_parameter_and_gradients() -> None:
+    grads = []
+    for absorbed in (False, True):
+        model = adapt(build(), "x", target_modules=["o_proj"], target_parameters=["experts.down_proj"])
+        if absorbed:
+            mla_tune.absorb(model, "absorbed")
+        model(input_ids=ids(), labels=ids()).loss.backward()
+        grads.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    assert any("experts" in key for key in grads[0])
+    assert grads[0].keys() == grads[1].keys()
+    for key, grad in grads[0].items():
+        assert near(grads[1][key], grad, 1e-3), key
 
 
 def test_routed_experts_in_a_mixed_batch() -> None:

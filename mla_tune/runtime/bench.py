@@ -31,7 +31,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError, WorkError
 from mla_tune.model.load import DTYPES, Loaded, load_model, pick_device, pick_dtype, quiet
 from mla_tune.recipe.schema import ModelSection
-from mla_tune.resources import model_names
+from mla_tune.resources import model_names, preset_names
 from mla_tune.runtime.absorb import absorb, mla_modules, obstacles
 from mla_tune.runtime.meter import copy_bandwidth, synchronize, transient_bytes
 from mla_tune.runtime.session import resolve_model
@@ -158,7 +158,7 @@ def decode(
     loaded = _load(model, contexts, dtype)
     try:
         return measure(loaded, model, contexts=contexts, batch=batch, adapters=adapters, runs=runs, say=say)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise WorkError("out of memory; lower --contexts, --batch or --adapters") from error
         raise
@@ -167,7 +167,7 @@ def decode(
 def measure(
     loaded: Loaded, name: str, *, contexts: Sequence[int], batch: int, adapters: int, runs: int, say: Say
 ) -> DecodeBench:
-    """`decode` of a model in memory, which is left as it was."""
+    """`decode` of a model in memory, which is in evaluation mode afterwards and else as it was."""
     model, arch, device = loaded.model.eval(), loaded.arch, loaded.device
     batch = max(batch, adapters)
     ways = _ways(model, arch, batch, adapters, DTYPE_BYTES[loaded.dtype])
@@ -266,8 +266,9 @@ def _by_rows(twin: Any, rows: list[str]) -> Iterator[Any]:
 
 def _with_adapters(model: Any, arch: Architecture, names: list[str]) -> Any:
     """A `PeftModel` on a twin of `model` that has modules of its own and the same tensors."""
-    kept = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(t): t for t in kept})
+    shared = [*model.parameters(), *model.buffers()]
+    trainable = [t for t in shared if t.requires_grad]
+    twin = copy.deepcopy(model, {id(t): t for t in shared})
     leaves = {site.path.rpartition(".")[2] for site in arch.sites if site.role in GROUPS["attention"]}
     torch.manual_seed(0)
 
@@ -277,6 +278,8 @@ def _with_adapters(model: Any, arch: Architecture, names: list[str]) -> Any:
     wrapped: Any = get_peft_model(twin, config(), adapter_name=names[0])
     for name in names[1:]:
         wrapped.add_adapter(name, config())
+    for t in trainable:  # PEFT froze them, the model's too
+        t.requires_grad_(True)
     return wrapped.eval()
 
 
@@ -403,9 +406,8 @@ def _load(model: str, contexts: Sequence[int], dtype: str) -> Loaded:
         raise InputError(f"{model}: an adapter that is not merged; measure its base, {base}, with --adapters 1")
     if base in (*model_names(), *ALIASES):
         raise InputError(f"{model}: a configuration without weights; give a folder with the model, or '{REFERENCE}'")
-    presets = ModelSection.model_fields["preset"].annotation
-    chosen: dict[str, Any] = {"preset": base} if base in str(presets).lower().split("'") else {"base": base}
-    section = ModelSection(**chosen, dtype=dtype)  # type: ignore[arg-type]
+    kind = "preset" if base in preset_names() and base != "embedded" else "base"
+    section = ModelSection.model_validate({kind: base, "dtype": dtype})
     _fits(architecture_of(section), contexts)
     return load_model(section)
 

@@ -48,11 +48,10 @@ class LowRankStack:
 
 
 def is_experts(layer: Any) -> bool:
-    """Whether `layer`, of PEFT, is the outermost one on the stacked weights of routed experts."""
-    if not isinstance(layer, ParamWrapper):
-        return False
-    return all(
-        w.get_param().dim() == 3 and w.parameter_name in w.get_base_layer()._parameters for w in _wrappers(layer)
+    """Whether `layer`, of PEFT, is one on the stacked weights (E, out, in) of routed experts."""
+    return isinstance(layer, ParamWrapper) and all(
+        w.get_param().dim() == 3 and w._did_swap_in_out_features and w.parameter_name in w.get_base_layer()._parameters
+        for w in _wrappers(layer)
     )
 
 
