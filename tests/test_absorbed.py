@@ -184,6 +184,20 @@ def test_sixteen_bits(dtype: torch.dtype, tolerance: float, implementation: str)
     assert error <= 2 * (stock - exact).abs().max()
 
 
+@pytest.mark.parametrize("adapters", [(), ("x", "y")])
+def test_compiled(adapters: tuple[str, ...]) -> None:
+    """One graph: nothing falls out of it."""
+    model = build(first_k_dense_replace=3)
+    model = adapt(model, *adapters) if adapters else model
+    whole, steps = logits(model, ids()), stepped(model, ids())
+    torch._dynamo.reset()
+    with mla_tune.absorb(model, "absorbed"):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert near(logits(compiled, ids()), whole)
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        assert near(stepped(compiled, ids(), cache=cache), steps)
+
+
 def test_eager_gives_its_weights() -> None:
     model = build()
     model.set_attn_implementation("eager")
