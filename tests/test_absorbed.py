@@ -196,6 +196,7 @@ def test_compiled(adapters: tuple[str, ...]) -> None:
         assert near(logits(compiled, ids()), whole)
         cache = StaticCache(config=model.config, max_cache_len=20)
         assert near(stepped(compiled, ids(), cache=cache), steps)
+    torch._dynamo.reset()
 
 
 def test_eager_gives_its_weights() -> None:
