@@ -103,9 +103,9 @@ def print_decode(found: DecodeBench) -> None:
     p = found.prefill
     absorbed, stock, ratio = _middle(p.absorbed_ms), _middle(p.stock_ms), _ratio(p.ratios)
     say(f"prefill  {p.context:,} tokens in {absorbed} ms, stock {stock}: {ratio} × stock")
-    say("Medians, and the range over the rounds.  × stock: its time by this one's, round by")
-    say("round.  memory: peak above rest in a step.  MBU: of the bandwidth of a copy, what")
-    say("weights and cache, read once a step, take.")
+    say("Medians, and the range over the rounds.  × stock: stock's time by this one's.")
+    say("memory: peak of a step above rest.  MBU: share of the bandwidth of copies that")
+    say("weights and cache take if a step reads each once.")
 
 
 def _print_context(at: AtContext) -> None:

@@ -60,21 +60,18 @@ def plot_decode(bench: dict[str, Any], target: Path) -> None:
     for i, first in enumerate(bench["contexts"][0]["ways"]):
         timed = [at["ways"][i] for at in bench["contexts"]]
         color = ("0.4", "C0", "C3")[i]
-        middle, ends = [t["ms_median"] for t in timed], [(min(t["ms"]), max(t["ms"])) for t in timed]
-        ax.plot(contexts, middle, "o-", color=color, lw=2, ms=5)
-        ax.fill_between(contexts, *zip(*ends, strict=True), color=color, alpha=0.15, lw=0)
-        ax.annotate(
-            first["way"], (contexts[-1], middle[-1]), (8, 0), textcoords="offset points", color=color, va="center"
-        )
+        ax.plot(contexts, [t["ms_median"] for t in timed], "o-", color=color, lw=2, ms=5, label=first["way"])
+        least, most = [min(t["ms"]) for t in timed], [max(t["ms"]) for t in timed]
+        ax.fill_between(contexts, least, most, color=color, alpha=0.15, lw=0)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.margins(x=0.18)
     ax.set_xticks(contexts, [f"{context:,}" for context in contexts])
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     ax.set_xlabel("tokens in the cache")
     ax.set_ylabel("ms a token")
     rows = f"{bench['batch']} row{'s' * (bench['batch'] > 1)}"
+    ax.legend(frameon=False)
     ax.set_title(f"{bench['model']} · {bench['dtype']} on {bench['device']} · {rows}", fontsize=10)
     ax.grid(alpha=0.25)
     _save(fig, target)

@@ -11,56 +11,21 @@ how long they take).  Every step decodes one token a row, the last of exactly S 
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache
 
 from mla_tune.arch.dims import DTYPE_BYTES
-from mla_tune.arch.registry import architecture
-from mla_tune.arch.roles import GROUPS
-from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError, WorkError
-from mla_tune.model.load import DTYPES, Loaded, load_model, pick_device, pick_dtype, quiet
-from mla_tune.recipe.schema import ModelSection
-from mla_tune.resources import model_names, preset_names
-from mla_tune.runtime.absorb import absorb, mla_modules, obstacles
+from mla_tune.model.load import DTYPES, Loaded, quiet
+from mla_tune.runtime.contenders import ABSORBED, STOCK, Way, cache_bytes, load, random_cache, ways_of
 from mla_tune.runtime.meter import copy_bandwidth, synchronize, transient_bytes
-from mla_tune.runtime.session import resolve_model
-from mla_tune.survey.source import ALIASES, architecture_of
 
-#: MODEL for the reference shape: a random DeepSeek-V3 without experts, made in memory.
-REFERENCE = "bench"
-REFERENCE_CONFIG: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 4096,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "first_k_dense_replace": 8,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "kv_lora_rank": 256,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-RANK = 16
-STOCK, ABSORBED = "stock", "absorbed"
 #: Of one way in one round: the fewest and the most steps, and the seconds between them that are enough.
 _LEAST, _MOST, _SECONDS = 3, 20, 0.5
 
@@ -155,7 +120,7 @@ def decode(
     """
     _check(contexts, batch, adapters, dtype, runs)
     quiet()
-    loaded = _load(model, contexts, dtype)
+    loaded = load(model, contexts, dtype)
     try:
         return measure(loaded, model, contexts=contexts, batch=batch, adapters=adapters, runs=runs, say=say)
     except RuntimeError as error:
@@ -170,7 +135,7 @@ def measure(
     """`decode` of a model in memory, which is in evaluation mode afterwards and else as it was."""
     model, arch, device = loaded.model.eval(), loaded.arch, loaded.device
     batch = max(batch, adapters)
-    ways = _ways(model, arch, batch, adapters, DTYPE_BYTES[loaded.dtype])
+    ways = ways_of(model, arch, batch, adapters, DTYPE_BYTES[loaded.dtype])
     say("bandwidth of a copy")
     bandwidth = copy_bandwidth(device)
     with torch.no_grad():
@@ -193,107 +158,8 @@ def measure(
     )
 
 
-def random_cache(model: Any, batch: int, context: int, device: torch.device) -> DynamicCache:
-    """A cache of `context` random tokens: latents (B, 1, S, C) and rope keys (B, 1, S, R) in every layer.
-
-    Raises `InputError` for a model in which something else than latents is cached.
-    """
-    cache = DynamicCache(config=model.config)
-    modules = {m.layer_idx: m for m in mla_modules(model)}
-    for i, layer in enumerate(cache.layers):
-        if i not in modules or type(layer) is not DynamicLayer:
-            what = "another kind of attention" if i not in modules else f"a cache of its own, {type(layer).__name__}"
-            raise InputError(f"layer {i} of this {model.config.model_type} has {what}: only latents can be made up")
-    numbers = torch.Generator(device).manual_seed(0)
-    for i, m in modules.items():
-        latent, k_rope = (
-            torch.randn(batch, 1, context, n, generator=numbers, device=device, dtype=model.dtype)
-            for n in (m.kv_lora_rank, m.qk_rope_head_dim)
-        )
-        cache.update(latent, k_rope, i)
-    return cache
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """Of the memory behind all keys and values."""
-    layers: list[Any] = cache.layers
-    return sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.keys, layer.values))
-
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """`ready` lasts as long as a measurement and gives what is called; `weight_bytes` is what a step must read."""
-
-    name: str
-    ready: Callable[[], AbstractContextManager[Any]]
-    weight_bytes: int
-
-
-def _ways(model: Any, arch: Architecture, batch: int, adapters: int, itemsize: int) -> list[_Way]:
-    weights = weights_read(arch, batch) * itemsize
-    ways = [
-        _Way(STOCK, lambda: nullcontext(model), weights),
-        # A merged model has the shapes of its base: this is how long the batch takes on one merged model, too.
-        _Way(ABSORBED, lambda: _absorbed(model), weights),
-    ]
-    if adapters:
-        names = [f"adapter{i}" for i in range(adapters)]
-        twin = _with_adapters(model, arch, names)
-        lora = sum(p.nbytes for key, p in twin.named_parameters() if "lora_" in key)
-        rows = [names[row % adapters] for row in range(batch)]
-        ways.append(_Way(_adapters(adapters), lambda: _by_rows(twin, rows), weights + lora))
-    return ways
-
-
-def _adapters(count: int) -> str:
-    return f"{count} adapter{'s' * (count > 1)}"
-
-
-@contextmanager
-def _absorbed(model: Any) -> Iterator[Any]:
-    with absorb(model):
-        for path, why in obstacles(model).items():
-            raise InputError(f"{path} can't be absorbed: {why}")
-        yield model
-
-
-@contextmanager
-def _by_rows(twin: Any, rows: list[str]) -> Iterator[Any]:
-    """As in PEFT's own `generate`, its hooks are entered once: to enter them it walks over all modules."""
-    with _absorbed(twin), twin.base_model._enable_peft_forward_hooks(adapter_names=rows):
-        yield twin.base_model.model
-
-
-def _with_adapters(model: Any, arch: Architecture, names: list[str]) -> Any:
-    """A `PeftModel` on a twin of `model` that has modules of its own and the same tensors."""
-    shared = [*model.parameters(), *model.buffers()]
-    trainable = [t for t in shared if t.requires_grad]
-    twin = copy.deepcopy(model, {id(t): t for t in shared})
-    leaves = {site.path.rpartition(".")[2] for site in arch.sites if site.role in GROUPS["attention"]}
-    torch.manual_seed(0)
-
-    def config() -> LoraConfig:
-        return LoraConfig(r=RANK, target_modules=sorted(leaves), init_lora_weights=False)
-
-    wrapped: Any = get_peft_model(twin, config(), adapter_name=names[0])
-    for name in names[1:]:
-        wrapped.add_adapter(name, config())
-    for t in trainable:  # PEFT froze them, the model's too
-        t.requires_grad_(True)
-    return wrapped.eval()
-
-
-def weights_read(arch: Architecture, batch: int) -> int:
-    """Parameters that a step of `batch` rows reads: all but the experts that no row is routed to (were each row
-    routed to others) and an embedding that is only looked up."""
-    routed = sum(s.params for s in arch.sites if s.is_experts)
-    experts = max((s.count for s in arch.sites if s.is_experts), default=1)
-    idle = routed * max(0, experts - batch * arch.experts_per_token) // experts
-    return arch.params_total - idle - (0 if arch.tied else arch.vocab_size * arch.dims.D)
-
-
 def _at_context(
-    model: Any, S: int, batch: int, ways: list[_Way], device: torch.device, bandwidth: float, runs: int, say: Say
+    model: Any, S: int, batch: int, ways: list[Way], device: torch.device, bandwidth: float, runs: int, say: Say
 ) -> AtContext:
     ids = torch.ones(batch, 1, dtype=torch.long, device=device)
 
@@ -340,7 +206,7 @@ def _at_context(
     return AtContext(S, timed, cost)
 
 
-def _prefill(model: Any, S: int, ways: list[_Way], device: torch.device, runs: int, say: Say) -> Prefill:
+def _prefill(model: Any, S: int, ways: list[Way], device: torch.device, runs: int, say: Say) -> Prefill:
     random_cache(model, 1, 1, device)  # refuses what can't be measured, before anything is
     numbers = torch.Generator(device).manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, S), generator=numbers, device=device)
@@ -389,32 +255,3 @@ def _check(contexts: Sequence[int], batch: int, adapters: int, dtype: str, runs:
             raise InputError(f"{option} {value}: must be {least} or more")
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: allowed are {', '.join(DTYPES)}")
-
-
-def _load(model: str, contexts: Sequence[int], dtype: str) -> Loaded:
-    if model == REFERENCE:
-        arch = architecture(REFERENCE_CONFIG, model)
-        _fits(arch, contexts)
-        device = pick_device("auto")
-        dtype = pick_dtype(dtype, device)
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(**REFERENCE_CONFIG)
-        net = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
-        return Loaded(net.to(device), arch, None, device, dtype)
-    base, adapter = resolve_model(model)
-    if adapter is not None:
-        raise InputError(f"{model}: an adapter that is not merged; measure its base, {base}, with --adapters 1")
-    if base in (*model_names(), *ALIASES):
-        raise InputError(f"{model}: a configuration without weights; give a folder with the model, or '{REFERENCE}'")
-    kind = "preset" if base in preset_names() and base != "embedded" else "base"
-    section = ModelSection.model_validate({kind: base, "dtype": dtype})
-    _fits(architecture_of(section), contexts)
-    return load_model(section)
-
-
-def _fits(arch: Architecture, contexts: Sequence[int]) -> None:
-    window = arch.max_position_embeddings
-    if window and max(contexts) > window:
-        raise InputError(
-            f"--contexts {max(contexts)}: more than the {window} positions of this model (max_position_embeddings)"
-        )
