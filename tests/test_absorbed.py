@@ -279,6 +279,21 @@ def test_expand_leaves_nothing_behind() -> None:
     mla_tune.expand(model)
 
 
+def test_another_implementation_meanwhile(absorbed_calls: list[int]) -> None:
+    model = build()
+    right = logits(model, ids())
+    mla_tune.absorb(model, "absorbed")
+    model.set_attn_implementation("eager")
+    assert near(logits(model, ids()), right)
+    assert not absorbed_calls
+    mla_tune.absorb(model, "absorbed")
+    assert near(logits(model, ids()), right)
+    assert absorbed_calls
+    mla_tune.expand(model)
+    assert model.config._attn_implementation == "eager"
+    assert near(logits(model, ids()), right)
+
+
 def test_weights_are_not_copied() -> None:
     model = build()
     with mla_tune.absorb(model, "absorbed"):

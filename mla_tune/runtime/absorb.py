@@ -24,6 +24,7 @@ class absorb:
     `model` is a transformers model or a `PeftModel` on one.  No weight is changed or copied, and nothing else about the
     model: `generate`, caches, adapters and `adapter_names` work as before.  `mode`: auto (each call takes the cheaper
     way: decoding is absorbed, long prompts are expanded), absorbed or expanded.  Called again, it changes the mode.
+    `model.set_attn_implementation` ends it: call it again to absorb over another implementation.
 
     As a function it returns nothing of use and lasts until `expand(model)`; as a context manager (`with absorb(model)
     as model:`) until the block ends.  Raises `NotMLAError` for a model without MLA modules, `InputError` for a mode.
@@ -81,9 +82,9 @@ def _absorb(module: Any, mode: str) -> None:
         state = Latent(module)
         setattr(module, STATE, state)
         module.expand_kv = MethodType(_keep_latent, module)
-        config = module.config
-        if not config._attn_implementation.startswith(PREFIX):
-            config._attn_implementation = register(config._attn_implementation)
+    config = module.config
+    if not config._attn_implementation.startswith(PREFIX):
+        config._attn_implementation = register(config._attn_implementation)
     state.mode = mode
 
 
@@ -97,5 +98,8 @@ def _expand(module: Any) -> None:
 
 def _keep_latent(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """In the place of `expand_kv`: the latent (B, 1, S, C) and the rope key (B, 1, S, R) as they are."""
-    getattr(module, STATE).listen(kv_nope)
+    state: Latent = getattr(module, STATE)
+    if not module.config._attn_implementation.startswith(PREFIX):  # the user has set another one since
+        return state.expand(kv_nope, k_rot)
+    state.listen(kv_nope)
     return kv_nope, k_rot
