@@ -33,11 +33,14 @@ class RowForward:
         if self._listening:
             self._heard = adapter_names
             return x
-        by_parameter, whole = isinstance(self.layer, ParamWrapper), bool(args or kwargs or self.tensors.obstacle())
+        by_parameter = isinstance(self.layer, ParamWrapper)
+        if adapter_names is None and not by_parameter:
+            return self.original(x, *args, **kwargs)
+        whole = bool(args or kwargs or self.tensors.obstacle())
         if adapter_names is None:
-            if by_parameter and experts.is_experts(self.layer):
+            if experts.is_experts(self.layer):
                 return experts.forward(self.layer, x, *args, **kwargs)
-            return self._all_rows(x) if by_parameter and not whole else self.original(x, *args, **kwargs)
+            return self.original(x, *args, **kwargs) if whole else self._all_rows(x)
         if whole and by_parameter:  # routed experts, which PEFT refuses whether or not these adapters are on them
             here = [name for name in dict.fromkeys(adapter_names) if name in self.layer.lora_A]
             if here:
