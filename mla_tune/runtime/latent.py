@@ -30,7 +30,7 @@ _SCORES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class _HeadRows:
-    """`of` with the heads apart: A (B, 1, r, C) and its transpose, B_K (B, H, P, r), B_V (B, H, r, V), g_K (B, H, 1, P)
+    """`of` with the heads apart: A (B, r, C) and its transpose, B_K (B, H, P, r), B_V (B, H, r, V), g_K (B, H, 1, P)
     and g_V (B, H, 1, V)."""
 
     of: Rows
@@ -152,7 +152,7 @@ class Latent:
             B_K = self._ranks(update.B)[:, : self.P]
             q = q + (_by_head(q_nope.to(B_K.dtype), B_K) @ (update.A * update.s)).to(q.dtype)
         if rows is not None:
-            q = q + ((q_nope.to(rows.B_K.dtype) @ rows.B_K) @ rows.A).to(q.dtype)
+            q = q + _by_row(q_nope.to(rows.B_K.dtype) @ rows.B_K, rows.A).to(q.dtype)
         return q
 
     def value(self, summed: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ class Latent:
             if update.g is not None:
                 o = (o * self._heads(update.g)[:, self.P :].unsqueeze(1)).to(o.dtype)
         if rows is not None:
-            o = o + ((summed.to(rows.B_V.dtype) @ rows.A_T) @ rows.B_V).to(o.dtype)
+            o = o + (_by_row(summed.to(rows.B_V.dtype), rows.A_T) @ rows.B_V).to(o.dtype)
             if rows.g_V is not None:
                 o = (o * rows.g_V).to(o.dtype)
         return o
@@ -185,8 +185,8 @@ class Latent:
         g = None if rows.g is None else self._heads(rows.g).unsqueeze(2)
         return _HeadRows(
             of=rows,
-            A=rows.A_T.mT.unsqueeze(1).contiguous(),
-            A_T=rows.A_T.unsqueeze(1),
+            A=rows.A_T.mT.contiguous(),
+            A_T=rows.A_T,
             B_K=B_T[..., : self.P].mT.contiguous(),
             B_V=B_T[..., self.P :].contiguous(),
             g_K=None if g is None else g[..., : self.P],
@@ -215,6 +215,12 @@ def _by_head(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
         return torch.bmm(x[0], W).unsqueeze(0)
     flat = x.transpose(0, 1).reshape(H, B * T, -1)
     return torch.bmm(flat, W).view(H, B, T, -1).transpose(0, 1)
+
+
+def _by_row(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """x (B, H, T, n) times W (B, n, m), each row of the batch by its own: (B, H, T, m)."""
+    B, H, T, n = x.shape
+    return torch.bmm(x.reshape(B, H * T, n), W).view(B, H, T, -1)
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:

@@ -54,9 +54,18 @@ class LoraTensors:
         self.layer = layer
         self._rows: tuple[list[str], _Watch, Rows | None] | None = None
         self._norms: dict[str, tuple[_Watch, torch.Tensor]] = {}
+        self._obstacle: tuple[Any, str] | None = None
 
     def obstacle(self) -> str:
         """Why the layer can't be taken apart into W, A and B; empty where it can."""
+        layer = self.layer
+        names = getattr(getattr(layer, "lora_A", None), "_modules", None)
+        state = (tuple(names) if names else None, layer.training)
+        if self._obstacle is None or self._obstacle[0] != state:  # asked for every token
+            self._obstacle = (state, self._why_not())
+        return self._obstacle[1]
+
+    def _why_not(self) -> str:
         layer = self.layer
         linear = isinstance(self.layer, LoraLayer) and hasattr(layer.get_base_layer(), "out_features")
         # mla-tune adapts dense and shared MLPs through the parameter (see `adapter.placement`).
@@ -76,7 +85,7 @@ class LoraTensors:
         return ""
 
     def forget(self) -> None:
-        self._rows = None
+        self._rows = self._obstacle = None
         self._norms.clear()
 
     def active(self) -> list[Update]:
