@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from mla_tune.cli.generate import Attention, Model, Seed, Temperature, TopP, named_adapters
 
 _HELP = "/adapter NAME   answer with this adapter ('base': none)\n/reset   forget what was said\n/exit    or Ctrl-D"
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model folder, hub id, run folder, adapter folder, or 'embedded'.")],
+    model: Model,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="Adapter or run folders to choose from."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0, help="0: the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", min=0.01, max=1, help="Sample among the likeliest tokens of this share.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
-    attention: Annotated[
-        Literal["auto", "absorbed", "expanded"],
-        typer.Option(help="'absorbed' decodes in the latent space; 'auto' takes the cheaper one for each call."),
-    ] = "auto",
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    attention: Attention = "auto",
 ) -> None:
     """Talk to a model, and switch its adapters on the way."""
-    from mla_tune.cli.generate import named_adapters
     from mla_tune.console import err
     from mla_tune.errors import InputError
 

@@ -10,9 +10,21 @@ import typer
 if TYPE_CHECKING:
     from mla_tune.runtime.session import Request
 
+#: What `chat` is told, too.
+Model = Annotated[str, typer.Argument(help="A model folder, hub id, run folder, adapter folder, or 'embedded'.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0, help="0: the likeliest token.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.01, max=1, help="Sample among the likeliest tokens of this share.")
+]
+Attention = Annotated[
+    Literal["auto", "absorbed", "expanded"],
+    typer.Option(help="'absorbed' decodes in the latent space; 'auto' takes the cheaper one for each call."),
+]
+
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model folder, hub id, run folder, adapter folder, or 'embedded'.")],
+    model: Model,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="What to answer; '-' reads standard input.")
     ] = None,
@@ -30,16 +42,11 @@ def command(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0, help="0: the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", min=0.01, max=1, help="Sample among the likeliest tokens of this share.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered at a time.")] = 8,
-    attention: Annotated[
-        Literal["auto", "absorbed", "expanded"],
-        typer.Option(help="'absorbed' decodes in the latent space; 'auto' takes the cheaper one for each call."),
-    ] = "auto",
+    attention: Attention = "auto",
     stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it stands, without chat template.")

@@ -71,7 +71,7 @@ def _attention_over(original: str) -> Callable[..., tuple[torch.Tensor, torch.Te
         if not _is_absorbed(state, T, S, kwargs):
             if kwargs.get("indices") is not None:
                 kwargs["indices"] = None
-            keys, values = state.expand_with(key, value)
+            keys, values = state.expand(key, value)
             return _original(original, module)(module, query, keys, values, mask, **kwargs)
         sinks = kwargs.get("s_aux")
         keep = original == "eager"

@@ -48,6 +48,7 @@ class Latent:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.P, self.V = module.qk_nope_head_dim, module.v_head_dim
+        #: The model's own: keys (B, H, S, P+R) and values (B, H, S, V) of latent and rope key.
         self.expand = module.expand_kv
         self.mode = "auto"
         #: One adapter name for each row of the batch at hand, as PEFT was told; None: those that are active.
@@ -65,10 +66,6 @@ class Latent:
         """Ask PEFT which rows have which adapters; latent (B, 1, S, C)."""
         layer = self.module.kv_b_proj
         self.names = row_forward(layer).listen(latent) if is_adapted(layer) else None
-
-    def expand_with(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (B, H, S, P+R) and values (B, H, S, V), by the model's own code, as PEFT's hooks will have it."""
-        return self.expand(latent, k_rope)
 
     def obstacle(self) -> str:
         """Why this call can't be computed absorbed; empty where it can."""

@@ -107,9 +107,10 @@ class LoraTensors:
         kept = self._rows
         if kept is not None and kept[0] == names and kept[1].holds():
             return None if layer.disable_adapters else kept[2]
-        here = [name for name in dict.fromkeys(names) if name in layer.lora_A]
-        rows = self._stack(names, {name: self._update(name) for name in here}) if here else None
-        self._rows = (list(names), _Watch(layer, here), rows)
+        distinct = list(dict.fromkeys(names))
+        updates = {name: self._update(name) for name in distinct if name in layer.lora_A}
+        rows = self._stack(names, updates) if updates else None
+        self._rows = (names, _Watch(layer, distinct), rows)  # those that are not here, too: they may come
         return None if layer.disable_adapters else rows
 
     def _stack(self, names: Sequence[str], updates: dict[str, Update]) -> Rows:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -221,6 +222,15 @@ class Session:
         if opened is None or opened.saved or any(delta.site.is_experts for delta in opened.deltas):
             self._alone.add(name)
 
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(Path(str(self.loaded.base)))
+
+    @cached_property
+    def _base_hash(self) -> dict[str, str]:
+        """Gigabytes are read for it: once, however many adapters there are."""
+        return base_hash(str(self.loaded.base))
+
     def _opened(self, path: Path, base: str) -> Adapter | None:
         """The adapter against the base's headers (every key, every shape) and the base that its run recorded."""
         if not Path(base).is_dir():
@@ -228,10 +238,9 @@ class Session:
         run = path.parent / "run.json"
         if run.is_file():
             recorded = read_json_object(run, "the record of the run").get("base_hash")
-            if recorded and recorded != base_hash(base):
+            if recorded and recorded != self._base_hash:
                 raise InputError(f"it was trained on another base (see base_path and base_hash in {run})")
-        checkpoint = Checkpoint.open(Path(base))
-        opened = open_adapter(path, self.loaded.arch, checkpoint.tensors)
+        opened = open_adapter(path, self.loaded.arch, self._checkpoint.tensors)
         opened.check_finite()
         return opened
 
