@@ -14,10 +14,10 @@ from peft import PeftModel
 
 from mla_tune.adapter.files import open_adapter
 from mla_tune.arch.registry import architecture
+from mla_tune.checkpoint.absorbed import absorbed_tensors
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.merge.options import Options
 from mla_tune.merge.probe import Comparison, Probe, ProbeReport
-from mla_tune.merge.proof_absorbed import absorbed_tensors
 from mla_tune.merge.run import merge_absorb
 from tests.merge_helpers import load
 
@@ -42,7 +42,7 @@ def run(
     folder: Path, adapters: Path | Sequence[tuple[Path, float]], merged: Checkpoint, **settings: Any
 ) -> ProbeReport:
     base = Checkpoint.open(folder / "base")
-    absorbed = absorbed_tensors(merged)
+    absorbed = absorbed_tensors(merged.folder)
     mode = "none" if not absorbed else "fold" if any(k.endswith("W_QK") for k in absorbed) else "split"
     pairs = [(adapters, 1.0)] if isinstance(adapters, Path) else adapters
     arch = architecture(base.config)

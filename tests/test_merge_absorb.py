@@ -133,13 +133,15 @@ def test_fold_of_float32_weights_is_multiplied_in_float64(
 
 
 def test_exact_multiplies_in_float64(base_of: Any, tmp_path: Path) -> None:
-    """Two large terms that cancel: a sum in float32 loses the last bits of the others."""
+    """The first and the last term are large and cancel: a sum in float32 loses the last bits of those between."""
     folder = copied(base_of(), tmp_path / "model")
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         query, kv_b = (tensors[f"{ATTENTION}.{name}.weight"] for name in ("q_b_proj", "kv_b_proj"))
-        query[:2], kv_b[0], kv_b[1] = 256.0, 256.0, -256.0
+        query[[0, P - 1]], kv_b[0], kv_b[P - 1] = 256.0, 256.0, -256.0
 
+    arch, _ = opened(folder)
+    P = arch.dims.P
     edit_tensors(folder / "model.safetensors", change)
     arch, merged = opened(folder)
     exact = products(folder, ATTENTION, arch.dims)["W_QK"][0]
@@ -398,7 +400,7 @@ def test_the_report_is_json_with_the_cost_of_all_modules(base_of: Any, tmp_path:
 
 def test_memory_does_not_follow_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(absorb_module, "_BLOCK", 1 << 14)
-    monkeypatch.setattr(absorb_module, "_CHUNK", 1 << 14)
+    monkeypatch.setattr("mla_tune.checkpoint.arrays._CHUNK", 1 << 14)
     d = MLADims(H=4, P=32, R=8, V=32, C=64, L=64, D=4096)
     arch = replace(opened_tiny(), dims=d)
     shapes = {"q_b_proj": (d.H * 40, 64), "kv_b_proj": (d.H * 64, d.C), "o_proj": (d.D, d.H * d.V)}

@@ -5,6 +5,7 @@ Mapped pages count as the process's own memory; bytes that are read do not stay.
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import numpy as np
@@ -12,6 +13,9 @@ import numpy as np
 from mla_tune.checkpoint.codec import STORAGE, decode
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.errors import FileError
+
+#: Bytes hashed at a time.
+_CHUNK = 1 << 22
 
 
 def read_raw(ref: TensorRef, begin: int = 0, end: int | None = None) -> np.ndarray:
@@ -37,6 +41,16 @@ def read_into(ref: TensorRef, array: np.ndarray, offset: int = 0) -> None:
     """Fill a C-contiguous array with the bytes from `offset` on inside the tensor."""
     if array.size:
         fill(ref, array.reshape(-1).view(np.uint8).data, offset)
+
+
+def sha256(ref: TensorRef) -> str:
+    """Digest of a tensor's bytes as stored."""
+    digest, buffer = hashlib.sha256(), np.empty(min(_CHUNK, ref.nbytes), np.uint8)
+    for begin in range(0, ref.nbytes, _CHUNK):
+        piece = buffer[: min(_CHUNK, ref.nbytes - begin)]
+        read_into(ref, piece, begin)
+        digest.update(piece.data)
+    return digest.hexdigest()
 
 
 def fill(ref: TensorRef, view: memoryview, offset: int = 0) -> None:

@@ -14,7 +14,6 @@ about 100 MB in all for each worker).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,25 +26,23 @@ import numpy as np
 
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.arrays import read_into, read_raw
+from mla_tune.checkpoint.absorbed import ABSORBED_FILE, ABSORBED_INDEX
+from mla_tune.checkpoint.arrays import read_raw, sha256
 from mla_tune.checkpoint.codec import FLOATS, decode, encode
 from mla_tune.checkpoint.files import write_json
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, tensor_bytes
 from mla_tune.checkpoint.quant import Quantised, dequantise, read_scales
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import CheckError, InputError
-from mla_tune.merge.absorb_plan import ABSORBED_FILE, AbsorbedPlan, plan_absorbed
+from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
 from mla_tune.mla.fold import LAYOUTS, Form, fold_output, fold_query, forms, latent_scales, split_heads
 
-ABSORBED_INDEX = "absorbed.safetensors.index.json"
 #: Files of a shard set, finished ones.
 _SHARDS = "absorbed-*-of-*.safetensors"
 #: Numbers in memory at a time, of one source.
 _BLOCK = 1 << 21
 #: Rows of W_VO on which its rounding is measured.
 _MEASURED_ROWS = 32
-#: Bytes hashed at a time.
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +126,6 @@ def write_absorbed(
         cost=forms(arch.dims, context, modules),
         rounding=job.rounding,
     )
-
-
-def sha256(ref: TensorRef) -> str:
-    """Digest of a tensor's bytes as stored."""
-    digest, buffer = hashlib.sha256(), np.empty(min(_CHUNK, ref.nbytes), np.uint8)
-    for begin in range(0, ref.nbytes, _CHUNK):
-        piece = buffer[: min(_CHUNK, ref.nbytes - begin)]
-        read_into(ref, piece, begin)
-        digest.update(piece.data)
-    return digest.hexdigest()
 
 
 class _Job:

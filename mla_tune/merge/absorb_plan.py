@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
+from mla_tune.checkpoint.absorbed import ABSORBED_FILE
 from mla_tune.checkpoint.codec import FLOATS
 from mla_tune.checkpoint.index import nearest, tensor_bytes
 from mla_tune.checkpoint.writer import Layout
 from mla_tune.errors import InputError
 from mla_tune.mla.fold import FOLD_FACTS, LAYOUTS, absorbed_shapes, obstacle
 
-ABSORBED_FILE = "absorbed.safetensors"
 #: FP8 codes are dequantised and rounded once to this.
 _DEQUANTISED = "BF16"
 #: Key → (dtype of the format, shape).

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_tune import __version__
 from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from mla_tune.checkpoint.absorbed import absorbed_tensors
 from mla_tune.checkpoint.files import read_json_object, sha256_of
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError, FileError, InputError
@@ -20,7 +21,7 @@ from mla_tune.merge.locate import Inputs, open_inputs
 from mla_tune.merge.options import Options
 from mla_tune.merge.progress import Progress, counter
 from mla_tune.merge.proof import ProofReport, prove, with_failures
-from mla_tune.merge.proof_absorbed import absorbed_tensors, prove_absorbed
+from mla_tune.merge.proof_absorbed import prove_absorbed
 from mla_tune.merge.proof_layout import Failure
 from mla_tune.merge.prover import Proven
 
@@ -77,7 +78,7 @@ def check(
     output's must still be the same.  `hashed` are files of weights whose sha256 is not asked for.
     """
     options = options or Options()
-    absorbed = absorbed_tensors(merged)
+    absorbed = absorbed_tensors(merged.folder)
     with ThreadPoolExecutor(1) as pool:
         compared = pool.submit(probe.compare, merged, absorbed) if probe else None
         try:
@@ -186,7 +187,7 @@ def verify(
         merged,
         strict=bool(manifest) and not notes,
         options=Options(**manifest["options"]) if manifest else None,
-        probe=_probe(inputs, _mode(absorbed_tensors(merged)), logits) if probe else None,
+        probe=_probe(inputs, _mode(absorbed_tensors(merged.folder)), logits) if probe else None,
         files=manifest.get("files"),
         workers=workers,
         progress=counter(progress, "check", merged.nbytes),

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.files import read_json_object, sha256_of
-from mla_tune.checkpoint.index import Checkpoint, TensorRef, read_shard
-from mla_tune.errors import FileError
-from mla_tune.merge.absorb import ABSORBED_INDEX
-from mla_tune.merge.absorb_plan import ABSORBED_FILE
+from mla_tune.checkpoint.files import sha256_of
+from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.merge.proof_layout import Failure
 from mla_tune.merge.proof_values import TORCH, Reader, Values, same_bytes, ulp_of
 from mla_tune.mla.fold import absorbed_shapes
@@ -25,20 +21,6 @@ from mla_tune.mla.heads import split_kv_b
 
 #: Numbers of W_O that are held at once.
 _BLOCK = 1 << 21
-
-
-def absorbed_tensors(merged: Checkpoint) -> dict[str, TensorRef]:
-    """The tensors of the absorbed file or files beside a checkpoint; empty where there are none.
-
-    Raises `FileError` for a damaged index, and for files that it names and that are not there."""
-    index, single = merged.folder / ABSORBED_INDEX, merged.folder / ABSORBED_FILE
-    names: dict[str, None] = dict.fromkeys([ABSORBED_FILE] if single.is_file() else [])
-    if index.is_file():
-        weight_map = read_json_object(index, "the index of the absorbed tensors").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(Path(str(n)).name == n for n in weight_map.values()):
-            raise FileError(f"{index}: has no 'weight_map' from keys to files of this folder: the index is damaged")
-        names = dict.fromkeys(weight_map.values())
-    return {key: ref for name in names for key, ref in read_shard(merged.folder / name).tensors.items()}
 
 
 def prove_absorbed(

@@ -15,11 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mla_tune.adapter.files import WEIGHTS_FILE
+from mla_tune.checkpoint.arrays import sha256
 from mla_tune.checkpoint.files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
 from mla_tune.checkpoint.quant import quantised_weights
 from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
-from mla_tune.merge.absorb import sha256, write_absorbed
+from mla_tune.merge.absorb import write_absorbed
 from mla_tune.merge.execute import execute
 from mla_tune.merge.export import REPORT_FILE, carry_files, check_output, write_index_of, write_manifest
 from mla_tune.merge.locate import Places, open_inputs
