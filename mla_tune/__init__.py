@@ -2,6 +2,7 @@
 
 mla_tune.absorb(model)   decode in the latent space, inside transformers' own `generate`
 mla_tune.expand(model)   and back
+mla_tune.LatentCache     a cache with room for tokens to come
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mla_tune.runtime.absorb import absorb, expand
+    from mla_tune.runtime.cache import LatentCache
 
-__all__ = ["absorb", "expand"]
+__all__ = ["LatentCache", "absorb", "expand"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # torch is loaded by those alone who ask for it
-        return getattr(import_module("mla_tune.runtime.absorb"), name)
+        module = "cache" if name == "LatentCache" else "absorb"
+        return getattr(import_module(f"mla_tune.runtime.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,12 +7,14 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from mla_tune.errors import InputError, NotMLAError
 from mla_tune.runtime.attention import PREFIX, STATE, register
-from mla_tune.runtime.latent import Latent
+from mla_tune.runtime.latent import Latent, no_plain_weight
 from mla_tune.runtime.rows import let_rows_choose, undo_rows_choose
+from mla_tune.runtime.stored import find_stored
 
 MODES = ("auto", "absorbed", "expanded")
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,6 +27,9 @@ class absorb:
     model: `generate`, caches, adapters and `adapter_names` work as before.  `mode`: auto (each call takes the cheaper
     way: decoding is absorbed, long prompts are expanded), absorbed or expanded.  Called again, it changes the mode.
     `model.set_attn_implementation` ends it: call it again to absorb over another implementation.
+
+    Where `kv_b_proj` is quantised or offloaded, W_UK and W_UV come from the absorbed.safetensors beside the model, if
+    that was made from it; modules that stay expanded are told by `obstacles`.
 
     As a function it returns nothing of use and lasts until `expand(model)`; as a context manager (`with absorb(model)
     as model:`) until the block ends.  Raises `NotMLAError` for a model without MLA modules, `InputError` for a mode.
@@ -39,6 +44,7 @@ class absorb:
             raise NotMLAError(f"{type(model).__name__} has no Multi-head Latent Attention")
         for module in modules:
             _absorb(module, mode)
+        _take_stored(model)
         let_rows_choose(model)
 
     def __enter__(self) -> Any:
@@ -86,6 +92,20 @@ def _absorb(module: Any, mode: str) -> None:
     if not config._attn_implementation.startswith(PREFIX):
         config._attn_implementation = register(config._attn_implementation)
     state.mode = mode
+
+
+def _take_stored(model: nn.Module) -> None:
+    """For modules without a plain `kv_b_proj`, W_UK and W_UV from the file beside the model, where it fits."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    wanting = {
+        path: module
+        for path, module in inner.named_modules()
+        if hasattr(module, STATE) and getattr(module, STATE).stored is None and no_plain_weight(module)
+    }
+    found, why = find_stored(inner, wanting)
+    for path, module in wanting.items():
+        state: Latent = getattr(module, STATE)
+        state.stored, state.not_stored = found.get(path), why
 
 
 def _expand(module: Any) -> None:

@@ -9,7 +9,7 @@ An adapter on W_UKV, B split into B_K (H, P, r) and B_V (H, V, r), stays low-ran
 
     q̃ += s · (q_nope B_K) A             o += s · (õ Aᵀ) B_Vᵀ             DoRA: q_nope and o times g before and after
 
-W_UK and W_UV are views of kv_b_proj's own memory.
+W_UK and W_UV are views of kv_b_proj's own memory, or `stored` ones where it has no plain weight.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from mla_tune.runtime.cache import side_by_side
 from mla_tune.runtime.lora import LoraTensors, Rows, Update, is_adapted
 from mla_tune.runtime.rows import row_forward
+from mla_tune.runtime.stored import Stored, base_layer
 
-#: Numbers of a block of scores: queries are taken a few at a time beyond it.
-_SCORES = 1 << 22
+#: Numbers of a block of scores, on a CPU and elsewhere: queries are taken a few at a time beyond it.
+_SCORES, _SCORES_GPU = 1 << 22, 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,9 @@ class Latent:
         #: The model's own: keys (B, H, S, P+R) and values (B, H, S, V) of latent and rope key.
         self.expand = module.expand_kv
         self.mode = "auto"
+        #: W_UK and W_UV from a file, for a kv_b_proj without a plain weight; or why there are none.
+        self.stored: Stored | None = None
+        self.not_stored = ""
         #: One adapter name for each row of the batch at hand, as PEFT was told; None: those that are active.
         self.names: Sequence[str] | None = None
         self._updates: list[Update] = []
@@ -70,17 +76,19 @@ class Latent:
     def obstacle(self) -> str:
         """Why this call can't be computed absorbed; empty where it can."""
         lora = self.lora
-        base: Any = lora.layer.get_base_layer() if lora else self.module.kv_b_proj
+        base = base_layer(self.module)
         if lora and (why := lora.obstacle()):
             return why
-        if not isinstance(base, nn.Linear) or not base.weight.is_floating_point() or base.weight.dim() != 2:
-            return f"kv_b_proj is a {type(base).__name__}"
-        if base.weight.element_size() < 2 or hasattr(base, "parametrizations"):
-            return "kv_b_proj has no plain weight"
-        if base.weight.is_meta:
-            return "kv_b_proj is offloaded"
-        if base.bias is not None:
+        if base._parameters.get("bias") is not None:
             return "kv_b_proj has a bias"
+        if why := no_plain_weight(self.module):
+            if self.stored is None:
+                return why + (self.not_stored and f", and {self.not_stored}")
+            if not self.stored.stands_for(base.weight):
+                return f"{why}, and has changed since absorbed.safetensors was found to fit"
+            if lora and (lora.layer.merged or lora.layer.lora_magnitude_vector):
+                what = "adapters are merged into it" if lora.layer.merged else "a DoRA needs the norms of its rows"
+                return f"{why}, and {what}"
         if lora and self.names is None:
             active = lora.active()
             if len(active) > 1 and any(update.g is not None for update in active):
@@ -105,46 +113,24 @@ class Latent:
         """(values (B, T, H, V), weights (B, H, T, S) if kept) of query (B, H, T, P+R), latent (B, 1, S, C), k_rope
         (B, 1, S, R), mask (B or 1, 1, T, S): true, or 0, where a key is seen.  `sinks` (H) are scores without a value.
         """
-        B, H, T, _ = query.shape
-        S = latent.shape[2]
         self._take_adapters()
-        q_nope, q_rope = query.split([self.P, query.shape[-1] - self.P], dim=-1)
-        latent, k_rope = latent[:, 0], k_rope[:, 0]
-        # Of each row and query the H heads are rows of one product: (B, T·H, C) × (B, C, S).
-        q = (self.query(q_nope) * scale).transpose(1, 2)
-        q_rope = (q_rope * scale).transpose(1, 2)
-        step = max(1, _SCORES // (B * H * S))
-        parts, kept = [], []
-        for first in range(0, T, step):
-            last = min(first + step, T)
-            scores = torch.bmm(q[:, first:last].reshape(B, -1, q.shape[-1]), latent.mT)
-            if k_rope.shape[-1]:
-                rope = q_rope[:, first:last].reshape(B, -1, k_rope.shape[-1])
-                scores = torch.baddbmm(scores, rope, k_rope.mT)
-            scores = scores.view(B, last - first, H, S)
-            if mask is not None:
-                part = mask[:, :, first:last].transpose(1, 2)
-                if part.dtype == torch.bool:  # not by infinity: a row that sees nothing must not be NaN
-                    scores = scores.masked_fill(~part, torch.finfo(scores.dtype).min)
-                else:
-                    scores = scores + part
-            weights = _softmax(scores, sinks)
-            parts.append(torch.bmm(weights.view(B, -1, S), latent).view(B, last - first, H, -1))
-            if keep_weights:
-                kept.append(weights)
-        summed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        values = self.value(summed.transpose(1, 2)).transpose(1, 2)
-        return values, torch.cat(kept, dim=1).transpose(1, 2) if keep_weights else None
+        W_UK, W_UV = self.weights(query)
+        q_nope, q_rope = (query * scale).split([self.P, query.shape[-1] - self.P], dim=-1)
+        latent, k_rope = latent.squeeze(1), k_rope.squeeze(1)
+        q = self.query(q_nope, W_UK).transpose(1, 2)
+        q_rope = q_rope.transpose(1, 2)
+        summed, weights = _attention(q, q_rope, latent, k_rope, mask, sinks, keep_weights)
+        return self.value(summed.transpose(1, 2), W_UV).transpose(1, 2), weights
 
-    def query(self, q_nope: torch.Tensor) -> torch.Tensor:
-        """q̃ (B, H, T, C) of q_nope (B, H, T, P)."""
-        W, updates, rows = self._weight()[:, : self.P], self._updates, self._rows
+    def query(self, q_nope: torch.Tensor, W_UK: torch.Tensor) -> torch.Tensor:
+        """q̃ (B, H, T, C) of q_nope (B, H, T, P) and W_UK (H, P, C)."""
+        updates, rows = self._updates, self._rows
         for update in updates:
             if update.g is not None:
                 q_nope = (q_nope * self._heads(update.g)[:, : self.P].unsqueeze(1)).to(q_nope.dtype)
         if rows is not None and rows.g_K is not None:
             q_nope = (q_nope * rows.g_K).to(q_nope.dtype)
-        q = _by_head(q_nope, W)
+        q = _by_head(q_nope, W_UK)
         for update in updates:
             B_K = self._ranks(update.B)[:, : self.P]
             q = q + (_by_head(q_nope.to(B_K.dtype), B_K) @ (update.A * update.s)).to(q.dtype)
@@ -152,10 +138,10 @@ class Latent:
             q = q + _by_row(q_nope.to(rows.B_K.dtype) @ rows.B_K, rows.A).to(q.dtype)
         return q
 
-    def value(self, summed: torch.Tensor) -> torch.Tensor:
-        """o (B, H, T, V) of õ (B, H, T, C)."""
-        W, updates, rows = self._weight()[:, self.P :], self._updates, self._rows
-        o = _by_head(summed, W.mT)
+    def value(self, summed: torch.Tensor, W_UV: torch.Tensor) -> torch.Tensor:
+        """o (B, H, T, V) of õ (B, H, T, C) and W_UV (H, V, C)."""
+        updates, rows = self._updates, self._rows
+        o = _by_head(summed, W_UV.mT)
         for update in updates:
             B_V = self._ranks(update.B)[:, self.P :]
             o = o + _by_head(summed.to(B_V.dtype) @ (update.A.mT * update.s), B_V.mT).to(o.dtype)
@@ -190,11 +176,12 @@ class Latent:
             g_V=None if g is None else g[..., self.P :],
         )
 
-    def _weight(self) -> torch.Tensor:
-        """W_UKV (H, P+V, C), a view."""
-        layer = self.module.kv_b_proj
-        weight = (layer.get_base_layer() if is_adapted(layer) else layer).weight
-        return weight.view(-1, self.P + self.V, weight.shape[1])
+    def weights(self, like: torch.Tensor) -> Sequence[torch.Tensor]:
+        """W_UK (H, P, C) and W_UV (H, V, C) to multiply with `like`: views of kv_b_proj's memory, or stored ones."""
+        if self.stored is not None:
+            return self.stored.take(like)
+        weight = base_layer(self.module).weight
+        return weight.view(-1, self.P + self.V, weight.shape[1]).split((self.P, self.V), dim=1)
 
     def _heads(self, g: torch.Tensor) -> torch.Tensor:
         """g (…, H(P+V)) → (…, H, P+V)."""
@@ -205,13 +192,89 @@ class Latent:
         return B.unflatten(-2, (-1, self.P + self.V))
 
 
+def no_plain_weight(module: Any) -> str:
+    """Why W_UK and W_UV can't be views of the weight of this module's `kv_b_proj`; empty where they can."""
+    base = base_layer(module)
+    weight = base._parameters.get("weight")
+    if not isinstance(base, nn.Linear) or (weight is not None and not weight.is_floating_point()):
+        return f"kv_b_proj is a {type(base).__name__}"
+    if weight is None or weight.dim() != 2 or weight.element_size() < 2:  # None: it is computed (parametrised)
+        return "kv_b_proj has no plain weight"
+    return "kv_b_proj is offloaded" if weight.is_meta else ""
+
+
+def _attention(
+    q: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    keep_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """õ (B, T, H, C), and the weights (B, H, T, S) if kept, of q (B, T, H, C), q_rope (B, T, H, R), latent (B, S, C),
+    k_rope (B, S, R), mask (B or 1, 1 or H, T, S)."""
+    B, T, H, C = q.shape
+    S = latent.shape[1]
+    # Of each row of the batch, queries and heads are rows of one product: (B, T·H, C+R) × (B, C+R, S).
+    rows = None if torch.compiler.is_compiling() else side_by_side(latent, k_rope)
+    if rows is not None:
+        q = torch.cat((q, q_rope), dim=-1)
+        if sinks is None and not keep_weights and _fits_fused(q, mask):
+            return _fused(q, rows, mask)[..., :C], None
+    # oneDNN, which multiplies 16 bits on a CPU, would copy the latents out of their rows: it takes whole ones.
+    summed_up = rows if rows is not None and q.is_cpu and q.element_size() == 2 else latent
+    step = max(1, (_SCORES if q.is_cpu else _SCORES_GPU) // (B * H * S))
+    parts, kept = [], []
+    for first in range(0, T, step):
+        last = min(first + step, T)
+        part = q[:, first:last].reshape(B, -1, q.shape[-1])
+        if rows is not None:
+            scores = torch.bmm(part, rows.mT)
+        else:
+            scores = torch.bmm(part, latent.mT)
+            if k_rope.shape[-1]:
+                scores.baddbmm_(q_rope[:, first:last].reshape(B, -1, k_rope.shape[-1]), k_rope.mT)
+        scores = scores.view(B, last - first, H, S)
+        if mask is not None:
+            seen = mask[:, :, first:last].transpose(1, 2)
+            if seen.dtype == torch.bool:  # not by infinity: a row that sees nothing must not be NaN
+                scores.masked_fill_(~seen, torch.finfo(scores.dtype).min)
+            else:
+                scores += seen
+        weights = _softmax(scores, sinks)
+        parts.append(torch.bmm(weights.view(B, -1, S), summed_up).view(B, last - first, H, -1)[..., :C])
+        if keep_weights:
+            kept.append(weights)
+    summed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return summed, torch.cat(kept, dim=1).transpose(1, 2) if keep_weights else None
+
+
+def _fits_fused(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether torch's fused attention for CPUs is the faster way for q (B, T, H, C+R): it has a thread for each row,
+    query and 32 heads."""
+    B, T, H, _ = q.shape
+    if not q.is_cpu or (mask is not None and mask.shape[1] != 1):
+        return False
+    return torch.get_num_threads() <= 2 * B * T * -(-H // 32)
+
+
+def _fused(q: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """õ and, behind it, sums of rope keys for nobody (B, T, H, C+R): queries stand where heads are and heads where
+    queries are, and one row of the cache is key and value of all of them."""
+    keys = rows.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
+    seen = None if mask is None else mask.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, keys, keys, attn_mask=seen, scale=1.0)
+
+
 def _by_head(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """x (B, H, T, n) times W (H, n, m), each head by its own: (B, H, T, m)."""
     B, H, T, _ = x.shape
-    if B == 1:
-        return torch.bmm(x[0], W).unsqueeze(0)
-    flat = x.transpose(0, 1).reshape(H, B * T, -1)
-    return torch.bmm(flat, W).view(H, B, T, -1).transpose(0, 1)
+    flat = x.squeeze(0) if B == 1 else x.transpose(0, 1).reshape(H, B * T, -1)
+    # oneDNN, which multiplies 16 bits on a CPU, copies a matrix whose rows are not its memory's: W.mT stands first.
+    turned = W.device.type == "cpu" and W.element_size() == 2 and W.stride(-1) != 1
+    y = torch.bmm(W.mT, flat.mT).mT if turned else torch.bmm(flat, W)
+    return y.unsqueeze(0) if B == 1 else y.view(H, B, T, -1).transpose(0, 1)
 
 
 def _by_row(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
@@ -221,9 +284,9 @@ def _by_row(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Over the keys of scores (B, T, H, S), in float32 at least."""
-    wide = torch.promote_types(scores.dtype, torch.float32)
+    """Over the keys of scores (B, T, H, S), in float32 at least: torch sums 16 bits in float32 by itself."""
     if sinks is None:
-        return torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
+        return torch.softmax(scores, dim=-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
     column = sinks.to(wide).view(1, 1, -1, 1).expand(*scores.shape[:3], 1)
     return torch.softmax(torch.cat((scores.to(wide), column), dim=-1), dim=-1)[..., :-1].to(scores.dtype)
