@@ -6,15 +6,17 @@ The oracle is each adapter's own merged checkpoint, in a process of its own, thr
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mla_tune.adapter.files import open_adapter
@@ -85,8 +87,7 @@ print(json.dumps(texts))
 
 @pytest.fixture(scope="module")
 def session(adapters: dict[str, str]) -> Session:
-    """PEFT wants one set of parameters of all adapters that have any: without `mlp`."""
-    return Session("embedded", {name: folder for name, folder in adapters.items() if name != "mlp"})
+    return Session("embedded", adapters)
 
 
 def ask(session: Session, *names: str | None, settings: Settings = SHORT) -> list[Any]:
@@ -98,39 +99,61 @@ def test_adapters_differ(oracle: dict[str, list[str]]) -> None:
     assert len({tuple(texts) for texts in oracle.values()}) == 5
 
 
-@pytest.mark.parametrize("name", [None, "one", "two.b", "experts"])
+@pytest.mark.parametrize("name", [None, "one", "two.b", "mlp", "experts"])
 def test_one_adapter(session: Session, oracle: dict[str, list[str]], name: str | None) -> None:
     answers = ask(session, name, name, name, name)
     assert [a.text for a in answers] == oracle[name]
     assert {(a.adapter, a.batch) for a in answers} == {(name, 4)}
 
 
-def test_a_mixed_batch(session: Session, oracle: dict[str, list[str]]) -> None:
-    names = ["one", None, "two.b", "one"]
-    answers = ask(session, *names)
-    assert [a.text for a in answers] == [oracle[name][i] for i, name in enumerate(names)]
-    assert {a.batch for a in answers} == {4}
-
-
-def test_shared_experts_in_a_mixed_batch(adapters: dict[str, str], oracle: dict[str, list[str]]) -> None:
-    """PEFT, which reaches them as parameters, refuses rows of their own for them."""
-    session = Session("embedded", {name: adapters[name] for name in ("mlp", "one")})
-    answers = ask(session, "mlp", None, "one", "mlp")
-    assert [a.text for a in answers] == [oracle[n][i] for i, n in enumerate(["mlp", None, "one", "mlp"])]
-    assert {a.batch for a in answers} == {4}
-    assert [a.text for a in ask(session, "mlp", "mlp")] == oracle["mlp"][:2]
-
-
-def test_two_sets_of_parameters(adapters: dict[str, str]) -> None:
-    with pytest.raises(InputError, match="all adapters must target the same set of parameters"):
-        Session("embedded", {name: adapters[name] for name in ("mlp", "experts")})
-
-
-def test_experts_are_answered_apart(session: Session, oracle: dict[str, list[str]]) -> None:
-    names = ["one", "experts", None, "one", "experts"]
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_mixed_batch(adapters: dict[str, str], oracle: dict[str, list[str]], turned: bool) -> None:
+    """LoRA, DoRA, shared and routed experts, which PEFT reaches as parameters, and the base; loaded in both orders."""
+    session = Session("embedded", dict(reversed(adapters.items())) if turned else adapters)
+    names = ["one", "experts", None, "two.b", "mlp", "experts", "one", None]
     answers = ask(session, *names)
     assert [a.text for a in answers] == [oracle[name][i % 4] for i, name in enumerate(names)]
-    assert [a.batch for a in answers] == [2, 2, 1, 2, 2]
+    assert {a.batch for a in answers} == {8}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["model.norm"]}, {"modules_to_save": ["lm_head"]}, {"target_parameters": ["gate.weight"]}],
+)
+def test_what_can_not_be_mixed_is_answered_apart(
+    adapters: dict[str, str], oracle: dict[str, list[str]], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Whole modules and routers; the others stay in one batch beside them.  The oracle of this one is PEFT's merge."""
+    folder = str(make_adapter(tmp_path / "apart", 5, **settings))
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
+    session = Session("embedded", {"apart": folder, "experts": adapters["experts"], "one": adapters["one"]})
+    names = ["one", "apart", None, "experts"]
+    ids = session.tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPTS[1]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = merged.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    right = {name: oracle[name][i] for i, name in enumerate(names) if name != "apart"}
+    right["apart"] = session.tokenizer.decode(out, skip_special_tokens=True)
+    for _ in range(2):
+        answers = ask(session, *names)
+        assert [a.text for a in answers] == [right[name] for name in names]
+        assert [a.batch for a in answers] == [3, 1, 3, 3]
+
+
+def test_nothing_is_warned_of(tmp_path: Path) -> None:
+    """PEFT calls patterns that it uses ignored, and would say that an adapter was active which is now deleted."""
+    patterns = {"rank_pattern": {"mlp.gate_proj.weight": 3}, "alpha_pattern": {"mlp.gate_proj.weight": 5}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folders = {
+            "a": str(make_adapter(tmp_path / "a", 1, target_parameters=["mlp.gate_proj.weight"], **patterns)),
+            "b": str(make_adapter(tmp_path / "b", 2, target_parameters=EXPERTS)),
+        }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ask(Session("embedded", folders), "a", "b", None)
+    assert [str(w.message) for w in caught if not issubclass(w.category, (FutureWarning, DeprecationWarning))] == []
 
 
 def test_acceptance_of_unmerged_adapters(session: Session, oracle: dict[str, list[str]]) -> None:
@@ -184,6 +207,19 @@ def test_messages(session: Session) -> None:
 def test_an_unknown_adapter(session: Session) -> None:
     with pytest.raises(InputError, match=r"no adapter is called 'onee'; did you mean 'one'\? There are: one, two\.b"):
         ask(session, "one", "onee")
+
+
+def test_the_base_beside_an_adapter_that_replaces_its_tensors(adapters: dict[str, str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(adapters["one"], tmp_path / "x")
+    file = tmp_path / "x" / "adapter_model.safetensors"
+    embedding = load_file(EMBEDDED_MODEL / "model.safetensors")["model.embed_tokens.weight"].float()
+    save_file(load_file(file) | {"base_model.model.model.embed_tokens.weight": embedding + 0.1}, file)
+    session = Session("embedded", {"x": str(tmp_path / "x")})
+    assert ask(session, "x")[0].text
+    with pytest.raises(InputError, match=r"the adapter has a model\.embed_tokens\.weight of its own in the place"):
+        ask(session, "x", None)
 
 
 def test_an_adapter_of_another_base(adapters: dict[str, str], tmp_path: Path) -> None:
@@ -312,6 +348,24 @@ def test_chat_remembers(adapters: dict[str, str], session: Session) -> None:
     turns += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "Again."}]
     (second,) = session.answer([Request(messages=turns)], SHORT)
     assert done.stdout.strip() == f"{first.text}\n{second.text}".strip()
+
+
+def test_a_base_of_the_hub(adapters: dict[str, str], oracle: dict[str, list[str]], tmp_path: Path) -> None:
+    """No folder of weights to compare an adapter with: from the hub's cache, without a network."""
+    cache = tmp_path / "models--me--tiny"
+    shutil.copytree(EMBEDDED_MODEL, cache / "snapshots" / "1234")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("1234")
+    named = [f"--adapter={name}={adapters[name]}" for name in ("mlp", "experts")]
+    command = [str(Path(sys.executable).parent / "mla-tune"), "generate", "me/tiny", "--json", "-n", "12", *named]
+    done = subprocess.run(
+        [*command, "--prompt", PROMPTS[0]],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(a["text"], a["batch"]) for a in json.loads(done.stdout)] == [(oracle[n][0], 2) for n in ("mlp", "experts")]
 
 
 def test_open_adapter_agrees(adapters: dict[str, str], session: Session) -> None:

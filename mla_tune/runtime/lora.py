@@ -91,6 +91,8 @@ class LoraTensors:
     def active(self) -> list[Update]:
         """The adapters that act on every row now, in PEFT's order."""
         layer = self.layer
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()  # as PEFT does when such a layer is run
         if layer.disable_adapters or layer.merged:
             return []
         return [self._update(name) for name in layer.active_adapters if name in layer.lora_A]
@@ -99,12 +101,8 @@ class LoraTensors:
         """The adapters of a batch, one name for each row; None where none of them adapts this layer."""
         layer = self.layer
         names = list(names)
-        if layer.merged:
-            raise InputError(
-                f"merged into the base: {', '.join(layer.merged_adapters)}; unmerge them before rows of a batch choose "
-                "their adapters"
-            )
-        kept = self._rows
+        refuse_merged(layer)
+        kept = None if self._learns(names) else self._rows
         if kept is not None and kept[0] == names and kept[1].holds():
             return None if layer.disable_adapters else kept[2]
         distinct = list(dict.fromkeys(names))
@@ -112,6 +110,11 @@ class LoraTensors:
         rows = self._stack(names, updates) if updates else None
         self._rows = (names, _Watch(layer, distinct), rows)  # those that are not here, too: they may come
         return None if layer.disable_adapters else rows
+
+    def _learns(self, names: Sequence[str]) -> bool:
+        """Whether gradients are wanted: what was kept without them has none."""
+        lora_A = self.layer.lora_A
+        return torch.is_grad_enabled() and any(lora_A[name].weight.requires_grad for name in names if name in lora_A)
 
     def _stack(self, names: Sequence[str], updates: dict[str, Update]) -> Rows:
         some = next(iter(updates.values()))
@@ -135,13 +138,16 @@ class LoraTensors:
         return Update(A, B, s, self._g(name, A, B, s) if name in layer.lora_magnitude_vector else None)
 
     def _g(self, name: str, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
-        kept = self._norms.get(name)
+        module = self.layer.lora_magnitude_vector[name]
+        learns = torch.is_grad_enabled() and module.weight.requires_grad
+        kept = None if learns else self._norms.get(name)
         if kept is not None and kept[0].holds():
             return kept[1]
         W = self.layer.get_base_layer().weight
         norm = torch.linalg.norm(W.to(A.dtype) + s * (B @ A), dim=1)
-        g = (self.layer.lora_magnitude_vector[name].weight / norm).detach()
-        self._norms[name] = (_Watch(self.layer, [name]), g)
+        g = module.weight / norm.detach()  # a constant of the gradient, as in the paper (section 4.3)
+        if not learns:
+            self._norms[name] = (_Watch(self.layer, [name]), g.detach())
         return g
 
 
@@ -179,6 +185,15 @@ class _Watch:
             and all(layer.scaling.get(name) == s for name, s in self._scaling)
             and all(found.get(key) is value for found, key, value in self._held)
             and all(p._version == version and p.data_ptr() == place for p, version, place in self._marks)
+        )
+
+
+def refuse_merged(layer: Any) -> None:
+    """Raise `InputError` where adapters are merged into the weights of `layer`: every row would have them."""
+    if layer.merged:
+        raise InputError(
+            f"merged into the base: {', '.join(layer.merged_adapters)}; unmerge them before rows of a batch choose "
+            "their adapters"
         )
 
 

@@ -1,7 +1,7 @@
 """A model with any number of unmerged adapters, ready to answer: loaded once, asked in batches.
 
-Rows of one batch have adapters of their own where every adapter of the batch can be applied row by row; adapters on
-routed experts, or with whole modules of their own, can't, and their rows are answered adapter by adapter.
+Rows of one batch have adapters of their own.  Those of an adapter that can't be applied row by row, because it has
+whole modules of its own or is on a router, are answered apart.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import torch
 
 from mla_tune.adapter.files import Adapter, adapter_folder, open_adapter
 from mla_tune.checkpoint.files import read_json_object
-from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import FileError, InputError, did_you_mean
 from mla_tune.model.load import base_hash, load_model, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.runtime.absorb import absorb, obstacles
+from mla_tune.runtime.adapters import has_whole_modules, side_by_side, without_whole_modules
+from mla_tune.runtime.cache import LatentCache
 from mla_tune.runtime.lora import BASE
-from mla_tune.runtime.rows import drop_names
+from mla_tune.runtime.rows import can_be_mixed, drop_names
 
 #: What a user calls the model without an adapter.
 BASE_NAME = "base"
@@ -88,10 +90,18 @@ class Session:
         self.net: Any = cast(Any, self.loaded.model.eval())
         #: User's name → PEFT's: a dot in a name is no module name.
         self._internal = {name: f"adapter_{i}" for i, name in enumerate(folders)}
-        self._alone: set[str] = set()
-        for name, folder in folders.items():
-            self._load(name, Path(folder).expanduser())
+        opened = {name: self._opened(Path(folder).expanduser()) for name, folder in folders.items()}
+        #: The tensor that the base has lost to its one adapter; empty: the base is whole.
+        self._lost = ""
+        if opened:
+            self.net, self._lost = side_by_side(self.net, opened, self._internal, str(self.loaded.base))
         absorb(self.net, attention)
+        #: Adapters that rows of a mixed batch can't have.
+        self._alone = {
+            name
+            for name, own in self._internal.items()
+            if has_whole_modules(self.net, own) or not can_be_mixed(self.net, own)
+        }
         self.attention = attention
 
     @property
@@ -115,6 +125,11 @@ class Session:
                 hint = did_you_mean(request.adapter, self.adapters) or "."
                 known = ", ".join([*self.adapters, BASE_NAME])
                 raise InputError(f"no adapter is called '{request.adapter}'{hint} There are: {known}")
+            if request.adapter is None and self._lost:
+                raise InputError(
+                    f"the adapter has a {self._lost} of its own in the place of the base's: the base can't answer "
+                    "beside it. Ask it in a run without the adapter"
+                )
         torch.manual_seed(settings.seed)
         answers: dict[int, Generated] = {}
         for rows in self._batches(requests, settings.batch):
@@ -123,11 +138,10 @@ class Session:
         return [answers[i] for i in range(len(requests))]
 
     def _batches(self, requests: Sequence[Request], size: int) -> list[list[int]]:
-        """Rows that are answered together: of one adapter where an adapter can't be mixed."""
-        alone = self._alone & {r.adapter for r in requests if r.adapter is not None}
+        """Rows that are answered together: all, but for those of an adapter that can't be mixed."""
         groups: dict[str | None, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(request.adapter if alone else None, []).append(i)
+            groups.setdefault(request.adapter if request.adapter in self._alone else None, []).append(i)
         return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
 
     def _generate(
@@ -148,6 +162,7 @@ class Session:
                 out = self.net.generate(
                     input_ids=inputs,
                     attention_mask=mask,
+                    past_key_values=LatentCache(config=self.loaded.model.config),
                     max_new_tokens=settings.max_new_tokens,
                     pad_token_id=pad,
                     **how,
@@ -166,7 +181,7 @@ class Session:
             return nullcontext()
         if len(set(names)) > 1:
             how["adapter_names"] = [BASE if name is None else self._internal[name] for name in names]
-            return nullcontext()
+            return without_whole_modules(self.net)
         if names[0] is None:
             return self.net.disable_adapter()
         self.net.set_adapter(self._internal[names[0]])
@@ -199,48 +214,36 @@ class Session:
             )
         return ids
 
-    def _load(self, name: str, folder: Path) -> None:
-        from peft import PeftModel
-
-        try:
-            path = adapter_folder(folder)
-        except FileError:
-            raise FileError(f"{folder}: no adapter_config.json: not an adapter folder") from None
-        base = str(self.loaded.base)
-        try:
-            opened = self._opened(path, base)
-            if self.net is self.loaded.model:
-                self.net = PeftModel.from_pretrained(self.loaded.model, str(path), adapter_name=self._internal[name])
-            else:
-                self.net.load_adapter(str(path), adapter_name=self._internal[name])
-        except FileError:
-            raise
-        except (RuntimeError, ValueError) as error:  # PEFT's, and our own InputError
-            why = " ".join(str(error).split())[:300]
-            raise InputError(f"{path}: this adapter does not fit {base}: {why}") from error
-        self.net.eval()
-        if opened is None or opened.saved or any(delta.site.is_experts for delta in opened.deltas):
-            self._alone.add(name)
-
     @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint.open(Path(str(self.loaded.base)))
+    def _base_tensors(self) -> Mapping[str, TensorRef]:
+        """The base's tensors by key; of a model of the hub, names and shapes of those in memory, which are enough."""
+        base = Path(str(self.loaded.base))
+        if base.is_dir():
+            return Checkpoint.open(base).tensors
+        state = self.loaded.model.state_dict()
+        return {key: TensorRef(key, base, str(t.dtype), tuple(t.shape), 0, 0) for key, t in state.items()}
 
     @cached_property
     def _base_hash(self) -> dict[str, str]:
         """Gigabytes are read for it: once, however many adapters there are."""
         return base_hash(str(self.loaded.base))
 
-    def _opened(self, path: Path, base: str) -> Adapter | None:
+    def _opened(self, folder: Path) -> Adapter:
         """The adapter against the base's headers (every key, every shape) and the base that its run recorded."""
-        if not Path(base).is_dir():
-            return None
-        run = path.parent / "run.json"
-        if run.is_file():
-            recorded = read_json_object(run, "the record of the run").get("base_hash")
-            if recorded and recorded != self._base_hash:
-                raise InputError(f"it was trained on another base (see base_path and base_hash in {run})")
-        opened = open_adapter(path, self.loaded.arch, self._checkpoint.tensors)
+        base = str(self.loaded.base)
+        try:
+            path = adapter_folder(folder)
+        except FileError:
+            raise FileError(f"{folder}: no adapter_config.json: not an adapter folder") from None
+        try:
+            run = path.parent / "run.json"
+            if run.is_file() and Path(base).is_dir():
+                recorded = read_json_object(run, "the record of the run").get("base_hash")
+                if recorded and recorded != self._base_hash:
+                    raise InputError(f"it was trained on another base (see base_path and base_hash in {run})")
+            opened = open_adapter(path, self.loaded.arch, self._base_tensors)
+        except InputError as error:
+            raise InputError(f"{path}: this adapter does not fit {base}: {error}") from error
         opened.check_finite()
         return opened
 
