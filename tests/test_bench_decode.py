@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mla_tune.arch.registry import architecture
 from mla_tune.checkpoint.files import write_json
-from mla_tune.errors import InputError
+from mla_tune.errors import InputError, WorkError
 from mla_tune.model.load import Loaded
 from mla_tune.runtime import bench, contenders
 from mla_tune.runtime.absorb import is_absorbed
@@ -128,6 +128,50 @@ def test_weights_that_are_read() -> None:
 # The whole path -------------------------------------------------------------------------------------------------------
 
 
+def test_a_way_without_memory_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Stock needs the expanded context; the others go on."""
+    from mla_tune.cli.bench import print_decode
+    from mla_tune.report.plots import plot_decode
+
+    real = bench.transient_bytes
+
+    def scarce(call: Any, setup: Any, device: torch.device) -> int:
+        if setup().layers[0].keys.shape[2] == 64 and not is_absorbed(given.model):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(call, setup, device)
+
+    given = loaded()
+    monkeypatch.setattr(bench, "transient_bytes", scarce)
+    found = measured(given, contexts=(8, 64))
+    small, large = found.contexts
+    assert (small.out_of_memory, large.out_of_memory) == ([], ["stock"])
+    assert [t.way for t in large.ways] == ["absorbed"]
+    assert (large.ways[0].ratios, large.ways[0].ratio_median, large.logits_off) == ([], None, None)
+    print_decode(found)
+    out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines() if "out of memory" in line] == [["stock", "out", "of", "memory"]]
+    plot_decode(json.loads(json.dumps(found.to_json())), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_everything_without_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> int:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(bench, "transient_bytes", none)
+    with pytest.raises(WorkError, match="out of memory at 8 tokens; lower --contexts"):
+        measured(loaded(), contexts=(8,))
+
+
+def test_absorbed_logits_are_compared() -> None:
+    found = measured(loaded(), contexts=(8,))
+    off = found.contexts[0].logits_off
+    assert off is not None
+    assert 0 < off < 1e-5
+
+
 def test_adapters_take_rows_in_turn_and_leave_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     given = loaded()
     before = {name: p.clone() for name, p in given.model.named_parameters()}
@@ -139,6 +183,23 @@ def test_adapters_take_rows_in_turn_and_leave_the_model(monkeypatch: pytest.Monk
     after = dict(given.model.named_parameters())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], p) and p.requires_grad for name, p in after.items())
+
+
+def test_a_twin_leaves_the_cache_as_it_was() -> None:
+    """What a captured step reads must not go away."""
+    given = loaded()
+    for kind in bench.CACHES.values():
+        cache = contenders.random_cache(given.model, 2, 9, CPU, kind)
+        before = [(t, t.clone()) for layer in cache.layers for t in (layer.keys, layer.values)]
+        with torch.no_grad():
+            for _ in range(2):
+                other = contenders.twin(cache)
+                other.crop(-1)
+                given.model(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=other, use_cache=True)
+        after = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        assert all(a is b for a, (b, _) in zip(after, before, strict=True))
+        assert cache.get_seq_length() == 9
+        assert all(torch.equal(a[..., :8, :], b[..., :8, :]) for a, (_, b) in zip(after, before, strict=True))
 
 
 def test_every_row_has_its_adapter() -> None:
@@ -184,6 +245,7 @@ def test_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], factor: 
                 dataclasses.replace(
                     t, ms=[1.23 * factor, 1234 * factor], ms_median=123.4 * factor, ratios=[0.123, 123.0],
                     tokens_per_second=12345 / factor, transient_bytes=round(123e6 * factor),
+                    graph_ms=[1.5 * factor], times_floor=12345 * factor,
                 )
                 for t in at.ways
             ],
@@ -218,6 +280,9 @@ def test_the_reference_model() -> None:
         (["bench", "--batch", "0"], "--batch"),
         (["bench", "--adapters", "-1"], "--adapters"),
         (["bench", "--runs", "0"], "--runs"),
+        (["bench", "--layers", "0"], "--layers"),
+        (["embedded", "--layers", "2"], "--layers"),
+        (["bench", "--cache", "static"], "latent, dynamic"),
         (["bench", "--dtype", "int8"], "bfloat16"),
         (["deepseek-v3"], "without weights"),
         (["nowhere"], "nowhere"),

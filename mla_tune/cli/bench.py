@@ -23,7 +23,10 @@ def group() -> None:
 def decode(
     model: Annotated[
         str,
-        typer.Argument(help="'bench' (a random model of 33 M parameters), a model folder, a preset, or 'embedded'."),
+        typer.Argument(
+            help="'bench' (a random model of 33 M parameters), 'bench-v3' (DeepSeek-V3's own attention, 2 layers), "
+            "a model folder, a preset, or 'embedded'."
+        ),
     ],
     contexts: Annotated[str, typer.Option(metavar="N,N,…", help="Tokens in the cache.")] = "512,2048,8192",
     batch: Annotated[int, typer.Option(metavar="N", help="Rows that are decoded at once.")] = 1,
@@ -34,6 +37,10 @@ def decode(
         str, typer.Option(help="float32, bfloat16 or float16. auto: bfloat16 on a GPU, float32 on a CPU.")
     ] = "auto",
     runs: Annotated[int, typer.Option(metavar="N", help="Rounds in which all take turns.")] = 3,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="Of 'bench' and 'bench-v3'.")] = None,
+    cache: Annotated[
+        str, typer.Option(help="Of all but stock: latent (has room ahead), or dynamic (as stock's).")
+    ] = "latent",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write decode.png and decode.json there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
@@ -53,7 +60,17 @@ def decode(
     def say(line: str) -> None:
         err.print(line, markup=False, soft_wrap=True)
 
-    found = bench.decode(model, contexts=counts, batch=batch, adapters=adapters, dtype=dtype, runs=runs, say=say)
+    found = bench.decode(
+        model,
+        contexts=counts,
+        batch=batch,
+        adapters=adapters,
+        dtype=dtype,
+        runs=runs,
+        layers=layers,
+        cache=cache,
+        say=say,
+    )
     if out is not None:
         from mla_tune.report.plots import plot_decode
 
@@ -85,20 +102,25 @@ def print_decode(found: DecodeBench) -> None:
     def say(line: str) -> None:
         out.print(escape(line), soft_wrap=True)
 
-    threads = f", {found.threads} threads" if found.device == "cpu" else ""
+    threads = f", {found.threads} thread{'s' * (found.threads > 1)}" if found.device == "cpu" else ""
     say(f"{found.model}: {found.model_type}, {human_count(found.params_total)} parameters, {found.dtype}")
     say(f"on {found.device}{threads}, copies at {human_bytes(found.bandwidth_bytes_per_second)}/s; rows: {found.batch}")
     for at in found.contexts:
         _print_context(at)
+        _print_below(at)
     formula = found.formula_cache_bytes_per_token
     if found.cache_agrees:
         say(f"cache    {formula:,} bytes a token, as (C + R) · layers · bytes of a number says")
     else:
         counted = sorted({t.cache_bytes_per_token for at in found.contexts for t in at.ways})
         say(f"cache    {', '.join(f'{n:,g}' for n in counted)} bytes a token, where the formula says {formula:,}")
+    if found.cache == "LatentCache":
+        room = max(t.room_bytes_per_token / t.cache_bytes_per_token for at in found.contexts for t in at.ways)
+        say(f"         LatentCache (all but stock) holds up to {room:.0%} more, as room ahead")
     if found.adapters:
-        for at in found.contexts:
-            what = "adapters" if at is found.contexts[0] else ""
+        measured = [at for at in found.contexts if at.adapters_cost]
+        for at in measured:
+            what = "adapters" if at is measured[0] else ""
             say(f"{what:9}{_ratio(at.adapters_cost)} × the time of one merged model at {at.context:,}")
     p = found.prefill
     absorbed, stock, ratio = _middle(p.absorbed_ms), _middle(p.stock_ms), _ratio(p.ratios)
@@ -131,14 +153,37 @@ def _print_context(at: AtContext) -> None:
             _number(t.ms_median),
             _range(t.ms),
             _number(t.tokens_per_second),
-            _number(t.ratio_median),
-            _range(t.ratios) if i else "",
+            "" if t.ratio_median is None else _number(t.ratio_median),
+            _range(t.ratios) if i and t.ratios else "",
             human_bytes(t.transient_bytes),
             f"{t.bandwidth_share:.1%}",
         )
+    for way in at.out_of_memory:
+        table.add_row(way, "out of memory")
     out.print()
     out.print(table)
-    out.print()
+
+
+def _print_below(at: AtContext) -> None:
+    import statistics
+
+    from mla_tune.console import out
+
+    def say(what: str, parts: list[str]) -> None:
+        out.print(f"{what:9}{', '.join(parts)}", markup=False)
+
+    floors = [f"{t.way} {_number(t.times_floor)} ×" for t in at.ways]
+    say("floor", [f"the cache read once takes {_number(at.floor_ms)} ms", *floors])
+    graphs = {t.way: statistics.median(t.graph_ms) for t in at.ways if t.graph_ms}
+    stock = graphs.get("stock")
+    parts = []
+    for way, ms in graphs.items():
+        faster = f", {_number(stock / ms)} × stock" if stock and way != "stock" else ""
+        parts.append(f"{way} {_number(ms)} ms ({_number(ms / at.floor_ms)} × floor{faster})")
+    if parts:
+        say("graph", parts)
+    if at.logits_off is not None:
+        say("logits", [f"absorbed off by at most {at.logits_off:.1e} of stock's largest"])
 
 
 def _number(n: float) -> str:

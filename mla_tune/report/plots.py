@@ -57,12 +57,19 @@ def plot_decode(bench: dict[str, Any], target: Path) -> None:
     """Time of a token over context, a curve a way with its range over the rounds, from `DecodeBench.to_json`."""
     contexts = [at["context"] for at in bench["contexts"]]
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    for i, first in enumerate(bench["contexts"][0]["ways"]):
-        timed = [at["ways"][i] for at in bench["contexts"]]
-        color = ("0.4", "C0", "C3")[i]
-        ax.plot(contexts, [t["ms_median"] for t in timed], "o-", color=color, lw=2, ms=5, label=first["way"])
-        least, most = [min(t["ms"]) for t in timed], [max(t["ms"]) for t in timed]
-        ax.fill_between(contexts, least, most, color=color, alpha=0.15, lw=0)
+    colors = {"stock": "0.4", "absorbed": "C0"}  # the adapters' way has their number in its name
+    names = dict.fromkeys([*colors, *(t["way"] for at in bench["contexts"] for t in at["ways"])])
+    for name in names:
+        color = colors.get(name, "C3")
+        timed = {at["context"]: t for at in bench["contexts"] for t in at["ways"] if t["way"] == name}
+        if not timed:  # out of memory at every context
+            continue
+        ax.plot(list(timed), [t["ms_median"] for t in timed.values()], "o-", color=color, lw=2, ms=5, label=name)
+        least, most = [min(t["ms"]) for t in timed.values()], [max(t["ms"]) for t in timed.values()]
+        ax.fill_between(list(timed), least, most, color=color, alpha=0.15, lw=0)
+    ax.plot(
+        contexts, [at["floor_ms"] for at in bench["contexts"]], ":", color="0.6", lw=1.5, label="the cache read once"
+    )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(contexts, [f"{context:,}" for context in contexts])

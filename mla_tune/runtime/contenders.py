@@ -21,20 +21,18 @@ from mla_tune.model.load import DTYPES, Loaded, load_model, pick_device, pick_dt
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import model_names, preset_names
 from mla_tune.runtime.absorb import absorb, mla_modules, obstacles
+from mla_tune.runtime.cache import LatentCache, RoomyLayer
 from mla_tune.runtime.session import resolve_model
 from mla_tune.survey.source import ALIASES, architecture_of
 
-#: MODEL for the reference shape: a random DeepSeek-V3 without experts, made in memory.
-REFERENCE = "bench"
-REFERENCE_CONFIG: dict[str, Any] = {
+#: Random models that are made in memory, by the name that MODEL has for them: DeepSeek-V3's module without experts.
+_REFERENCE: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "vocab_size": 4096,
+    "num_hidden_layers": 8,
     "hidden_size": 512,
     "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "first_k_dense_replace": 8,
     "num_attention_heads": 16,
-    "num_key_value_heads": 16,
     "q_lora_rank": None,
     "kv_lora_rank": 256,
     "qk_nope_head_dim": 64,
@@ -46,26 +44,51 @@ REFERENCE_CONFIG: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+REFERENCES: dict[str, dict[str, Any]] = {
+    "bench": _REFERENCE,
+    # DeepSeek-V3's own attention; its experts would hide it.
+    "bench-v3": _REFERENCE
+    | {
+        "num_hidden_layers": 2,
+        "hidden_size": 7168,
+        "intermediate_size": 2048,
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "max_position_embeddings": 163840,
+    },
+}
 RANK = 16
 STOCK, ABSORBED = "stock", "absorbed"
 
 
-def load(model: str, contexts: Sequence[int], dtype: str) -> Loaded:
+def load(model: str, contexts: Sequence[int], dtype: str, layers: int | None = None) -> Loaded:
     """The model that `bench` is given; what `InputError` refuses is refused before weights are read."""
-    if model == REFERENCE:
-        arch = architecture(REFERENCE_CONFIG, model)
+    if layers is not None and model not in REFERENCES:
+        raise InputError(f"--layers goes with {' or '.join(REFERENCES)} only: {model} has its own")
+    if model in REFERENCES:
+        known = REFERENCES[model]
+        count = known["num_hidden_layers"] if layers is None else layers
+        heads = known["num_attention_heads"]
+        known = known | {"num_hidden_layers": count, "first_k_dense_replace": count, "num_key_value_heads": heads}
+        arch = architecture(known, model)
         _fits(arch, contexts)
         device = pick_device("auto")
         dtype = pick_dtype(dtype, device)
         torch.manual_seed(0)
-        config = AutoConfig.for_model(**REFERENCE_CONFIG)
+        config = AutoConfig.for_model(**known)
         net = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
         return Loaded(net.to(device), arch, None, device, dtype)
     base, adapter = resolve_model(model)
     if adapter is not None:
         raise InputError(f"{model}: an adapter that is not merged; measure its base, {base}, with --adapters 1")
     if base in (*model_names(), *ALIASES):
-        raise InputError(f"{model}: a configuration without weights; give a folder with the model, or '{REFERENCE}'")
+        raise InputError(
+            f"{model}: a configuration without weights; give a folder with the model, or {' or '.join(REFERENCES)}"
+        )
     kind = "preset" if base in preset_names() and base != "embedded" else "base"
     section = ModelSection.model_validate({kind: base, "dtype": dtype})
     _fits(architecture_of(section), contexts)
@@ -80,15 +103,17 @@ def _fits(arch: Architecture, contexts: Sequence[int]) -> None:
         )
 
 
-def random_cache(model: Any, batch: int, context: int, device: torch.device) -> DynamicCache:
+def random_cache(
+    model: Any, batch: int, context: int, device: torch.device, kind: type[DynamicCache] = DynamicCache
+) -> DynamicCache:
     """A cache of `context` random tokens: latents (B, 1, S, C) and rope keys (B, 1, S, R) in every layer.
 
     Raises `InputError` for a model in which something else than latents is cached.
     """
-    cache = DynamicCache(config=model.config)
+    cache = kind(config=model.config)
     modules = {m.layer_idx: m for m in mla_modules(model)}
     for i, layer in enumerate(cache.layers):
-        if i not in modules or type(layer) is not DynamicLayer:
+        if i not in modules or type(layer) not in (DynamicLayer, RoomyLayer):
             what = "another kind of attention" if i not in modules else f"a cache of its own, {type(layer).__name__}"
             raise InputError(f"layer {i} of this {model.config.model_type} has {what}: only latents can be made up")
     numbers = torch.Generator(device).manual_seed(0)
@@ -101,35 +126,56 @@ def random_cache(model: Any, batch: int, context: int, device: torch.device) -> 
     return cache
 
 
+def twin(cache: DynamicCache) -> DynamicCache:
+    """Another cache of the same tensors: what it forgets or appends, `cache` still holds."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
 def cache_bytes(cache: DynamicCache) -> int:
-    """Of the memory behind all keys and values."""
+    """Of the memory behind all keys and values; of a `LatentCache` without the room for tokens to come."""
     layers: list[Any] = cache.layers
-    return sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.keys, layer.values))
+    held = [(layer, t) for layer in layers for t in (layer.keys, layer.values)]
+    return sum(t.nbytes if isinstance(layer, RoomyLayer) else t.untyped_storage().nbytes() for layer, t in held)
+
+
+def room_bytes(cache: DynamicCache) -> int:
+    """Of the room for tokens to come; none in a cache of another kind."""
+    layers: list[Any] = cache.layers
+    held: list[Any] = [layer.memory for layer in layers if isinstance(layer, RoomyLayer)]
+    memory = sum(t.untyped_storage().nbytes() for t in held)
+    return memory - cache_bytes(cache) if held else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """`ready` lasts as long as a measurement and gives what is called; `weight_bytes` is what a step must read."""
+    """`ready` lasts as long as a measurement and gives what is called; `weight_bytes` is what a step must read, `cache`
+    the kind that it decodes with."""
 
     name: str
     ready: Callable[[], AbstractContextManager[Any]]
     weight_bytes: int
+    cache: type[DynamicCache]
 
 
-def ways_of(model: Any, arch: Architecture, batch: int, adapters: int, itemsize: int) -> list[Way]:
-    """Stock, absorbed and, with adapters, absorbed with an adapter of its own for each row."""
+def ways_of(
+    model: Any, arch: Architecture, batch: int, adapters: int, itemsize: int, cache: type[DynamicCache] = LatentCache
+) -> list[Way]:
+    """Stock, absorbed and, with adapters, absorbed with an adapter of its own for each row; `cache`: of the latter two,
+    stock has what transformers' `generate` makes."""
     weights = weights_read(arch, batch) * itemsize
     ways = [
-        Way(STOCK, lambda: nullcontext(model), weights),
+        Way(STOCK, lambda: nullcontext(model), weights, DynamicCache),
         # A merged model has the shapes of its base: this is how long the batch takes on one merged model, too.
-        Way(ABSORBED, lambda: _absorbed(model), weights),
+        Way(ABSORBED, lambda: _absorbed(model), weights, cache),
     ]
     if adapters:
         names = [f"adapter{i}" for i in range(adapters)]
         twin = _with_adapters(model, arch, names)
         lora = sum(p.nbytes for key, p in twin.named_parameters() if "lora_" in key)
         rows = [names[row % adapters] for row in range(batch)]
-        ways.append(Way(_adapters(adapters), lambda: _by_rows(twin, rows), weights + lora))
+        ways.append(Way(_adapters(adapters), lambda: _by_rows(twin, rows), weights + lora, cache))
     return ways
 
 

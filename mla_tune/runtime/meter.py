@@ -19,6 +19,27 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], None] | None:
+    """What `call` makes a GPU do, as one CUDA graph to be run again: without the time that Python takes to ask for it.
+    None on a CPU, and where it can't be captured (the host waits for a result) or memory runs out."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()  # a graph has memory of its own
+    beside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    beside.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(beside):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(beside)
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        synchronize(device)
+        return None
+    return graph.replay
+
+
 def copy_bandwidth(device: torch.device, size: int | None = None, runs: int = 5) -> float:
     """Bytes a second of a copy of `size` bytes (default: 256 MB on a CPU, 1 GB on a GPU: far more than a cache holds),
     read and written bytes both counted (as STREAM does), the best of `runs`."""
