@@ -14,7 +14,7 @@ import mla_tune
 from mla_tune.runtime import latent
 from mla_tune.runtime.absorb import mla_modules
 from mla_tune.runtime.cache import LatentCache, RoomyLayer, side_by_side
-from tests.test_absorbed import NAMES, build, generate, ids, logits, near, stepped
+from tests.test_absorbed import BASE, NAMES, adapt, build, generate, ids, logits, merged, near, stepped
 from tests.tiny_families import tiny
 
 
@@ -158,6 +158,24 @@ def test_side_by_side() -> None:
     assert side_by_side(memory[:, :5, :4], memory[:, 1:6, 4:]) is None
     assert side_by_side(memory[:, :5, :3], memory[:, :5, 4:]) is None
     assert side_by_side(latent_, k_rope[..., :0]) is latent_
+
+
+@pytest.mark.parametrize("kind", [LatentCache, DynamicCache])
+def test_a_cached_prefix_and_a_cold_one(kind: Any) -> None:
+    """Rows with adapters of their own: a prefix that was read once gives the text of one that is read each time, and
+    each row that of its own merged model."""
+    model = adapt(build(), "x", "y")
+    names, tokens = ["x", BASE, "y"], ids(3)
+    right = torch.cat([generate(merged(model, n), tokens[i : i + 1], 12) for i, n in enumerate(names)])
+    with mla_tune.absorb(model, "absorbed"):
+        prefix = kind(config=model.config)
+        logits(model, tokens[:, :9], past_key_values=prefix, adapter_names=names)
+        for _ in range(2):
+            cache = copy.deepcopy(prefix)
+            warm = generate(model, tokens, 12, past_key_values=cache, adapter_names=names)
+            cold = generate(model, tokens, 12, past_key_values=kind(config=model.config), adapter_names=names)
+            assert torch.equal(warm, right)
+            assert torch.equal(cold, right)
 
 
 def test_assisted_decoding_crops() -> None:

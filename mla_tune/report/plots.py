@@ -54,7 +54,8 @@ def plot_run(metrics: Path, target: Path, run: dict[str, Any]) -> None:
 
 
 def plot_decode(bench: dict[str, Any], target: Path) -> None:
-    """Time of a token over context, a curve a way with its range over the rounds, from `DecodeBench.to_json`."""
+    """Time of a token over context, a curve a way with its range over the rounds, from `DecodeBench.to_json`; dashed:
+    what a GPU itself takes."""
     contexts = [at["context"] for at in bench["contexts"]]
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     colors = {"stock": "0.4", "absorbed": "C0"}  # the adapters' way has their number in its name
@@ -67,6 +68,9 @@ def plot_decode(bench: dict[str, Any], target: Path) -> None:
         ax.plot(list(timed), [t["ms_median"] for t in timed.values()], "o-", color=color, lw=2, ms=5, label=name)
         least, most = [min(t["ms"]) for t in timed.values()], [max(t["ms"]) for t in timed.values()]
         ax.fill_between(list(timed), least, most, color=color, alpha=0.15, lw=0)
+        graphs = {context: min(t["graph_ms"]) for context, t in timed.items() if t["graph_ms"]}
+        if graphs:
+            ax.plot(list(graphs), list(graphs.values()), "--", color=color, lw=1, label=f"{name}, as a CUDA graph")
     ax.plot(
         contexts, [at["floor_ms"] for at in bench["contexts"]], ":", color="0.6", lw=1.5, label="the cache read once"
     )

@@ -135,7 +135,7 @@ class Latent:
             B_K = self._ranks(update.B)[:, : self.P]
             q = q + (_by_head(q_nope.to(B_K.dtype), B_K) @ (update.A * update.s)).to(q.dtype)
         if rows is not None:
-            q = q + _by_row(q_nope.to(rows.B_K.dtype) @ rows.B_K, rows.A).to(q.dtype)
+            q = q + _by_row(_by_both(q_nope.to(rows.B_K.dtype), rows.B_K), rows.A).to(q.dtype)
         return q
 
     def value(self, summed: torch.Tensor, W_UV: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ class Latent:
             if update.g is not None:
                 o = (o * self._heads(update.g)[:, self.P :].unsqueeze(1)).to(o.dtype)
         if rows is not None:
-            o = o + (_by_row(summed.to(rows.B_V.dtype), rows.A_T) @ rows.B_V).to(o.dtype)
+            o = o + _by_both(_by_row(summed.to(rows.B_V.dtype), rows.A_T), rows.B_V).to(o.dtype)
             if rows.g_V is not None:
                 o = (o * rows.g_V).to(o.dtype)
         return o
@@ -281,6 +281,11 @@ def _by_row(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """x (B, H, T, n) times W (B, n, m), each row of the batch by its own: (B, H, T, m)."""
     B, H, T, n = x.shape
     return torch.bmm(x.reshape(B, H * T, n), W).view(B, H, T, -1)
+
+
+def _by_both(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """x (B, H, T, n) times W (B, H, n, m): (B, H, T, m)."""
+    return torch.bmm(x.flatten(0, 1), W.flatten(0, 1)).unflatten(0, W.shape[:2])
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:

@@ -179,13 +179,19 @@ class _Watch:
 
     def holds(self) -> bool:
         layer = self._layer
-        return (
-            layer.get_base_layer() is self._base
-            and layer.merged_adapters == self._merged
-            and all(layer.scaling.get(name) == s for name, s in self._scaling)
-            and all(found.get(key) is value for found, key, value in self._held)
-            and all(p._version == version and p.data_ptr() == place for p, version, place in self._marks)
-        )
+        if layer.get_base_layer() is not self._base or layer.merged_adapters != self._merged:
+            return False
+        scaling = layer.scaling
+        for name, s in self._scaling:  # loops: `all` of a generator takes half as long again
+            if scaling.get(name) != s:
+                return False
+        for found, key, value in self._held:
+            if found.get(key) is not value:
+                return False
+        for p, version, place in self._marks:  # noqa: SIM110
+            if p._version != version or p.data_ptr() != place:
+                return False
+        return True
 
 
 def refuse_merged(layer: Any) -> None:

@@ -69,7 +69,8 @@ class RowForward:
         wide = base.view(count, -1, base.shape[-1])
         inner = torch.bmm(flat.to(rows.A_T.dtype), rows.A_T)
         if rows.g is None and wide.dtype == inner.dtype:
-            return torch.baddbmm(wide, inner, rows.B_T).view(base.shape)
+            add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
+            return add(wide, inner, rows.B_T).view(base.shape)
         bias = getattr(self.layer.get_base_layer(), "bias", None)
         added = torch.bmm(inner, rows.B_T)
         if rows.g is not None:
