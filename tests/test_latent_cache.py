@@ -29,25 +29,38 @@ def same(a: Any, b: Any) -> bool:
     )
 
 
+def more(cache: Any, count: int, seed: int) -> None:
+    layer = cache.layers[0]
+    cache.update(*tokens(count, seed, layer.keys.shape[0], layer.values.shape[-1]), 0)
+
+
+def narrow(cache: Any) -> None:
+    """The first row alone, as a view."""
+    layer = cache.layers[0]
+    layer.keys, layer.values = layer.keys[:1], layer.values[:1]
+
+
 STEPS: dict[str, Callable[[Any], object]] = {
-    "one": lambda c: c.update(*tokens(1, 1, c.layers[0].keys.shape[0]), 0),
-    "many": lambda c: c.update(*tokens(90, 2, c.layers[0].keys.shape[0]), 0),
+    "one": lambda c: more(c, 1, 1),
+    "many": lambda c: more(c, 90, 2),
     "crop": lambda c: c.crop(-3),
     "beams": lambda c: c.reorder_cache(torch.arange(c.layers[0].keys.shape[0]).flip(0)),
     "repeat": lambda c: c.batch_repeat_interleave(2),
     "choose": lambda c: c.batch_select_indices(torch.tensor([0])),
+    "narrow": narrow,
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("first", STEPS)
 @pytest.mark.parametrize("second", STEPS)
-def test_the_same_tensors(first: str, second: str) -> None:
+@pytest.mark.parametrize("R", [4, 0])
+def test_the_same_tensors(R: int, first: str, second: str) -> None:
     config = build().config
     config.num_hidden_layers = 1
     ours, stock = LatentCache(config=config), DynamicCache(config=config)
     for cache in (ours, stock):
-        cache.update(*tokens(7, 0), 0)
+        cache.update(*tokens(7, 0, R=R), 0)
         for name in ("one", first, "one", second, "one", "many", "crop", "one"):
             STEPS[name](cache)
     assert same(ours, stock)
