@@ -493,8 +493,19 @@ def test_weights_that_change_are_seen(dora: bool, names: list[str] | None, chang
     assert not near(ours, before, 1e-3)
 
 
-def test_between_two_steps_of_one_prompt() -> None:
-    """Versions of parameters are looked at for every token."""
+def _scaled(layer: Any) -> None:
+    layer.scaling["x"] *= 2
+
+
+def _replaced(layer: Any) -> None:
+    """By another module, with twice the weight."""
+    layer.lora_B["x"] = copy.deepcopy(layer.lora_B["x"])
+    layer.lora_B["x"].weight.mul_(2)
+
+
+@pytest.mark.parametrize("change", [lambda layer: layer.lora_B["x"].weight.mul_(2), _scaled, _replaced])
+def test_between_two_steps_of_one_prompt(change: Any) -> None:
+    """Scales, modules and versions of parameters are looked at for every token."""
     model = adapt(build(), "x", "y", use_dora=True)
     names = ["x", "y"]
 
@@ -505,9 +516,9 @@ def test_between_two_steps_of_one_prompt() -> None:
         cache = DynamicCache(config=twin.config)
         logits(twin, ids(), past_key_values=cache, adapter_names=names)
         with torch.no_grad():
-            for key, p in twin.named_parameters():
-                if "lora_B.x" in key:
-                    p.mul_(2)
+            for module in twin.modules():
+                if "x" in getattr(module, "lora_B", ()):
+                    change(module)
         return logits(twin, ids(2, 1), past_key_values=cache, adapter_names=names)
 
     mla_tune.absorb(model, "expanded")

@@ -21,6 +21,7 @@ from filelock import FileLock
 import mla_tune.merge.execute as execute_module
 from mla_tune.errors import CheckError, FileError, WorkError
 from mla_tune.merge.apply import Merger
+from mla_tune.merge.export import check_output
 from mla_tune.merge.options import Options
 from mla_tune.merge.run import merge_absorb
 from tests.merge_helpers import edit_tensors, make_adapter, make_base
@@ -200,6 +201,26 @@ def test_two_processes_at_once(base: Path, adapter: Path, tmp_path: Path) -> Non
         assert code == 0 or (code == 2 and ("another merge" in text or "is not empty" in text)), text
     merge_absorb(adapter, base, tmp_path / "whole", options=Options(link=False), **QUICK)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_another_merge_finishes_before_the_lock_is_taken(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its output is not replaced unasked."""
+    out, calls = tmp_path / "out", []
+
+    def check(*args: Any) -> None:
+        check_output(*args)
+        if not calls:
+            out.mkdir()
+            (out / "config.json").write_text("of the other one")
+        calls.append(args)
+
+    monkeypatch.setattr("mla_tune.merge.run.check_output", check)
+    with pytest.raises(FileError, match="is not empty"):
+        merge_absorb(adapter, base, out, **QUICK)
+    assert [(p.name, p.read_text()) for p in out.iterdir()] == [("config.json", "of the other one")]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_base_that_changes_during_the_run(

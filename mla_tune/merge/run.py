@@ -113,6 +113,8 @@ def _merge(
             raise InputError(f"{one.file}: '{one.key}' and '{other.key}' are one tensor of the model, but they differ")
     try:
         with staged(places.out, plan, note) as staging:
+            # Again, under the lock: another merge may have finished in between.
+            check_output(places.out, overwrite, (places.base, *places.adapters), 0)
             count = counter(progress, "merge", plan.model_bytes)
             # Here, while the prover is loading what it needs: it is the slower one of the two.
             hashed: dict[str, Future[str]] | None = {} if prover and prover.beside else None
