@@ -172,10 +172,10 @@ def ways_of(
     ]
     if adapters:
         names = [f"adapter{i}" for i in range(adapters)]
-        twin = _with_adapters(model, arch, names)
-        lora = sum(p.nbytes for key, p in twin.named_parameters() if "lora_" in key)
+        adapted = _with_adapters(model, arch, names)
+        lora = sum(p.nbytes for key, p in adapted.named_parameters() if "lora_" in key)
         rows = [names[row % adapters] for row in range(batch)]
-        ways.append(Way(_adapters(adapters), lambda: _by_rows(twin, rows), weights + lora, cache))
+        ways.append(Way(_adapters(adapters), lambda: _by_rows(adapted, rows), weights + lora, cache))
     return ways
 
 
