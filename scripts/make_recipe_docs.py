@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mla_tune.recipe.schema import Recipe, RoleOverride, Section
+from mla_tune.recipe.schema import Recipe, RoleOverride, Section, Source, SpikeSection
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 HEAD = """# Recipe keys
@@ -39,6 +39,8 @@ def allowed(field: dict[str, Any]) -> str:
     kind = field.get("type")
     if kind == "array":
         items = field["items"]
+        if "$ref" in items:
+            return "list of sections"
         return "list of roles and groups" if len(items.get("enum", [])) > 12 else f"list of {allowed(items)}"
     words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true` or `false`"}
     words |= {"null": "`null`", "object": "mapping"}
@@ -54,7 +56,7 @@ def table(section: type[Section]) -> str:
     schema = section.model_json_schema()
     rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
     for name, field in schema["properties"].items():
-        default = json.dumps(field["default"]) if "default" in field else ""
+        default = json.dumps(field["default"]) if "default" in field and "$ref" not in field else ""
         meaning = " ".join(field["description"].split())
         # A long list of names is in the text below the table.
         what = "a preset, a role, a group, or a list of them" if name == "targets" else allowed(field)
@@ -79,6 +81,10 @@ def page() -> str:
             parts.append(
                 "\n".join(f"| `{p}` | {', '.join(f'`{t}`' for t in ts)} |" for p, ts in PRESETS.items()) + "\n"
             )
+        if name == "data":
+            parts.append(f"### data.sources[]\n\n{Source.__doc__}\n\n{table(Source)}\n")
+        if name == "train":
+            parts.append(f"### train.spike\n\n{SpikeSection.__doc__}\n\n{table(SpikeSection)}\n")
     return "\n".join(parts)
 
 

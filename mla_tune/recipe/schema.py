@@ -80,6 +80,9 @@ class ModelSection(Section):
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: keep the frozen linear layers in 4 bits (bitsandbytes; `pip install 'mla-tune[quant]'`).
+    A checkpoint in block FP8 stays in FP8 by itself."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -121,6 +124,11 @@ class AdapterSection(Section):
     """LoRA alpha; the update is scaled by alpha/r (rslora: alpha/√r)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How A and B begin. default: A uniform, B zero. pissa, olora: with the leading part of W, which W then loses;
+    the saved adapter is a plain LoRA of twice the rank on the unchanged base."""
+    modules_to_save: list[str] = []
+    """Modules that are trained whole and saved with the adapter: embed_tokens, lm_head, norms by name."""
     roles: Annotated[
         dict[str, RoleOverride], BeforeValidator(_role_keys), Field(json_schema_extra={"propertyNames": _NAMES})
     ] = {}
@@ -154,6 +162,35 @@ class OptimizerSection(Section):
     """AdamW's decay of the second moment."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm; 0: not clipped."""
+    lora_plus: float = Field(default=1.0, ge=1)
+    """Factor on the learning rate of B over that of A (LoRA+, arXiv:2402.12354, advises 16). 1: the same."""
+
+
+class Source(Section):
+    """One of several data sets that are mixed."""
+
+    path: str
+    """As data.path."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples that come from here, in proportion to the other sources' weights."""
+    split: str = "train"
+    """Split of a hub data set."""
+    name: str | None = None
+    """Configuration name of a hub data set."""
+    format: Literal["auto", "prompt", "chat", "text", "alpaca", "sharegpt", "tokens"] = "auto"
+    """As data.format."""
+    prompt: str = "prompt"
+    """Column of the prompt."""
+    completion: str = "completion"
+    """Column of the completion."""
+    messages: str = "messages"
+    """Column of the chat."""
+    tools: str = "tools"
+    """Column of the tools of a chat."""
+    text: str = "text"
+    """Column of plain text."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first so many rows only."""
 
 
 class DataSection(Section):
@@ -165,15 +202,19 @@ class DataSection(Section):
     """Split of a hub data set."""
     name: str | None = None
     """Configuration name of a hub data set."""
-    format: Literal["auto", "prompt", "chat", "text", "alpaca", "sharegpt"] = "auto"
+    sources: list[Source] = []
+    """Several data sets, mixed by weight, instead of `path`."""
+    format: Literal["auto", "prompt", "chat", "text", "alpaca", "sharegpt", "tokens"] = "auto"
     """auto: by the columns found. prompt: prompt and completion. chat: a list of {role, content}.
-    alpaca: instruction, input, output. sharegpt: a list of {from, value}."""
+    alpaca: instruction, input, output. sharegpt: a list of {from, value}. tokens: input_ids and perhaps labels."""
     prompt: str = "prompt"
     """Column of the prompt."""
     completion: str = "completion"
     """Column of the completion."""
     messages: str = "messages"
     """Column of the chat (sharegpt: usually `conversations`)."""
+    tools: str = "tools"
+    """Column of the tools that a chat may call: a list of JSON schemas, or such a list as text."""
     text: str = "text"
     """Column of plain text."""
     template: Literal["auto", "chat", "none"] = "auto"
@@ -181,15 +222,40 @@ class DataSection(Section):
     auto: chat where the tokenizer has a template."""
     loss_on: Literal["completion", "all"] = "completion"
     """Tokens that count. completion: the answer, or the assistant's turns of a chat. Plain text: always all."""
-    too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """A row of more than max_length tokens: cut its end, leave it out (both are counted and told), or stop.
-    A row whose completion lies wholly beyond max_length can't be cut and is an error under `truncate`."""
+    too_long: Literal["truncate", "split", "drop", "error"] = "truncate"
+    """A row of more than max_length tokens: cut its end, split it into several samples, leave it out (each is counted
+    and told), or stop. A row whose completion lies wholly beyond max_length can't be cut and is an error under
+    `truncate`. Plain text is always split."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that can't be used (an empty completion, other columns, a broken line): stop and name it, or leave it out,
+    counted and told."""
+    streaming: bool = False
+    """Read rows as they are needed instead of all before the first step; needs train.max_steps."""
+    buffer: int = Field(default=1000, ge=1)
+    """Samples that a streamed data set is shuffled and packed among."""
+    cache: bool = True
+    """Keep tokenised rows on disk ($MLA_TUNE_CACHE, else ~/.cache/mla-tune), found again by their content's hash."""
     eval_path: str | None = None
     """A file or data set to evaluate on. Default: a part of `path`."""
     eval_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the rows held out for evaluation (the embedded sets have a fixed held-out part instead). 0: none."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many rows only."""
+
+
+class SpikeSection(Section):
+    """Guard against spikes: a step whose loss or gradient norm leaves its running band is skipped and counted."""
+
+    guard: bool = True
+    """false: no step is skipped."""
+    window: int = Field(default=64, ge=8)
+    """Steps that the running band is made of; the guard is silent before a quarter of them is there."""
+    width: float = Field(default=8.0, gt=0)
+    """Half the band's width, in robust standard deviations (1.4826 × median absolute deviation) above the median."""
+    patience: int = Field(default=3, ge=1)
+    """So many skipped steps in a row cut the learning rate."""
+    cut: float = Field(default=0.5, gt=0, lt=1)
+    """Factor on every learning rate at a cut, for the rest of the run."""
 
 
 class TrainSection(Section):
@@ -207,8 +273,13 @@ class TrainSection(Section):
     """Tokens a row at most."""
     packing: bool = True
     """Put several samples in one row; attention and positions stay within each sample."""
-    checkpointing: Literal["none", "full"] = "none"
-    """full: recompute each layer in the backward pass, for less memory and about a third more time."""
+    checkpointing: Literal["none", "mla", "full"] = "none"
+    """What the backward pass computes again instead of keeping it. mla: norms and MLA up-projections with the keys and
+    values that they make, as DeepSeek-V3's report does. full: whole layers, for about a third more time."""
+    compile: bool = False
+    """torch.compile the decoder layers: some minutes before the first step, faster steps after it."""
+    spike: SpikeSection = SpikeSection()
+    """What happens when the loss or the gradient norm leaves its running band."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on held-out rows; 0: only before and after."""
     save_every: int = Field(default=0, ge=0)
@@ -233,9 +304,11 @@ class OutputSection(Section):
     """Where the results go."""
 
     dir: str = "runs/run"
-    """Run folder: adapter/, checkpoints/, recipe.yaml, run.json, metrics.jsonl, loss.png."""
+    """Run folder: adapter/, checkpoints/, recipe.yaml, run.json, metrics.jsonl, loss.png, report.html."""
     overwrite: bool = False
     """Empty a run folder that is there already."""
+    samples: int = Field(default=3, ge=0)
+    """Held-out prompts that the model answers before and after, for report.html; 0: none."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Also log to these, through transformers."""
 
