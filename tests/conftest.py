@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # The tests' models are tiny: one thread is fastest, and several test processes don't fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MLA_TUNE_CACHE"] = tempfile.mkdtemp(prefix="mla-tune-cache-")  # never the real one
 
+import atexit
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+
+atexit.register(shutil.rmtree, os.environ["MLA_TUNE_CACHE"], ignore_errors=True)
 
 
 @dataclass

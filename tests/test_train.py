@@ -107,7 +107,7 @@ def test_plain_peft_gives_the_logits_of_training(
 ) -> None:
     ids = torch.randint(5, 4000, (2, 30), generator=torch.Generator().manual_seed(0))
     seen: list[torch.Tensor] = []
-    real = train_run._save
+    real = train_run.save_result
 
     def recording(model: Any, *args: Any) -> None:
         model.eval()
@@ -115,7 +115,7 @@ def test_plain_peft_gives_the_logits_of_training(
             seen.append(model(input_ids=ids).logits.clone())
         real(model, *args)
 
-    monkeypatch.setattr(train_run, "_save", recording)
+    monkeypatch.setattr(train_run, "save_result", recording)
     assert cli("train", "--recipe", recipe, *options(rows_file, tmp_path / "run")).code == 0
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -319,12 +319,15 @@ def test_a_loss_that_is_no_number_stops(cli, rows_file: Path, tmp_path: Path, mo
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = real(self, *args, **kwargs)
-        return loss * float("nan") if self.model.training and self.state.global_step == 2 else loss
+        return loss * float("nan") if self.model.training and self.state.global_step >= 2 else loss
 
     monkeypatch.setattr(train_run.RoleTrainer, "compute_loss", poisoned)
-    done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run"))
+    done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run", "train.spike.guard=false"))
     assert done.code == 1
     assert "step 3: the loss is nan; lower optimizer.learning_rate" in done.err
+    done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "guarded", "train.spike.patience=2"))
+    assert done.code == 1
+    assert "step 4: the loss is nan, for 2 steps in a row; lower optimizer.learning_rate" in done.err
 
 
 def test_a_broken_base_is_found_before_training(cli, rows_file: Path, tmp_path: Path) -> None:

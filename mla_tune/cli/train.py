@@ -13,6 +13,9 @@ def command(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder, instead of output.dir.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty a run folder that is there.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="With --resume: although recipe, data or base changed.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print run.json, and nothing else, on standard output.")] = False,
 ) -> None:
     """Train an adapter as a recipe says."""
@@ -32,7 +35,7 @@ def command(
         err.print(f"note: {note}")
     from mla_tune.train.run import train
 
-    run = train(loaded, resume=resume)
+    run = train(loaded, resume=resume, allow_changes=allow_changes)
     if json:
         print_json(run)
         return

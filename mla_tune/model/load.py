@@ -78,7 +78,7 @@ def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = F
     dtype = pick_dtype(section.dtype, device)
     kwargs: dict[str, Any] = {
         "dtype": torch.float32 if full_precision else DTYPES[dtype],
-        "attn_implementation": "sdpa" if section.attention == "auto" else section.attention,
+        "attn_implementation": "sdpa" if section.attention in ("auto", "packed") else section.attention,
         "experts_implementation": pick_experts(section.experts, arch, 4 if full_precision else DTYPE_BYTES[dtype]),
     }
     if section.preset:

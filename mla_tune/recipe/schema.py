@@ -70,10 +70,14 @@ class ModelSection(Section):
     """An untrained MLA model of about 1 M, 30 M or 150 M parameters, with the embedded tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights in memory. auto: bfloat16 on a GPU, float32 on a CPU."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """transformers' attention implementation. auto: sdpa."""
+    attention: Literal[
+        "auto", "packed", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
+    """Attention in training. packed: mla-tune's, one fused call a sample, no mask, no padding; the others are
+    transformers'. auto: the fastest of those that are here, by a short measurement (kept for the next run)."""
     experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
-    """transformers' implementation of the routed experts. auto: grouped_mm (batched_mm copies a weight per token)."""
+    """transformers' implementation of the routed experts. auto: the faster of grouped_mm and eager, by a short
+    measurement (batched_mm copies a weight for each token: never chosen)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     revision: str | None = None

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import TrainerCallback
 
 from mla_tune.console import err
-from mla_tune.errors import CheckError, WorkError
+from mla_tune.errors import CheckError
 from mla_tune.model.attach import attached
+from mla_tune.train.spike import Spike
 
 
 class GradientCheck(TrainerCallback):
@@ -97,6 +98,35 @@ class Metrics(TrainerCallback):
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start_step]
         path.write_text("".join(line + "\n" for line in kept))
         self.began = time.monotonic()
+        self.tokens_before = 0
+        self.spikes: list[Spike] = []
+
+    def rate(self) -> float:
+        """Real tokens a second of this process's run."""
+        return (self.trainer.real_tokens - self.tokens_before) / max(time.monotonic() - self.began, 1e-9)
+
+    def spikes_since_last_line(self) -> dict[str, Any]:
+        """The latest skipped step's figures, and the product of all cuts."""
+        found: dict[str, Any] = {}
+        if self.spikes:
+            found["spike"] = self.spikes[-1].to_json()
+            cuts = [s.cut for s in self.spikes if s.cut is not None]
+            if cuts:
+                found["cut"] = math.prod(cuts)
+        self.spikes = []
+        return found
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        spike = self.trainer.spike
+        if spike is None:
+            return
+        self.spikes.append(spike)
+        cut = f"; every learning rate × {spike.cut:g} from here on" if spike.cut is not None else ""
+        what = spike.what.replace("_", " ")
+        err.print(
+            f"step {state.global_step} skipped: {what} {spike.value:.4g} is above its band ({spike.limit:.4g}){cut}",
+            soft_wrap=True,
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = dict(logs or {})
@@ -104,15 +134,15 @@ class Metrics(TrainerCallback):
             return
         line: dict[str, Any] = {"step": state.global_step}
         if "loss" in logs:
-            line |= {"loss": float(logs["loss"]), "grad_norm": float(logs.get("grad_norm", math.nan))}
+            trainer = self.trainer
+            line |= {"loss": _number(logs["loss"]), "grad_norm": _number(logs.get("grad_norm"))}
+            line["grad_norms"] = {role: _number(norm) for role, norm in trainer.role_norms.items()}
             line["learning_rate"] = rates_now(kwargs.get("optimizer"))
-            line["tokens"] = self.trainer.real_tokens
-            line["tokens_per_s"] = round(self.trainer.real_tokens / (time.monotonic() - self.began), 1)
-            if not math.isfinite(line["loss"]):
-                raise WorkError(
-                    f"step {state.global_step}: the loss is {line['loss']}; lower optimizer.learning_rate "
-                    f"(--set optimizer.learning_rate=…) or use model.dtype float32"
-                )
+            line["tokens"] = trainer.real_tokens
+            line["tokens_per_s"] = round(self.rate(), 1)
+            if trainer.guard.skipped:
+                line["skipped"] = trainer.guard.skipped
+            line |= self.spikes_since_last_line()
         if "eval_loss" in logs:
             line["eval_loss"] = float(logs["eval_loss"])
         if len(line) > 1:
@@ -121,6 +151,12 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = time.monotonic()
+        self.tokens_before = self.trainer.real_tokens
+
+
+def _number(x: Any) -> float | None:
+    """As JSON has it: no NaN, no infinity."""
+    return float(x) if x is not None and math.isfinite(float(x)) else None
 
 
 def rates_now(optimizer: Any) -> dict[str, float]:
@@ -153,7 +189,7 @@ class ProgressLine(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         seconds = max(time.monotonic() - self.metrics.began, 1e-9)
-        rate = self.metrics.trainer.real_tokens / seconds
+        rate = self.metrics.rate()
         top = max(rates_now(kwargs.get("optimizer")).values(), default=0.0)
         self.text = f"loss {float(logs['loss']):.3f}  lr {top:.1e}  {rate:,.0f} tok/s"
         done = state.global_step - self.first

@@ -15,6 +15,7 @@ from mla_tune.checkpoint.files import read_json_object, replacing, write_json
 from mla_tune.errors import FileError, InputError
 from mla_tune.recipe.load import dump, load_recipe
 from mla_tune.recipe.schema import Recipe
+from mla_tune.train.checkpoints import checkpoints
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors")
 
@@ -58,10 +59,13 @@ class RunFolder:
     def plot(self) -> Path:
         return self.root / "loss.png"
 
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint: trainer_state.json is the last file that the Trainer writes."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        """The newest checkpoint that is there; whether it is whole, `checkpoints.newest_whole` finds out."""
+        return next(iter(checkpoints(self.checkpoints)), None)
 
     def read(self) -> dict[str, Any]:
         return read_json_object(self.run_json, "the record of the run")
@@ -70,10 +74,11 @@ class RunFolder:
         write_json(self.run_json, run)
 
 
-def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
-    """The run folder, if a run may use it; touches nothing.
+def check_folder(recipe: Recipe, resume: bool, allow_changes: bool = False) -> tuple[RunFolder, str]:
+    """The run folder, if a run may use it, and what of its recipe is changed (a line each); touches nothing.
 
-    Raises `FileError` for a folder in the way and `InputError` for a resume without a checkpoint or of another recipe.
+    Raises `FileError` for a folder in the way and `InputError` for a resume without a checkpoint, or of another recipe
+    unless `allow_changes`.
     """
     folder = RunFolder(Path(recipe.output.dir).expanduser())
     root = folder.root
@@ -83,9 +88,12 @@ def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
         if folder.last_checkpoint() is None:
             raise InputError(f"--resume: no checkpoint in {folder.checkpoints}; run without --resume")
         difference = _difference(folder, recipe)
-        if difference:
-            raise InputError(f"--resume: the recipe is not the one of {folder.recipe}:\n{difference}")
-        return folder
+        if difference and not allow_changes:
+            raise InputError(
+                f"--resume: the recipe is not the one of {folder.recipe}:\n{difference}\n"
+                "Take the changes back, or go on with them with --allow-changes"
+            )
+        return folder, difference
     if root.exists() and any(root.iterdir()):
         if not recipe.output.overwrite:
             unfinished = folder.last_checkpoint() is not None and not (folder.adapter.exists() or folder.model.exists())
@@ -95,17 +103,25 @@ def check_folder(recipe: Recipe, resume: bool) -> RunFolder:
             )
         if not folder.run_json.exists():
             raise FileError(f"output.dir: {root} is not empty and no run folder of mla-tune, so it is not emptied")
-    return folder
+    return folder, ""
 
 
 def make_folder(folder: RunFolder, recipe: Recipe) -> None:
     """Make the folder, or empty it of what an earlier run wrote (and of nothing else), and write the recipe."""
     for path in (folder.adapter, folder.model, folder.base, folder.checkpoints, folder.root / "merged"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in (folder.run_json, folder.metrics, folder.plot):
+    for path in (folder.run_json, folder.metrics, folder.plot, folder.report):
         path.unlink(missing_ok=True)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"output.dir: {folder.root} can't be written: {error.strerror}") from None
+    write_recipe(folder, recipe)
+
+
+def write_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    """recipe.yaml with every default spelled out."""
+    try:
         with replacing(folder.recipe) as stream:
             stream.write(dump(recipe).encode())
     except OSError as error:

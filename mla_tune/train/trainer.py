@@ -1,16 +1,22 @@
-"""TRL's SFTTrainer with three things changed: learning rates by role, a held-out loss that is a mean over tokens,
-and a count of real (not padding) tokens."""
+"""transformers' Trainer with what training adapters on MLA needs: learning rates by role, the loss by chunks, gradient
+norms by role with a guard against spikes, checkpoints that are whole or absent, a held-out loss that is a mean over
+tokens, and a count of real (not padding) tokens."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from trl.trainer.sft_trainer import SFTTrainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from mla_tune.data.collate import Collator
+from mla_tune.train import checkpoints
+from mla_tune.train.loss import KEYWORD
+from mla_tune.train.spike import Spike, SpikeGuard
 
 
 class CountingCollator:
@@ -25,17 +31,36 @@ class CountingCollator:
         return batch
 
 
-class RoleTrainer(SFTTrainer):
-    """`groups` builds the optimizer's parameter groups from the model."""
+class RoleTrainer(Trainer):
+    """`groups` builds the optimizer's parameter groups from the model; `guard` judges each step.
+
+    The model must answer `token_loss=True` (`train.loss.score_by_chunks`).
+    """
 
     model: Any
 
-    def __init__(self, *args: Any, groups: Callable[[torch.nn.Module], list[dict[str, Any]]], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        groups: Callable[[torch.nn.Module], list[dict[str, Any]]],
+        guard: SpikeGuard,
+        keep: int = 2,
+        **kwargs: Any,
+    ) -> None:
         self.groups = groups
+        self.guard = guard
+        self.keep = keep
         self.real_tokens = 0
+        #: Of the step under way: its loss, its gradients' norms by role, and the spike that it is.
+        self.step_loss: list[torch.Tensor] = []
+        self.role_norms: dict[str, float] = {}
+        self.spike: Spike | None = None
+        self._staging: Path | None = None
         #: (step, held-out loss) of the latest evaluation
         self.last_evaluation: tuple[int, float] = (-1, math.nan)
         super().__init__(*args, **kwargs)
+
+    # ---- optimizer ----
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -45,11 +70,80 @@ class RoleTrainer(SFTTrainer):
             self.optimizer = cls(self.groups(target), **kwargs)
         return self.optimizer
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        total = self._judge()
+        super()._clip_grad_norm(model)
+        return total
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        return self._judge() if grad_norm is None else grad_norm
+
+    def _judge(self) -> float:
+        """Norm of all gradients, as they are before clipping; a spike's are dropped: the step changes nothing."""
+        squares: dict[str, torch.Tensor] = {}
+        for group in _groups_of(self.optimizer):
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            if grads:
+                square = _square_of_norm(grads)
+                squares[group["role"]] = squares[group["role"]] + square if group["role"] in squares else square
+        scaler = self.accelerator.scaler
+        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        values = torch.stack(list(squares.values())).tolist() if squares else []
+        self.role_norms = {name: math.sqrt(v) / scale for name, v in zip(squares, values, strict=True)}
+        total = math.sqrt(sum(values)) / scale
+        loss = torch.stack(self.step_loss).sum()
+        loss = float(self.accelerator.reduce(loss, reduction="mean"))  # type: ignore[arg-type]
+        self.step_loss = []
+        self.spike = None
+        if scale != 1.0 and not math.isfinite(total):
+            return total  # a float16 scale that was too large: the scaler skips the step and lowers it
+        self.spike = self.guard.look(self.state.global_step + 1, loss, total)
+        if self.spike is not None:
+            for group in _groups_of(self.optimizer):
+                for parameter in group["params"]:
+                    parameter.grad = None
+            if self.spike.cut is not None:
+                self._cut(self.spike.cut)
+        return total
+
+    def _cut(self, factor: float) -> None:
+        """Every learning rate from here on; the scheduler's own state carries it over a resume."""
+        scheduler: Any = self.lr_scheduler
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        for group in _groups_of(self.optimizer):
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Mean over the trained tokens of the global batch, in nats."""
         tokens = inputs.pop("real_tokens", None)
         if tokens is not None and self.model.training:
             self.real_tokens += int(tokens)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        count = num_items_in_batch
+        if count is None:
+            count = (inputs["labels"][:, 1:] != -100).sum()
+        loss = model(**inputs, **{KEYWORD: True}) / torch.as_tensor(count).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The count is of all processes, and their gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss.append(loss)
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the stock way walks over all parameters at every step."""
+        return 0
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -79,3 +173,48 @@ class RoleTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.model.train(was_training)
         return metrics
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder, step = Path(self.args.output_dir or "."), self.state.global_step
+        with checkpoints.whole_or_absent(folder, step) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+                (staging / f"checkpoint-{step}" / checkpoints.STATE).write_text(json.dumps(self._own_state()))
+            finally:
+                self._staging = None
+        checkpoints.keep_newest(folder, self.keep)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "spike_guard": self.guard.state(),
+            "real_tokens": self.real_tokens,
+            "early_stopping": [c.early_stopping_patience_counter for c in self._early_stopping()],
+        }
+
+    def load_own_state(self, checkpoint: Path) -> None:
+        """What the Trainer does not restore: guard, counted tokens, patience."""
+        state = json.loads((checkpoint / checkpoints.STATE).read_text())
+        self.guard.load(state["spike_guard"])
+        self.real_tokens = state["real_tokens"]
+        for callback, count in zip(self._early_stopping(), state["early_stopping"], strict=False):
+            callback.early_stopping_patience_counter = count
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+
+def _groups_of(optimizer: Any) -> list[dict[str, Any]]:
+    return getattr(optimizer, "optimizer", optimizer).param_groups  # accelerate wraps it
+
+
+def _square_of_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Σ g², float32; of sharded gradients over all shards."""
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
+    total = norms.square().sum()
+    return total.full_tensor() if hasattr(total, "full_tensor") else total  # type: ignore[operator]

@@ -1,0 +1,130 @@
+"""Checkpoints that are whole or absent.
+
+The Trainer writes one into `checkpoints/.partial`; a list of its files with their sizes and hashes is added last, all
+is synced, and the folder gets its name by a rename.  A folder without the list, or one that does not fit it, is
+damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mla_tune.errors import WorkError
+
+FILES = "files.json"
+#: What mla-tune itself has to remember: spike guard, counts, patience of early stopping.
+STATE = "mla_tune_state.json"
+PARTIAL = ".partial"
+
+
+def number_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint was made after."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All that lie there under a checkpoint's name, newest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=number_of, reverse=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None: each file has the size and hash it was written with."""
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((checkpoint / FILES).read_text())
+    except FileNotFoundError:
+        return f"{FILES} is missing, so it was never whole"
+    except (OSError, ValueError) as error:
+        return f"{FILES} can't be read ({error})"
+    for name, wanted in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != wanted["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
+        if _sha256(path) != wanted["sha256"]:
+            return f"{name} was changed since it was written"
+    return None
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that is not."""
+    lines: list[str] = []
+    for checkpoint in checkpoints(folder):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, lines
+        lines.append(f"{checkpoint} is damaged: {wrong}")
+    return None, lines
+
+
+@contextmanager
+def whole_or_absent(folder: Path, step: int) -> Iterator[Path]:
+    """A staging folder to write into; on leaving it is sealed and becomes `checkpoint-STEP` of `folder`.
+
+    Raises `WorkError` where it can't be written; what was written of it is gone then, older checkpoints are untouched.
+    """
+    staging = folder / PARTIAL
+    shutil.rmtree(staging, ignore_errors=True)
+    target = folder / f"checkpoint-{step}"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        made = staging / target.name
+        _seal(made)
+        shutil.rmtree(target, ignore_errors=True)
+        made.rename(target)
+        _sync(folder)
+    except Exception as error:
+        if not _is_about_writing(error):
+            raise
+        last, _ = newest_whole(folder)
+        rest = f"the last whole one is {last}; make room and go on with --resume" if last else "there is none before it"
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WorkError(f"the checkpoint of step {step} can't be written to {folder} ({first}); {rest}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete all but the newest `count`."""
+    for old in checkpoints(folder)[count:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _seal(made: Path) -> None:
+    files = sorted(p for p in made.rglob("*") if p.is_file())
+    entries = {str(p.relative_to(made)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    for path in files:
+        _sync(path)
+    listing = made / FILES
+    listing.write_text(json.dumps(entries, indent=1))
+    _sync(listing)
+    _sync(made)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_about_writing(error: Exception) -> bool:
+    """torch and safetensors say in errors of their own what the system said."""
+    words = ("No space left", "File too large", "quota", "I/O error", "PytorchStreamWriter", "enforce fail", "write")
+    known = type(error).__name__ in ("SafetensorError", "RuntimeError") and any(w in str(error) for w in words)
+    return isinstance(error, OSError) or known

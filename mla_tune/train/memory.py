@@ -1,0 +1,62 @@
+"""Memory of a run: how much it took, and what to lower where it was too much."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from mla_tune.errors import WorkError
+from mla_tune.recipe.schema import Recipe
+
+
+def memory_now() -> int:
+    """Resident bytes of this process."""
+    return psutil.Process().memory_info().rss
+
+
+def _memory_peak() -> int:
+    """Highest resident bytes so far.  Not getrusage's on Linux: that begins with the memory of the parent process."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_report(device: torch.device, start: int) -> dict[str, int]:
+    """Peak bytes: of the process, what of it came after the imports, and on the GPU where there is one."""
+    peak = _memory_peak()
+    report = {"process_peak": peak, "before_loading": start, "run_peak": peak - start}
+    if device.type == "cuda":
+        report["gpu_peak"] = torch.cuda.max_memory_allocated(device)
+    return report
+
+
+@contextlib.contextmanager
+def memory_advice(recipe: Recipe) -> Iterator[None]:
+    """Turns torch's out-of-memory errors into one that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "not enough memory" not in text:
+            raise
+        raise WorkError(_advice(recipe, "GPU" if "CUDA" in text else "CPU")) from error
+
+
+def _advice(recipe: Recipe, where: str) -> str:
+    t = recipe.train
+    lower = [f"train.max_length (now {t.max_length})"]
+    if t.batch_size > 1:
+        lower.insert(0, f"train.batch_size (now {t.batch_size}; raise train.accumulation to keep the global batch)")
+    if t.checkpointing == "none":
+        lower.append("or set train.checkpointing: full")
+    if recipe.model.dtype in ("auto", "float32"):
+        lower.append("or model.dtype: bfloat16")
+    return f"out of {where} memory: lower {', '.join(lower)}. `mla-tune plan` estimates what is needed"

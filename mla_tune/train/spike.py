@@ -1,0 +1,112 @@
+"""The spike guard: a step whose loss or gradient norm leaves its running band is skipped.
+
+The band of each is the median of the last `window` accepted steps plus `width` robust standard deviations (1.4826 times
+the median absolute deviation, which is σ for a normal distribution); a spike is above it, or no finite number.  A
+skipped step leaves weights and the optimizer's moments as they were, and its figures stay out of the band.  `patience`
+skipped steps in a row multiply every learning rate by `cut` for the rest of the run, and the band begins anew: a loss
+that stays on another level is a new level, not a spike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from mla_tune.errors import WorkError
+from mla_tune.recipe.schema import SpikeSection
+
+#: σ of a normal distribution, over its median absolute deviation.
+SIGMA = 1.4826
+#: The band's σ is at least this share of the median: a loss that hardly moves is no reason to skip.
+LEAST = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """Why a step is skipped; `cut` where it was one too many in a row."""
+
+    what: str
+    value: float
+    limit: float
+    cut: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"what": self.what, "value": self.value, "limit": self.limit}
+        return found
+
+
+class SpikeGuard:
+    """Keeps the bands.  `state` and `load` carry it over a resume, so that a resumed run skips the same steps."""
+
+    def __init__(self, section: SpikeSection) -> None:
+        self.section = section
+        self.values: dict[str, deque[float]] = {
+            "loss": deque(maxlen=section.window),
+            "grad_norm": deque(maxlen=section.window),
+        }
+        self.in_a_row = 0
+        self.skipped = 0
+        self.cuts = 0
+
+    def limit(self, what: str) -> float:
+        """The upper end of the band; infinite while there are too few values for one."""
+        values = self.values[what]
+        if len(values) < self.section.window // 4:
+            return math.inf
+        middle = median(values)
+        sigma = max(SIGMA * median(abs(v - middle) for v in values), LEAST * abs(middle))
+        return middle + self.section.width * sigma
+
+    def look(self, step: int, loss: float, grad_norm: float) -> Spike | None:
+        """Judge optimizer step `step` by its loss and gradient norm, before the step is done.
+
+        Raises `WorkError` where neither was a finite number for `patience` steps in a row, or for one without a guard.
+        """
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        patience = self.section.patience if self.section.guard else 1
+        if not finite and self.in_a_row + 1 >= patience:
+            what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", grad_norm)
+            times = f", for {patience} steps in a row" if patience > 1 else ""
+            raise WorkError(
+                f"step {step}: the {what} is {value}{times}; lower optimizer.learning_rate "
+                f"(--set optimizer.learning_rate=…) or use model.dtype float32"
+            )
+        if not self.section.guard:
+            return None
+        for what, value in (("loss", loss), ("grad_norm", grad_norm)):
+            limit = self.limit(what)
+            if not value <= limit or not math.isfinite(value):
+                return self._skip(what, value, limit)
+        self.in_a_row = 0
+        self.values["loss"].append(loss)
+        self.values["grad_norm"].append(grad_norm)
+        return None
+
+    def _skip(self, what: str, value: float, limit: float) -> Spike:
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row < self.section.patience:
+            return Spike(what, value, limit)
+        self.in_a_row = 0
+        self.cuts += 1
+        for values in self.values.values():
+            values.clear()
+        return Spike(what, value, limit, self.section.cut)
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "values": {name: list(values) for name, values in self.values.items()},
+            "in_a_row": self.in_a_row,
+            "skipped": self.skipped,
+            "cuts": self.cuts,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name, values in self.values.items():
+            values.clear()
+            values.extend(state["values"][name])
+        self.in_a_row, self.skipped, self.cuts = state["in_a_row"], state["skipped"], state["cuts"]
