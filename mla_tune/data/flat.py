@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from mla_tune.data.encode import IGNORED
+
 
 class FlatCollator:
     """Rows with `input_ids`, `labels` and perhaps `position_ids` (which start again at 0 with each sample) → a batch:
@@ -25,7 +27,7 @@ class FlatCollator:
         positions: list[int] = []
         for f in features:
             ids += f["input_ids"]
-            labels += f["labels"]
+            labels += [IGNORED, *f["labels"][1:]]  # or the row before would be trained to predict it
             positions += f["position_ids"] if "position_ids" in f else range(len(f["input_ids"]))
         place = torch.tensor(positions)
         borders = [*(place == 0).nonzero().flatten().tolist(), len(positions)]

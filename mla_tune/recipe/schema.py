@@ -253,7 +253,7 @@ class SpikeSection(Section):
     guard: bool = True
     """false: no step is skipped."""
     window: int = Field(default=64, ge=8)
-    """Steps that the running band is made of; the guard is silent before a quarter of them is there."""
+    """Steps that the running band is made of; the guard is silent before a quarter of them (at least 8) is there."""
     width: float = Field(default=8.0, gt=0)
     """Half the band's width, in robust standard deviations (1.4826 × median absolute deviation) above the median."""
     patience: int = Field(default=3, ge=1)

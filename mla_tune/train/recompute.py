@@ -125,6 +125,8 @@ def _swapped(module: torch.nn.Module, others: dict[str, torch.nn.Module]) -> Ite
 def _recompute_attention(attention: Any) -> None:
     original = attention.forward
     down = [name for name in DOWN if isinstance(attention._modules.get(name), torch.nn.Module)]
+    dropouts = [m for m in attention.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    draws = bool(getattr(attention, "attention_dropout", 0)) or bool(dropouts)
 
     def core(hidden: torch.Tensor, given: dict[str, torch.Tensor], memo: list[Any], kwargs: dict[str, Any]) -> Any:
         others = {name: _Given(result) for name, result in given.items()}
@@ -146,7 +148,7 @@ def _recompute_attention(attention: Any) -> None:
             [],
             kwargs,
             use_reentrant=False,
-            preserve_rng_state=attention.training and bool(getattr(attention, "attention_dropout", 0)),
+            preserve_rng_state=attention.training and draws,
             # The packed attention remembers its own result; a dispatcher takes microseconds for each operation.
             context_fn=noop_context_fn if attention.config._attn_implementation == NAME else _contexts,
         )

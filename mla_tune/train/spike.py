@@ -22,6 +22,8 @@ from mla_tune.recipe.schema import SpikeSection
 SIGMA = 1.4826
 #: The band's σ is at least this share of the median: a loss that hardly moves is no reason to skip.
 LEAST = 0.02
+#: Steps that a band needs: of fewer the deviation says little, and gradients grow while B leaves 0.
+FEWEST = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class SpikeGuard:
     def limit(self, what: str) -> float:
         """The upper end of the band; infinite while there are too few values for one."""
         values = self.values[what]
-        if len(values) < self.section.window // 4:
+        if len(values) < max(FEWEST, self.section.window // 4):
             return math.inf
         middle = median(values)
         sigma = max(SIGMA * median(abs(v - middle) for v in values), LEAST * abs(middle))
