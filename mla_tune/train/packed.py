@@ -34,6 +34,7 @@ def register() -> str:
     return NAME
 
 
+@torch.compiler.disable  # a loop over samples, whose number is another in each batch
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

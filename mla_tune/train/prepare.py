@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 
 from mla_tune.data.collate import Collator
 from mla_tune.data.flat import FlatCollator
@@ -58,7 +59,7 @@ def prepare_model(
     else:
         lean_norms(model, None)
     if recipe.train.compile:
-        _compile(base)
+        _compile(base, recipe.train.checkpointing == "full")
     return Ways(attention, {"attention": attention, **({"experts": experts} if experts else {})}, lines)
 
 
@@ -108,7 +109,16 @@ def _lengths(row: dict[str, Any]) -> list[int]:
     return [b - a for a, b in zip(starts, [*starts[1:], total], strict=True)]
 
 
-def _compile(base: Any) -> None:
-    """Each decoder layer by itself: layers of one kind share what was compiled."""
+def _compile(base: Any, checkpointed: bool) -> None:
+    """Each decoder layer by itself: layers of one kind share what was compiled.
+
+    PEFT reaches fused experts by a parametrization that it puts on and takes off in every forward, a new class each
+    time: compiled, that is compiled again at every step, so they run as they are.
+    """
+    for module in base.modules():
+        if isinstance(module, ParamWrapper) and "forward" not in vars(module):  # not by factors
+            module.forward = torch.compiler.disable(module.forward)
     for layer in base.base_model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        # A checkpointed layer is a graph of its own to autograd; what it holds can be compiled, itself not.
+        for module in layer.children() if checkpointed else [layer]:
+            module.forward = torch.compile(module.forward, dynamic=True)
