@@ -119,7 +119,9 @@ def rows_with_bad_batches(path: Path, bad: bool = True) -> Path:
     return path
 
 
-def run_in_order(cli: Any, monkeypatch: pytest.MonkeyPatch, data: Path, out: Path, *sets: str) -> list[dict[str, Any]]:
+def run_in_order(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, data: Path, out: Path, *sets: str, resume: bool = False
+) -> list[dict[str, Any]]:
     """A run of one row a step, in the file's order; the lines of metrics.jsonl."""
     from torch.utils.data import SequentialSampler
 
@@ -134,6 +136,7 @@ def run_in_order(cli: Any, monkeypatch: pytest.MonkeyPatch, data: Path, out: Pat
     ]  # fmt: skip
     options = [x for k in keys for x in ("--set", k)]
     command = ["train", "--recipe", "safe", "--output", str(out), "--set", f"data.path={data}", *options]
+    command += ["--resume"] if resume else []
     done = cli(*command)
     assert done.code == 0, done.err
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -20,9 +20,14 @@ def command(
 ) -> None:
     """Train an adapter as a recipe says."""
     from mla_tune.console import err, human_count, out, print_json
+    from mla_tune.errors import InputError
     from mla_tune.recipe.checks import warnings
     from mla_tune.recipe.load import load_recipe
 
+    if allow_changes and not resume:
+        raise InputError("--allow-changes is about a run to go on with: give --resume too")
+    if overwrite and resume:
+        raise InputError("--overwrite begins a run anew, --resume goes on with it: give one of them")
     overrides = list(set_ or [])
     if output:
         overrides.append(f"output.dir={output}")

@@ -24,10 +24,11 @@ class GradientCheck(TrainerCallback):
     """After the first backward pass every adapter has a finite, non-zero gradient, or the run stops and names those
     that don't.  (With B = 0, A's gradient is zero in the first step: one of the two has to be alive.)"""
 
+    trainer: Any = None
     done = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.done:
+        if self.done or self.trainer.spike is not None:  # a spike's gradients are gone
             return
         self.done = True
         problems = gradient_problems(kwargs["model"])

@@ -131,7 +131,8 @@ def _run(
     progress = ProgressLine(metrics)
     stop = StopOnSignal()
     steps = steps_of(recipe, len(data.train_rows), int(os.environ.get("WORLD_SIZE", "1")))
-    callbacks: list[Any] = [GradientCheck(), metrics, progress, stop]
+    check = GradientCheck()
+    callbacks: list[Any] = [check, metrics, progress, stop]
     if recipe.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping))
     trainer = RoleTrainer(
@@ -147,7 +148,7 @@ def _run(
         keep=recipe.train.keep_checkpoints,
     )
     trainer.remove_callback(PrinterCallback)
-    metrics.trainer = trainer
+    metrics.trainer = check.trainer = trainer
     if checkpoint is not None:
         trainer.load_own_state(checkpoint)
 
