@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mla_tune.train.callbacks import Metrics
 from mla_tune.train.checkpoints import checkpoints
 from tests.test_spike import BAD, rows_with_bad_batches, run_in_order
 from tests.test_train import hash_of, metrics, options, rows_file, signalled  # noqa: F401
@@ -100,6 +101,35 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(cli, rows_file: Path, tmp_p
     assert "Traceback" not in done.stderr
     assert [p.name for p in (full / "checkpoints").iterdir()] == ["checkpoint-4"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    resumed = cli("train", "--recipe", "safe", "--resume", *options(rows_file, full, *sets))
+    assert resumed.code == 0, resumed.err
+    assert hash_of(full / "adapter") == hash_of(straight / "adapter")
+    assert metrics(full) == metrics(straight)
+
+
+def test_a_full_disk_that_takes_no_line_more(
+    cli,
+    rows_file: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    straight, full = tmp_path / "straight", tmp_path / "full"
+    sets = [*LONG, "train.save_every=4"]
+    assert cli("train", "--recipe", "safe", *options(rows_file, straight, *sets)).code == 0
+    log = Metrics.on_log
+
+    def on_log(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            with self.path.open("a") as f:
+                f.write('{"step": 6, "lo')
+            self.path = Path("/dev/full")
+        log(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Metrics, "on_log", on_log)
+    done = cli("train", "--recipe", "safe", *options(rows_file, full, *sets))
+    monkeypatch.undo()
+    assert done.code == 1
+    assert "full can't be written: No space left on device; the last whole checkpoint is" in done.err.replace("\n", " ")
     resumed = cli("train", "--recipe", "safe", "--resume", *options(rows_file, full, *sets))
     assert resumed.code == 0, resumed.err
     assert hash_of(full / "adapter") == hash_of(straight / "adapter")

@@ -99,6 +99,7 @@ def choose_experts(model: Any, arch: Architecture, names: tuple[str, ...], devic
     """The fastest implementation of the model's routed experts, timed on its first expert layer."""
     module = next(m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "down_proj"))
     weight = module.gate_up_proj
+    trained = [p for p in module.parameters() if p.requires_grad]
     E, D, k = weight.shape[0], weight.shape[2], arch.experts_per_token
 
     def one(name: str) -> Callable[[], None]:
@@ -111,7 +112,7 @@ def choose_experts(model: Any, arch: Architecture, names: tuple[str, ...], devic
             before = module.config._experts_implementation
             module.config._experts_implementation = name
             try:
-                module(x, index, share).sum().backward()
+                torch.autograd.grad(module(x, index, share).sum(), [x, *trained])
             finally:
                 module.config._experts_implementation = before
 

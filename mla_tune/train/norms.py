@@ -25,7 +25,7 @@ def lean_norms(model: torch.nn.Module, made: Callable[[torch.Tensor, Callable[[]
     for norm in found:
         forward = _forward_of(norm, made)
         # What hears of each output is no part of a compiled graph.
-        norm.forward = torch.compiler.disable(forward) if made is not None else forward  # type: ignore[method-assign]
+        norm.forward = torch.compiler.disable(forward) if made is not None else forward  # type: ignore
     return len(found)
 
 

@@ -117,7 +117,7 @@ def _compile(base: Any, checkpointed: bool) -> None:
     """
     for module in base.modules():
         if isinstance(module, ParamWrapper) and "forward" not in vars(module):  # not by factors
-            module.forward = torch.compiler.disable(module.forward)
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in base.base_model.layers:
         # A checkpointed layer is a graph of its own to autograd; what it holds can be compiled, itself not.
         for module in layer.children() if checkpointed else [layer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import time
@@ -35,6 +36,9 @@ from mla_tune.train.prepare import prepare_model
 from mla_tune.train.save import base_of, save_result
 from mla_tune.train.spike import SpikeGuard
 from mla_tune.train.trainer import CountingCollator, RoleTrainer
+
+#: No space, over quota, file too large, read-only now, broken.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def train(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) -> dict[str, Any]:
@@ -98,7 +102,10 @@ def train(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) 
             _run(recipe, folder, loaded, tokenizer, placement, data, run, checkpoint, start_memory)
     except BaseException as error:
         run["state"] = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-        folder.write(run)
+        with contextlib.suppress(OSError):  # on a full disk that would hide the error itself
+            folder.write(run)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise _disk_is_full(folder, error) from error
         raise
     return run
 
@@ -188,6 +195,12 @@ def _run(
     folder.write(run)
     with contextlib.suppress(ValueError):
         plot_run(folder.metrics, folder.plot, run)
+
+
+def _disk_is_full(folder: RunFolder, error: OSError) -> WorkError:
+    last, _ = newest_whole(folder.checkpoints)
+    rest = f"; the last whole checkpoint is {last}: make room and go on with --resume" if last else ""
+    return WorkError(f"{folder.root} can't be written: {error.strerror}{rest}")
 
 
 def _checkpoint(folder: RunFolder) -> Path:
