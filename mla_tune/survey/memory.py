@@ -14,10 +14,12 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.roles import GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
 
-#: Tokens and vocabulary columns that trl's fused output head computes at a time (`trl.kernels.chunked_logprob`).
-HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
-#: Tiles that its backward pass keeps at once without Triton, in float32: the logits and what becomes of them.
-HEAD_COPIES = 7.25
+#: Numbers of one tile of logits in training: 16 MB in float32 on a CPU, where a tile should fit a cache; 512 MB on a
+GPU.TILE = {"cpu": 1 << 22, "cuda": 1 << 27}
+#: Tokens a tile at least, however large the vocabulary.
+TILE_TOKENS = 64
+#: Tiles that are alive at once: logits and their log-softmax; of a trained head, both and their gradients.
+FROZEN_TILES, TRAINED_TILES = 2, 4
 #: Roles whose adapters act before the attention scores.
 BEFORE_SCORES = (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV)
 #: Resident bytes of a process that has imported everything and trained a model of next to no size.
@@ -71,10 +73,15 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
     trainable = arch.params_total if full else placement.trainable_params
     layers = [_layer_bytes(arch, placement, run, i) for i in range(arch.num_layers)]
     tokens = run.batch * run.length
+    again = 0  # what one layer's backward pass makes anew
     if run.checkpointing == "full":
-        kept = arch.num_layers * tokens * arch.dims.D * DTYPE_BYTES[run.dtype] + max(layers)
+        again, kept = max(layers), arch.num_layers * tokens * arch.dims.D * DTYPE_BYTES[run.dtype]
+    elif run.checkpointing == "mla":
+        less = [_layer_bytes(arch, placement, run, i, recomputed=True) for i in range(arch.num_layers)]
+        again, kept = max(a - b for a, b in zip(layers, less, strict=True)), sum(less)
     else:
         kept = sum(layers)
+    mask = tokens * run.length if run.packing and run.attention in ("sdpa", "eager") else 0
     return Memory(
         process=0 if run.gpu else PROCESS,
         weights=arch.params_total * size,
@@ -82,14 +89,14 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
         gradients=trainable * 4,
         # AdamW: two float32 moments of every trained number.
         optimizer=trainable * 8,
-        activations=kept + tokens * arch.dims.D * (size + 4),
+        activations=kept + 2 * tokens * arch.dims.D * size + mask,
         head=_head(arch, run, full),
-        transient=_transient(arch, placement, run),
+        transient=_transient(arch, placement, run) + again,
     )
 
 
-def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int) -> int:
-    """Bytes that autograd keeps for one decoder layer."""
+def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int, recomputed: bool = False) -> int:
+    """Bytes that autograd keeps for one decoder layer; `recomputed`: with `checkpointing: mla`."""
     full = placement.method == "none"
     adapted = {p.site.parameter: p for p in placement.sites if p.site.layer == layer}
     sites = [s for s in arch.sites if s.layer == layer]
@@ -110,7 +117,8 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int)
             # Nothing trained lies before these scores: autograd begins at W_O's input.
             per_token += arch.dims.H * arch.dims.V * low if trains(here.get(Role.W_O)) else 0
         else:
-            per_token += _attention_bytes(arch, here, trains, run, low)
+            count = _recomputed_attention_bytes if recomputed else _attention_bytes
+            per_token += count(arch, here, trains, run, low)
     dense = {s.path.rpartition(".")[0] for s in sites if s.role == Role.GATE}
     shared = {s.path.rpartition(".")[0] for s in sites if s.role == Role.SHARED_GATE}
     for block in dense | shared:
@@ -120,10 +128,10 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int)
         per_token += 3 * width * low
         per_token += width * low if trains(members["down_proj"]) else 0
         inputs = trains(members["gate_proj"]) or trains(members["up_proj"])
-        per_token += arch.dims.D * low if inputs else 0
+        per_token += arch.dims.D * low if inputs and not recomputed else 0
         for site in members.values():
-            if trains(site) and not full and reached_as_parameter(arch, site.role):
-                # PEFT reaches these as parameters: W + ΔW is materialised and kept.
+            if trains(site) and placement.method == "dora" and reached_as_parameter(arch, site.role):
+                # PEFT reaches these as parameters, and without the short cut for plain LoRA W + ΔW is made and kept.
                 weights += site.shape[0] * site.shape[1] * low
     experts = {s.role: s for s in sites if s.is_experts}
     if experts:
@@ -136,9 +144,10 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int)
         for site in (gate_up, down):
             if trains(site) and not full:
                 weights += site.count * site.shape[0] * site.shape[1] * low
-    # Inputs of the two norms, in float32; A's output of every adapter.
-    per_token += arch.family.norms * arch.dims.D * 4
-    per_token += sum(p.rank * 4 for p in adapted.values() if not reached_as_parameter(arch, p.site.role))
+    # Inputs of the two norms; A's output of every adapter.
+    per_token += arch.family.norms * arch.dims.D * low
+    gone = (Role.W_Q, Role.W_UQ, Role.W_UKV) if recomputed else ()
+    per_token += sum(p.rank * 4 for p in adapted.values() if not p.site.is_experts and p.site.role not in gone)
     return per_token * tokens + weights
 
 
@@ -146,12 +155,18 @@ def _attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Ru
     """Bytes a token of one attention module."""
     d = arch.dims
     q = d.H * (d.P + d.R)
-    kept = (d.C + d.R + (d.L or 0)) * 4  # inputs of the two latent norms
+    kept = (d.C + d.R + (d.L or 0)) * low  # inputs of the two latent norms
     inputs = (Role.W_DQ, Role.W_Q, Role.W_DKV)
     kept += d.D * low if any(trains(here.get(r)) for r in inputs) else 0
     kept += (d.L or 0) * low if trains(here.get(Role.W_UQ)) else 0
     kept += d.C * low if trains(here.get(Role.W_UKV)) else 0
-    if run.attention == "eager" or (not run.gpu and d.P + d.R != d.V):
+    if run.attention == "packed":
+        # Query, key, output and the logarithm of each row's sum; values are a view of the expansion, or (on a CPU,
+        where  # keys are wider) a padded copy, and then W_O's A keeps the output without the padding once more.
+        padded = not run.gpu and d.P + d.R > d.V
+        kept += (2 * q + (2 * q if padded else d.H * (d.P + d.V) + d.H * d.V)) * low + d.H * 4
+        kept += d.H * d.V * low if padded and trains(here.get(Role.W_O)) else 0
+    elif run.attention == "eager" or (not run.gpu and d.P + d.R != d.V):
         # No fused kernel for unequal head sizes on a CPU: scores are materialised, operands copied.
         kept += (2 * q + d.H * d.V + d.H * run.length) * low
         kept += d.H * d.V * low if trains(here.get(Role.W_O)) else 0
@@ -163,13 +178,30 @@ def _attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Ru
     return kept
 
 
+def _recomputed_attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Run, low: int) -> int:
+    """Bytes a token of one attention module whose norms and up-projections are computed again."""
+    d = arch.dims
+    # The latents, from which queries, keys and values are made again.
+    kept = (d.C + d.R + (d.L or 0)) * low
+    equal = d.P + d.R == d.V
+    if run.attention == "packed":
+        padded = not run.gpu and not equal
+        kept += d.H * (d.P + d.R if padded else d.V) * low + d.H * 4
+        kept += d.H * d.V * low if padded and trains(here.get(Role.W_O)) else 0
+    elif run.attention != "eager" and (run.gpu or equal):
+        kept += d.H * d.V * low + d.H * 4
+        kept += d.H * d.V * low if trains(here.get(Role.W_O)) else 0
+    else:
+        kept += d.H * d.V * low if trains(here.get(Role.W_O)) else 0
+    return kept
+
+
 def _head(arch: Architecture, run: Run, full: bool) -> int:
-    """Working set of the output head in the backward pass."""
-    tokens = min(run.batch * run.length, HEAD_TOKENS)
+    """Working set of the output head (`train.loss`), which sees a tile of the logits at a time."""
+    tokens = min(run.batch * run.length, max(TILE_TOKENS, TILE["cuda" if run.gpu else "cpu"] // arch.vocab_size))
+    tile = tokens * arch.vocab_size * 4
     gradient = arch.vocab_size * arch.dims.D * 4 if full else 0
-    if run.gpu:  # one tile, allocated at its full width whatever the vocabulary
-        return tokens * HEAD_COLUMNS * DTYPE_BYTES[run.dtype] + gradient
-    return int(HEAD_COPIES * tokens * min(arch.vocab_size, HEAD_COLUMNS) * 4) + gradient
+    return (TRAINED_TILES if full else FROZEN_TILES) * tile + gradient
 
 
 def _transient(arch: Architecture, placement: Placement, run: Run) -> int:

@@ -52,7 +52,7 @@ def plan(recipe: Recipe, *, data: dict[str, Any] | None, steps: int | None, gpu:
     arch = architecture_of(section)
     placement = place(arch, recipe.adapter)
     t = recipe.train
-    attention = "sdpa" if section.attention == "auto" else section.attention
+    attention = "packed" if section.attention == "auto" else section.attention
     run = Run(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.checkpointing)
     memory: Memory = estimate(arch, placement, run)
     rates = role_rates(placement, recipe)

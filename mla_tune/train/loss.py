@@ -22,11 +22,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mla_tune.data.encode import IGNORED
+from mla_tune.survey.memory import TILE, TILE_TOKENS
 
-#: Numbers of one tile of logits: 16 MB in float32 on a CPU, where a tile should fit a cache; 512 MB on a GPU.
-TILE = {"cpu": 1 << 22, "cuda": 1 << 27}
-#: Tokens a tile at least, however large the vocabulary.
-LEAST = 64
 #: Keyword by which a patched model is asked for the loss instead of logits.
 KEYWORD = "token_loss"
 
@@ -75,13 +72,13 @@ def token_loss(
         chosen = chosen / divisor
     tile = TILE.get(hidden.device.type, TILE["cuda"])
     if _is_frozen(head):
-        step = max(LEAST, tile // head.weight.shape[0])  # type: ignore[union-attr, arg-type, index]
+        step = max(TILE_TOKENS, tile // head.weight.shape[0])  # type: ignore[union-attr, arg-type, index]
         weight, bias = head.weight, head.bias
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             chosen = chosen.to(torch.get_autocast_dtype(device))
         return _FrozenHead.apply(chosen, weight, bias, targets, cap, step)  # type: ignore[no-any-return]
-    step = max(LEAST, tile // int(getattr(head, "out_features", 1 << 15)))
+    step = max(TILE_TOKENS, tile // int(getattr(head, "out_features", 1 << 15)))
     # The sum over no token still hangs on the model: a batch without trained tokens has a gradient of zero.
     total = chosen.float().sum() * 0.0
     for h, y in zip(chosen.split(step), targets.split(step), strict=True):
