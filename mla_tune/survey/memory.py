@@ -14,8 +14,8 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.roles import GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
 
-#: Numbers of one tile of logits in training: 16 MB in float32 on a CPU, where a tile should fit a cache; 512 MB on a
-GPU.TILE = {"cpu": 1 << 22, "cuda": 1 << 27}
+#: Numbers of one tile of logits in training: 16 MB in float32 on a CPU, where it should fit a cache, 512 MB on a GPU.
+TILE = {"cpu": 1 << 22, "cuda": 1 << 27}
 #: Tokens a tile at least, however large the vocabulary.
 TILE_TOKENS = 64
 #: Tiles that are alive at once: logits and their log-softmax; of a trained head, both and their gradients.
@@ -162,7 +162,7 @@ def _attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Ru
     kept += d.C * low if trains(here.get(Role.W_UKV)) else 0
     if run.attention == "packed":
         # Query, key, output and the logarithm of each row's sum; values are a view of the expansion, or (on a CPU,
-        where  # keys are wider) a padded copy, and then W_O's A keeps the output without the padding once more.
+        # where keys are wider) a padded copy, and then W_O's A keeps the output without the padding once more.
         padded = not run.gpu and d.P + d.R > d.V
         kept += (2 * q + (2 * q if padded else d.H * (d.P + d.V) + d.H * d.V)) * low + d.H * 4
         kept += d.H * d.V * low if padded and trains(here.get(Role.W_O)) else 0
