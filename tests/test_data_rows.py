@@ -188,7 +188,7 @@ def test_many_bad_rows_are_counted(tmp_path):
     lines = str(err.value).split("\n")
     assert "line 2:" in lines[0]
     assert "line 6:" in lines[4]
-    assert lines[5:] == ["… and 3 more rows"]
+    assert lines[5:] == ["… and 3 more rows", "data.bad_rows: skip leaves such rows out, and counts them"]
     assert load(path, limit=1).train == [PROMPT]
 
 
@@ -223,10 +223,10 @@ def test_a_broken_file_is_told_with_place(tmp_path, name, content, words):
 def test_wrong_encoding_names_line_and_byte(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "caf\xe9"}\n')
-    with pytest.raises(FileError, match=r"line 2: byte 0xe9 isn't UTF-8.*iconv"):
+    with pytest.raises(FileError, match=r"line 2, byte 14: 0xe9 isn't UTF-8.*iconv"):
         load(path)
     path.write_bytes('{"text": "a"}'.encode("utf-16"))
-    with pytest.raises(FileError, match=r"line 1: byte 0xff isn't UTF-8.*iconv -f UTF-16"):
+    with pytest.raises(FileError, match=r"line 1, byte 1: 0xff isn't UTF-8.*iconv -f UTF-16"):
         load(path)
 
 

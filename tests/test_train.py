@@ -82,12 +82,13 @@ def test_plain_peft_loads_the_adapter_and_gives_the_trained_loss(cli, rows_file:
     recipe = load_recipe(str(out / "recipe.yaml"))
     config = json.loads((out / "base" / "config.json").read_text())
     data = prepare(recipe, architecture(config), load_tokenizer(str(out / "base")))
-    assert data.held_out is not None
+    held_out = data.parts[0].held_out
+    assert held_out is not None
     base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
 
     def loss_of(model: Any) -> float:
         total, count = 0.0, 0
-        for sample in data.held_out.samples:  # type: ignore[union-attr]
+        for sample in held_out.samples:
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([sample.input_ids])).logits[0, :-1].double()
             labels = torch.tensor(sample.labels[1:])

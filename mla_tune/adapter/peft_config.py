@@ -23,20 +23,22 @@ def peft_config(arch: Architecture, placement: Placement) -> LoraConfig:
         as_parameter = reached_as_parameter(arch, p.site.role)
         (parameters if as_parameter else modules).append(p.site)
 
+    # Of a wider LoRA alpha is larger, so that its scale stays the planned one.
+    stretch = placement.width**0.5 if placement.method == "rslora" else placement.width
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     parameter_paths = {s.path for s in parameters}
     for p in placement.sites:
         key = _pattern(p, p.site.path in parameter_paths)
         if p.rank != placement.rank:
-            rank_pattern[key] = p.rank
+            rank_pattern[key] = p.rank * placement.width
         if p.alpha != placement.alpha:
-            alpha_pattern[key] = _number(p.alpha)
+            alpha_pattern[key] = _number(p.alpha * stretch)
 
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=placement.rank,
-        lora_alpha=_number(placement.alpha),  # type: ignore[arg-type]
+        r=placement.rank * placement.width,
+        lora_alpha=_number(placement.alpha * stretch),  # type: ignore[arg-type]
         lora_dropout=placement.dropout,
         use_rslora=placement.method == "rslora",
         use_dora=placement.method == "dora",

@@ -9,6 +9,9 @@ from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import PlacementError, did_you_mean
 from mla_tune.recipe.schema import AdapterSection, RoleOverride
 
+#: Initialisations that take a part of W out of the base.
+RESIDUAL = ("pissa", "olora")
+
 
 def reached_as_parameter(arch: Architecture, role: Role) -> bool:
     """Whether PEFT can adapt this role only as a parameter (`target_parameters`), materialising W + ΔW: fused experts,
@@ -39,6 +42,16 @@ class Placement:
     rank: int
     alpha: float
     sites: tuple[PlannedSite, ...]
+    init: str = "default"
+
+    @property
+    def width(self) -> int:
+        """Ranks that PEFT attaches for each planned one: `pissa` and `olora` carry what they began with, frozen."""
+        return 2 if self.init in RESIDUAL else 1
+
+    def scale(self, planned: PlannedSite) -> float:
+        """s of ΔW = s·B A, of the planned rank."""
+        return planned.alpha / (planned.rank**0.5 if self.method == "rslora" else planned.rank)
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -75,7 +88,8 @@ def place(arch: Architecture, adapter: AdapterSection) -> Placement:
             # A role of another rank keeps the adapter's strength alpha/r, unless its alpha is given too.
             alpha = o.alpha if o.alpha is not None else adapter.alpha / adapter.rank * rank
             planned.append(PlannedSite(site, rank, alpha, o.lr_scale or 1.0))
-    return Placement(adapter.method, adapter.dropout, adapter.rank, adapter.alpha, tuple(planned))
+    _refuse_init(adapter, planned)
+    return Placement(adapter.method, adapter.dropout, adapter.rank, adapter.alpha, tuple(planned), adapter.init)
 
 
 def _resolve(arch: Architecture, adapter: AdapterSection) -> set[Role]:
@@ -137,3 +151,23 @@ def _refuse_impossible(arch: Architecture, adapter: AdapterSection, roles: set[R
         f"adapter.{asked}: PEFT can't do that for {names} of {arch.family.title}, which it can only reach as "
         f"parameters. Use method lora or rslora without dropout, or adapt attention only (targets: attention-only)"
     )
+
+
+def _refuse_init(adapter: AdapterSection, planned: list[PlannedSite]) -> None:
+    """What an initialisation can't do: fused experts, a rank beyond the matrix, an odd rank."""
+    if adapter.init in ("default", "gaussian"):
+        return
+    experts = sorted({p.site.role.value for p in planned if p.site.is_experts})
+    if experts:
+        raise PlacementError(
+            f"adapter.init: {adapter.init} is defined for single matrices, and {', '.join(experts)} are stacks of "
+            f"them; use init: default or gaussian, or leave the routed experts out"
+        )
+    for p in planned:
+        if adapter.init in RESIDUAL and p.rank > min(p.site.shape):
+            raise PlacementError(
+                f"adapter.rank: {adapter.init} takes {p.rank} directions of {p.site.role}, but {p.site.path} "
+                f"({p.site.shape[0]} × {p.site.shape[1]}) has only {min(p.site.shape)}"
+            )
+        if adapter.init == "orthogonal" and p.rank % 2:
+            raise PlacementError(f"adapter.init: orthogonal halves the rank, so it has to be even; {p.rank} is not")

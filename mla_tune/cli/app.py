@@ -27,6 +27,7 @@ app = typer.Typer(
 VERBS = {
     "inspect": "inspect",
     "plan": "plan",
+    "data": "data",
     "train": "train",
     "merge-absorb": "merge_absorb",
     "verify": "verify",

@@ -1,4 +1,4 @@
-"""`mla-tune bench`: what decoding takes on this machine."""
+"""`mla-tune bench`: what decoding and training take on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = typer.Typer(help="Measure stock transformers against mla-tune on this mach
 
 @app.callback()
 def group() -> None:
-    """A group even while it has one command."""
+    """Commands that measure."""
 
 
 @app.command("decode")
@@ -203,3 +203,41 @@ def _middle(numbers: Sequence[float]) -> str:
 
 def _ratio(numbers: Sequence[float]) -> str:
     return f"{_middle(numbers)} ({_range(numbers)})"
+
+
+@app.command("train")
+def train(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or a shipped one.")] = "safe",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set data.limit=80.")] = None,
+    cases: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,…",
+            help="Of none, mla, full (train.checkpointing), compiled; trl, trl-packed (SFTTrainer at its defaults), "
+            "trl-plain, trl-plain-packed (without its checkpointing and bfloat16).",
+        ),
+    ] = "none,mla,full",
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns; each trains 1/N of the data.")] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write train.json there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Train one epoch with each of several ways, in turn: tokens a second and memory."""
+    from mla_tune.checkpoint.files import write_json
+    from mla_tune.console import err, print_json
+    from mla_tune.errors import FileError
+    from mla_tune.recipe.load import load_recipe
+    from mla_tune.report.bench_train_table import print_train
+    from mla_tune.train.bench import bench
+
+    loaded = load_recipe(recipe, ["data.path=gsm8k", "data.limit=160", *(set_ or [])])
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"--out {out}: {error.strerror}") from None
+    names = [n.strip() for n in cases.split(",") if n.strip()]
+    found = bench(loaded, names, rounds, lambda line: err.print(line, markup=False, soft_wrap=True))
+    document = found.to_json()
+    if out is not None:
+        write_json(out / "train.json", document)
+    print_json(document) if as_json else print_train(loaded, found)

@@ -31,6 +31,7 @@ def command(
 
 
 def _data(recipe: Any) -> tuple[dict[str, Any], int]:
+    from mla_tune.console import err
     from mla_tune.data.prepare import prepare, steps_of
     from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
     from mla_tune.survey.source import architecture_of
@@ -39,6 +40,8 @@ def _data(recipe: Any) -> tuple[dict[str, Any], int]:
     prepared = prepare(
         recipe, architecture_of(section), load_tokenizer(tokenizer_source(section), section.trust_remote_code)
     )
+    for line in prepared.lines:
+        err.print(line, markup=False, soft_wrap=True)
     return prepared.summary(), steps_of(recipe, len(prepared.train_rows))
 
 

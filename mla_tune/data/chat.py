@@ -11,7 +11,8 @@ from mla_tune.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages: TypeAlias = list[dict[str, str]]
+Messages: TypeAlias = list[dict[str, Any]]
+Tools: TypeAlias = list[Any] | None
 
 # The expression by which transformers itself decides whether a template marks the assistant's tokens.
 _GENERATION = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
@@ -27,22 +28,28 @@ def marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(_GENERATION.search(tokenizer.get_chat_template()))
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation_prompt: bool = False) -> str:
-    """The chat as text.
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, generation_prompt: bool = False, tools: Tools = None
+) -> str:
+    """The chat as text, with the tools that it may call.
 
     Raises:
         InputError: the template refuses these messages.
     """
-    return _apply(tokenizer, messages, tokenize=False, add_generation_prompt=generation_prompt)
+    return _apply(tokenizer, messages, tools, tokenize=False, add_generation_prompt=generation_prompt)
 
 
-def marked_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
+def marked_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+) -> tuple[list[int], list[bool]]:
     """(ids, mask) of a chat; the mask is true inside the template's `{% generation %}` blocks."""
-    out = _apply(tokenizer, messages, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False})
+    out = _apply(tokenizer, messages, tools, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False})
     return out["input_ids"], [bool(m) for m in out["assistant_masks"]]
 
 
-def turn_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
+def turn_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None
+) -> tuple[list[int], list[bool]]:
     """(ids, mask) of a chat; the mask is true on the assistant's turns, each with its end token.
 
     For templates that don't mark them: a turn is what a longer chat has beyond the prompt before it.  A token that
@@ -51,7 +58,7 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
     Raises:
         InputError: the template rewrites earlier text when the chat goes on, or leaves out what the assistant said.
     """
-    text = render(tokenizer, messages)
+    text = render(tokenizer, messages, tools=tools)
     ids = tokens_of(tokenizer, text)
     mask = [False] * len(ids)
     squeezed = "".join(text.split())
@@ -64,18 +71,20 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
                 "many templates do that with reasoning before </think>: take it out of the rows, use another template, "
                 "or (prompt and completion) set data.template: none"
             )
-        start, end = _border(tokenizer, messages[:i], text, ids, True), len(ids)
+        start, end = _border(tokenizer, messages[:i], tools, text, ids, True), len(ids)
         if i + 1 < len(messages):
-            end = _border(tokenizer, messages[: i + 1], text, ids, False)
+            end = _border(tokenizer, messages[: i + 1], tools, text, ids, False)
         mask[start:end] = [True] * (end - start)
     return ids, mask
 
 
-def _border(tokenizer: PreTrainedTokenizerBase, head: Messages, text: str, ids: list[int], prompt: bool) -> int:
+def _border(
+    tokenizer: PreTrainedTokenizerBase, head: Messages, tools: Tools, text: str, ids: list[int], prompt: bool
+) -> int:
     """How many of `ids` the chat's beginning `head` takes up; `prompt`: with the header of the assistant's turn."""
     if not head:
         return 0
-    opening = render(tokenizer, head)
+    opening = render(tokenizer, head, tools=tools)
     if not text.startswith(opening):
         raise InputError(
             f"the chat template renders the first {len(head)} messages otherwise once the chat goes on, so the "
@@ -83,15 +92,23 @@ def _border(tokenizer: PreTrainedTokenizerBase, head: Messages, text: str, ids: 
             "data.loss_on: all, or (prompt and completion) data.template: none"
         )
     # A generation prompt may end in text that the finished turn lacks (an opened <think>): only what agrees counts.
-    pairs = zip(tokens_of(tokenizer, render(tokenizer, head, True) if prompt else opening), ids, strict=False)
+    pairs = zip(tokens_of(tokenizer, render(tokenizer, head, True, tools) if prompt else opening), ids, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: Any) -> Any:
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, **kwargs: Any) -> Any:
     from jinja2 import TemplateError
 
+    template = tokenizer.get_chat_template()
+    calls = any(m.get("tool_calls") for m in messages)
+    for word, asked in (("tools", bool(tools)), ("tool_calls", calls)):
+        if asked and word not in template:
+            raise InputError(
+                f"the chat has {word}, of which the tokenizer's chat template knows nothing, so they wouldn't be "
+                f"learnt; use a template that renders them, or take them out of the rows"
+            )
     try:
-        return tokenizer.apply_chat_template(messages, **kwargs)
+        return tokenizer.apply_chat_template(messages, tools=tools, **kwargs)
     except TemplateError as err:
         roles = ", ".join(m["role"] for m in messages)
         raise InputError(

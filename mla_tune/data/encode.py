@@ -7,7 +7,7 @@ always -100.  That makes `trained_tokens` exact, and keeps a packed sample from 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mla_tune.data.chat import marked_tokens, marks_assistant, render, tokens_of, turn_tokens
@@ -43,6 +43,12 @@ class Encoded:
     """Tokens of all samples."""
     trained_tokens: int
     """Tokens that count towards the loss."""
+    split: int = 0
+    """Rows cut into several samples."""
+    untrained: int = 0
+    """Pieces of split rows left out, because none of their tokens counts."""
+    skipped: list[str] = field(default_factory=list)
+    """What is wrong with each row that `bad_rows: skip` left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +72,11 @@ def encode(
 
     prompt: rendered as a user's and an assistant's turn, or (template none) bos + prompt + completion + eos, tokenised
     apart so that no token spans the border.  chat: rendered by the template.  text: bos + text + eos.  Rendered ids are
-    those of `tokenizer.apply_chat_template`.
+    those of `tokenizer.apply_chat_template`.  tokens: as they are.
 
-    A text longer than `max_length` is cut into several samples unless `too_long` says drop or error.  Each piece begins
-    with the last token of the piece before it, so that every token but the first is predicted once.
+    A text longer than `max_length` is cut into several samples unless `too_long` says drop or error, and any other row
+    where it says split.  Each piece begins with the last token of the piece before it, so that every token but the
+    first is predicted once; a piece without trained tokens is left out, and counted.
 
     Args:
         max_length: tokens a sample at most.
@@ -81,23 +88,35 @@ def encode(
     """
     tokenised = _tokenised(rows, kind, tokenizer, data, part)
     samples: list[Sample] = []
-    truncated = dropped = 0
+    truncated = dropped = split = untrained = 0
+    skipped: list[str] = []
     misfits: list[tuple[int, _Tokens]] = []
     for number, row in enumerate(tokenised, start=1):
-        if len(row.ids) <= max_length:
+        if isinstance(row, InputError):
+            skipped.append(str(row))
+        elif len(row.ids) <= max_length:
             samples.append(_sample(row, 0, max_length))
         elif data.too_long == "drop":
             dropped += 1
+        elif data.too_long == "split" or (kind == "text" and data.too_long != "error"):
+            split += 1
+            pieces = [_sample(row, start, max_length) for start in range(0, len(row.ids) - 1, max_length - 1)]
+            kept = [piece for piece in pieces if any(label != IGNORED for label in piece.labels)]
+            untrained += len(pieces) - len(kept)
+            samples += kept
         elif data.too_long == "error" or row.answer >= max_length:
             misfits.append((number, row))
-        elif kind == "text":
-            samples += (_sample(row, start, max_length) for start in range(0, len(row.ids) - 1, max_length - 1))
         else:
             truncated += 1
             samples.append(_sample(row, 0, max_length))
+    if misfits and data.bad_rows == "skip" and data.too_long != "error":
+        skipped += [_too_long(rows, [misfit], data, max_length, part) for misfit in misfits]
+        misfits = []
     if misfits:
         raise InputError(_too_long(rows, misfits, data, max_length, part))
     trained = sum(len(s.labels) - s.labels.count(IGNORED) for s in samples)
+    if rows and len(skipped) == len(rows):
+        raise InputError(f"{skipped[0]}\nall {len(rows)} rows are left out for such reasons, so none can be used")
     if rows and not trained:
         why = (
             f"all {dropped} rows are longer than train.max_length ({max_length} tokens) and were dropped; raise it"
@@ -106,7 +125,8 @@ def encode(
             "and whether the chat template's {% generation %} part holds the assistant's turns"
         )
         raise InputError(f"{part}: {why}")
-    return Encoded(samples, truncated, dropped, sum(len(s.input_ids) for s in samples), trained)
+    tokens = sum(len(s.input_ids) for s in samples)
+    return Encoded(samples, truncated, dropped, tokens, trained, split, untrained, skipped)
 
 
 def _sample(row: _Tokens, start: int, max_length: int) -> Sample:
@@ -134,6 +154,8 @@ def _too_long(rows: list[Row], misfits: list[tuple[int, _Tokens]], data: DataSec
 def _where(rows: list[Row], number: int, part: str) -> str:
     """Rows are told by their beginning too: after a split the number isn't the line of a file."""
     row = rows[number - 1]
+    if "input_ids" in row:
+        return f"{part}: row {number} ({len(row['input_ids'])} tokens)"
     text = row["messages"][0]["content"] if "messages" in row else row.get("prompt", row.get("text", ""))
     begin = " ".join(text[:200].split())
     return f"{part}: row {number} ('{begin[:40]}{'…' if len(begin) > 40 else ''}')"
@@ -141,7 +163,8 @@ def _where(rows: list[Row], number: int, part: str) -> str:
 
 def _tokenised(
     rows: list[Row], kind: Kind, tokenizer: PreTrainedTokenizerBase, data: DataSection, part: str
-) -> Iterator[_Tokens]:
+) -> Iterator[_Tokens | InputError]:
+    """Each row's tokens; where bad rows are skipped, the error of one instead."""
     has_template = bool(tokenizer.chat_template)
     chat = kind == "chat" or (
         kind == "prompt" and (data.template == "chat" or (data.template == "auto" and has_template))
@@ -151,26 +174,31 @@ def _tokenised(
     if chat and not has_template:
         todo = "set data.template: none, or " if kind == "prompt" else ""
         raise InputError(f"data.template: the tokenizer has no chat template; {todo}take a model that has one")
-    if not chat and tokenizer.eos_token_id is None:
+    if not chat and kind != "tokens" and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no eos token to end a row with; set one in its tokenizer_config.json")
     for number, row in enumerate(rows, start=1):
         try:
             yield _row(row, kind, chat, tokenizer, data.loss_on == "all")
         except InputError as err:
-            raise InputError(f"{_where(rows, number, part)}: {err}") from err
+            told = InputError(f"{_where(rows, number, part)}: {err}")
+            if data.bad_rows == "error":
+                raise told from err
+            yield told
 
 
 def _row(row: Row, kind: Kind, chat: bool, tokenizer: PreTrainedTokenizerBase, count_all: bool) -> _Tokens:
+    if kind == "tokens":
+        return _from_ids(row, len(tokenizer), count_all)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if kind == "text":
         ids = [*bos, *tokens_of(tokenizer, row["text"]), tokenizer.eos_token_id]
         return _Tokens(ids, [True] * len(ids))
     if kind == "chat":
         if count_all:
-            ids = tokens_of(tokenizer, render(tokenizer, row["messages"]))
+            ids = tokens_of(tokenizer, render(tokenizer, row["messages"], tools=row.get("tools")))
             return _Tokens(ids, [True] * len(ids))
         split = marked_tokens if marks_assistant(tokenizer) else turn_tokens
-        ids, counts = split(tokenizer, row["messages"])
+        ids, counts = split(tokenizer, row["messages"], row.get("tools"))
     elif chat:
         turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
         ids, counts = turn_tokens(tokenizer, turns)
@@ -180,3 +208,11 @@ def _row(row: Row, kind: Kind, chat: bool, tokenizer: PreTrainedTokenizerBase, c
         counts = [i >= len(head) for i in range(len(ids))]
     answer = counts.index(True) if True in counts else 0
     return _Tokens(ids, [True] * len(ids) if count_all else counts, answer)
+
+
+def _from_ids(row: Row, vocabulary: int, count_all: bool) -> _Tokens:
+    ids = row["input_ids"]
+    if max(ids) >= vocabulary:
+        raise InputError(f"token {max(ids)} is beyond the tokenizer's {vocabulary} entries; is it another tokenizer's?")
+    counts = [count_all or label != IGNORED for label in row["labels"]]
+    return _Tokens(ids, counts, counts.index(True))

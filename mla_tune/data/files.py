@@ -16,7 +16,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,23 @@ class Table:
     """The line or row number of each, from 1."""
     unit: str = "row"
     """What `places` counts: `line` or `row`."""
+    faults: list[str] = field(default_factory=list)
+    """What is wrong with each line that isn't among the rows, with its place; only where lines may be skipped."""
 
     def where(self, index: int) -> str:
         return f"{self.name}: {self.unit} {self.places[index]}"
 
     def first(self, count: int) -> Table:
-        return Table(self.name, self.rows[:count], self.places[:count], self.unit)
+        return Table(self.name, self.rows[:count], self.places[:count], self.unit, self.faults)
 
 
-def read_file(path: Path, key: str) -> Table:
+def read_file(path: Path, key: str, skip: bool = False) -> Table:
     """The rows of a local file.
 
     Args:
         path: the file.
         key: the recipe's key that named it, for messages.
+        skip: put a broken line of .jsonl or .csv among the table's `faults` instead of raising.
 
     Raises:
         FileError: missing, a folder, not UTF-8, or a damaged parquet file.
@@ -66,7 +69,9 @@ def read_file(path: Path, key: str) -> Table:
             f"{key}: {path}: the suffix '{path.suffix}' isn't one that is read; allowed: {allowed}. "
             "Convert the file, or rename it if it is one of these"
         )
-    table = _READERS[suffix](path)
+    table = _READERS[suffix](path, skip)
+    if not table.rows and table.faults:
+        raise InputError(f"{table.faults[0]}\nall {len(table.faults)} lines of {path} are broken, so none can be used")
     if not table.rows:
         raise InputError(f"{path}: holds no rows ({path.stat().st_size} bytes); {key} needs at least one")
     return table
@@ -83,15 +88,21 @@ def _missing(path: Path) -> str:
 
 
 def _text(path: Path) -> str:
-    data = path.read_bytes()
+    return _decoded(path.read_bytes(), path, 1)
+
+
+def _decoded(data: bytes, path: Path, line: int) -> str:
+    """The text of a file, or of one of its lines, that begins at `line`."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         # `err.start` doesn't count a byte order mark; `err.object` is what was left to decode.
-        line = err.object.count(b"\n", 0, err.start) + 1
+        before = err.object[: err.start]
+        line += before.count(b"\n")
+        column = err.start - (before.rfind(b"\n") + 1) + 1
         likely = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "WINDOWS-1252"
         raise FileError(
-            f"{path}: line {line}: byte 0x{err.object[err.start]:02x} isn't UTF-8; text must be UTF-8. "
+            f"{path}: line {line}, byte {column}: 0x{err.object[err.start]:02x} isn't UTF-8; text must be UTF-8. "
             f"Convert it, for example with `iconv -f {likely} -t UTF-8`"
         ) from err
 
@@ -101,25 +112,36 @@ def _json_fault(text: str, err: json.JSONDecodeError) -> str:
     return f"{err.msg} near {near!r}" if near else f"{err.msg}; nothing stands there"
 
 
-def _read_jsonl(path: Path) -> Table:
+def _read_jsonl(path: Path, skip: bool) -> Table:
     rows: list[Any] = []
     places: list[int] = []
+    faults: list[str] = []
+    data = path.read_bytes()
+    if not skip or data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        _decoded(data, path, 1)
     # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(data.split(b"\n"), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as err:
-            raise InputError(
-                f"{path}: line {number}, column {err.colno}: not JSON: {_json_fault(line, err)}. "
-                "Each line must be one whole JSON object"
-            ) from err
+            text = _decoded(line, path, number)
+            if not text.strip():
+                continue
+            rows.append(json.loads(text))
+        except (json.JSONDecodeError, FileError) as err:
+            fault = str(err)
+            if isinstance(err, json.JSONDecodeError):
+                fault = (
+                    f"{path}: line {number}, column {err.colno}: not JSON: {_json_fault(err.doc, err)}. "
+                    "Each line must be one whole JSON object"
+                )
+            if not skip:
+                raise InputError(fault) from err
+            faults.append(fault)
+            continue
         places.append(number)
-    return Table(str(path), rows, places, "line")
+    return Table(str(path), rows, places, "line", faults)
 
 
-def _read_json(path: Path) -> Table:
+def _read_json(path: Path, skip: bool) -> Table:
     text = _text(path)
     try:
         rows = json.loads(text)
@@ -135,10 +157,11 @@ def _read_json(path: Path) -> Table:
     return Table(str(path), rows, range(1, len(rows) + 1))
 
 
-def _read_csv(path: Path) -> Table:
+def _read_csv(path: Path, skip: bool) -> Table:
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     rows: list[Any] = []
     places: list[int] = []
+    faults: list[str] = []
     limit = csv.field_size_limit(_CSV_CELL)
     try:
         header = next(reader, [])
@@ -149,11 +172,14 @@ def _read_csv(path: Path) -> Table:
         place = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
-                raise InputError(
+                fault = (
                     f"{path}: line {place}: {len(cells)} cells, but the header has {len(header)} "
                     f"({', '.join(header)}); a cell with a comma or a line break needs quotes around it"
                 )
-            if cells:
+                if not skip:
+                    raise InputError(fault)
+                faults.append(fault)
+            elif cells:
                 rows.append(dict(zip(header, cells, strict=True)))
                 places.append(place)
             place = reader.line_num + 1
@@ -161,10 +187,10 @@ def _read_csv(path: Path) -> Table:
         raise InputError(f"{path}: line {reader.line_num}: not CSV: {err}; is a quote left open?") from err
     finally:
         csv.field_size_limit(limit)
-    return Table(str(path), rows, places, "line")
+    return Table(str(path), rows, places, "line", faults)
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, skip: bool) -> Table:
     import pyarrow
     import pyarrow.parquet
 
@@ -176,7 +202,7 @@ def _read_parquet(path: Path) -> Table:
     return Table(str(path), rows, range(1, len(rows) + 1))
 
 
-def _read_txt(path: Path) -> Table:
+def _read_txt(path: Path, skip: bool) -> Table:
     text = _text(path)
     return Table(str(path), [{"text": text}] if text.strip() else [], (1,))
 

@@ -6,12 +6,15 @@
     chat       messages: a list of {role, content}                              chat: {messages: [{role, content}, …]}
     sharegpt   messages or conversations: a list of {from, value}               chat: {messages: [{role, content}, …]}
     text       text                                                             text: {text}
+    tokens     input_ids, and labels if there are some (-100: not trained)      tokens: {input_ids, labels}
 
-Other columns, and other keys of a message, are not used.
+A chat may have a column of tools, and messages of the role `tool` and with `tool_calls`, for the template.  Other
+columns, and other keys of a message, are not used.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -19,11 +22,15 @@ from mla_tune.data.files import Table
 from mla_tune.errors import InputError, did_you_mean
 from mla_tune.recipe.schema import DataSection
 
-Kind: TypeAlias = Literal["prompt", "chat", "text"]
+Kind: TypeAlias = Literal["prompt", "chat", "text", "tokens"]
 Row: TypeAlias = dict[str, Any]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+"""Keys of a message that templates read beside role and content; kept as they are."""
+UNUSABLE = ("position_ids", "attention_mask", "token_type_ids", "pixel_values", "image", "images", "videos", "audio")
+"""Columns that say something about a row which is lost in training on text, and above all when rows are packed."""
 CONVERSATIONS = "conversations"
 """Where ShareGPT-like sets keep the chat; read when the configured column isn't there."""
 
@@ -35,27 +42,46 @@ class _Fault(Exception):
     """What is wrong with one row; the caller knows where the row stands."""
 
 
-def normalise(table: Table, data: DataSection) -> tuple[Kind, list[Row]]:
+def normalise(table: Table, data: DataSection, faults: list[str] | None = None) -> tuple[Kind, list[Row]]:
     """Rows of one kind, in the table's order.
 
+    `faults`: where `data.bad_rows` says skip, what is wrong with each row left out is added there.
+
     Raises:
-        InputError: no format fits the columns, or rows are faulty: the first five are named, the others counted.
+        InputError: no format fits the columns, or rows are faulty (and not skipped, or all of them): the first five are
+            named, the others counted.
     """
     chosen = detect(table, data) if data.format == "auto" else data.format
+    _refuse_columns(table)
     kind, convert = _CONVERTERS[chosen]
     rows: list[Row] = []
-    faults: list[str] = []
+    found = list(table.faults)
     for i, raw in enumerate(table.rows):
         try:
             if not isinstance(raw, dict):
                 raise _Fault(f"must be an object with named columns, found {_what(raw)}")
             rows.append(convert(raw, data))
         except _Fault as fault:
-            faults.append(f"{table.where(i)}: {fault}")
-    if faults:
-        more = f"\n… and {len(faults) - _SHOWN} more rows" if len(faults) > _SHOWN else ""
-        raise InputError("\n".join(faults[:_SHOWN]) + more)
+            found.append(f"{table.where(i)}: {fault}")
+    if found and (faults is None or data.bad_rows == "error" or not rows):
+        more = f"\n… and {len(found) - _SHOWN} more rows" if len(found) > _SHOWN else ""
+        todo = "" if data.bad_rows == "skip" else "\ndata.bad_rows: skip leaves such rows out, and counts them"
+        raise InputError("\n".join(found[:_SHOWN]) + more + todo)
+    if faults is not None:
+        faults += found
     return kind, rows
+
+
+def _refuse_columns(table: Table) -> None:
+    first = table.rows[0] if table.rows else None
+    for name in UNUSABLE if isinstance(first, dict) else ():
+        value = first.get(name)  # type: ignore[union-attr]
+        if value is None or (name == "attention_mask" and isinstance(value, list) and all(v == 1 for v in value)):
+            continue
+        raise InputError(
+            f"{table.where(0)}: the column '{name}' can't be kept: rows are trained on as text, packed with others, at "
+            f"positions of their own; take the column out if the rows are right without it"
+        )
 
 
 def detect(table: Table, data: DataSection) -> str:
@@ -74,6 +100,8 @@ def detect(table: Table, data: DataSection) -> str:
         fits.append("alpaca")
     if (column := _chat_column(first, data)) is not None:
         fits.append("sharegpt" if _is_sharegpt(first[column]) else "chat")
+    if not fits and "input_ids" in first:
+        fits.append("tokens")
     if not fits and data.text in first:
         fits.append("text")
     if len(fits) == 1:
@@ -93,7 +121,7 @@ def detect(table: Table, data: DataSection) -> str:
     raise InputError(
         f"{table.where(0)}: no format fits the columns found: {_names(first)}. "
         f"Allowed: {data.prompt} and {data.completion} (prompt); {data.messages} (chat); {data.text} (text); "
-        f"instruction, output and perhaps input (alpaca); {CONVERSATIONS} (sharegpt). "
+        f"instruction, output and perhaps input (alpaca); {CONVERSATIONS} (sharegpt); input_ids (tokens). "
         f"Name your columns with data.prompt and data.completion, data.messages, or data.text{hint}"
     )
 
@@ -150,12 +178,53 @@ def _chat(raw: Row, data: DataSection, role_key: str, content_key: str, roles: d
         if not isinstance(role, str) or role not in roles:
             hint = did_you_mean(role, roles) if isinstance(role, str) else ""
             raise _Fault(f"{at}: unknown {role_key} {role!r}{hint or ';'} allowed: {', '.join(roles)}")
-        messages.append({"role": roles[role], "content": _checked(message[content_key], f"{at}.{content_key}")})
-    if data.loss_on == "completion" and not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        extras = {k: message[k] for k in EXTRAS if message.get(k) is not None}
+        content = message[content_key]
+        if content is None and extras.get("tool_calls"):
+            content = ""  # a turn that only calls a tool
+        messages.append({"role": roles[role], "content": _checked(content, f"{at}.{content_key}"), **extras})
+    said = [m for m in messages if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
+    if data.loss_on == "completion" and not said:
         raise _Fault(
             f"{column}: no assistant's turn with content, so nothing to learn; remove the row or set data.loss_on: all"
         )
-    return {"messages": messages}
+    tools = _tools(raw, data)
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def _tools(raw: Row, data: DataSection) -> list[Any]:
+    """The tools that a chat may call, as JSON schemas; a column of text holds them as JSON."""
+    found = raw.get(data.tools)
+    if isinstance(found, str):
+        try:
+            found = json.loads(found) if found.strip() else None
+        except json.JSONDecodeError as err:
+            raise _Fault(f"{data.tools}: column {err.colno}: not JSON: {err.msg}") from err
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise _Fault(f"{data.tools}: must be a list of JSON schemas, found {_what(found)}")
+    return found
+
+
+def _from_tokens(raw: Row, data: DataSection) -> Row:
+    ids, labels = raw.get("input_ids"), raw.get("labels")
+    if not _is_ids(ids) or not ids:
+        raise _Fault(f"input_ids: must be a list of token ids, found {_what(ids)}")
+    if labels is None:
+        return {"input_ids": ids, "labels": list(ids)}
+    if not isinstance(labels, list) or len(labels) != len(ids):
+        raise _Fault(f"labels: must be a list of {len(ids)} ids or -100, as input_ids is, found {_what(labels)}")
+    wrong = next((i for i, (a, b) in enumerate(zip(ids, labels, strict=True)) if b not in (a, -100)), None)
+    if wrong is not None:
+        raise _Fault(f"labels[{wrong}] is {labels[wrong]}, neither input_ids[{wrong}] ({ids[wrong]}) nor -100")
+    if all(label == -100 for label in labels[1:]):
+        raise _Fault("labels: all are -100, so nothing to learn; remove the row")
+    return {"input_ids": ids, "labels": labels}
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
 
 
 _CONVERTERS: dict[str, tuple[Kind, Callable[[Row, DataSection], Row]]] = {
@@ -164,6 +233,7 @@ _CONVERTERS: dict[str, tuple[Kind, Callable[[Row, DataSection], Row]]] = {
     "chat": ("chat", _from_chat),
     "sharegpt": ("chat", _from_sharegpt),
     "text": ("text", _from_text),
+    "tokens": ("tokens", _from_tokens),
 }
 
 

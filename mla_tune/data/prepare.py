@@ -2,69 +2,143 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import Any
 
 from mla_tune.arch.site import Architecture
+from mla_tune.data.cache import cached, key_of
 from mla_tune.data.collate import rows_for
 from mla_tune.data.encode import Encoded, encode
+from mla_tune.data.mix import mixed
 from mla_tune.data.rows import RowSet, load_rows
 from mla_tune.errors import InputError
-from mla_tune.recipe.schema import Recipe
+from mla_tune.recipe.schema import DataSection, Recipe
+
+#: How many of the rows left out are named.
+_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """Trainer rows of both sides; `train` and `held_out` keep the counts."""
+class Part:
+    """One data set: its rows, and both sides as tokens.  `used`: samples of it in an epoch of the mixture."""
 
     rows: RowSet
     train: Encoded
     held_out: Encoded | None
+    weight: float = 1.0
+    used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Trainer rows of both sides; `parts` keep the counts of each data set."""
+
+    parts: list[Part]
     train_rows: list[dict[str, Any]]
     held_out_rows: list[dict[str, Any]]
+    lines: list[str] = field(default_factory=list)
+    """What the log should say: rows left out, passes over a source, tokens that were there already."""
+
+    @property
+    def sha256(self) -> str:
+        hashes = [p.rows.sha256 for p in self.parts]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """What run.json and `plan` say of the data."""
-        sides = {"train": (self.train, self.train_rows), "held_out": (self.held_out, self.held_out_rows)}
-        return {
-            "source": self.rows.source,
-            "sha256": self.rows.sha256,
-            "kind": self.rows.kind,
-            **{
-                name: {
-                    "samples": len(encoded.samples),
-                    "rows": len(rows),
-                    "tokens": encoded.tokens,
-                    "trained_tokens": encoded.trained_tokens,
-                    "truncated": encoded.truncated,
-                    "dropped": encoded.dropped,
-                }
-                for name, (encoded, rows) in sides.items()
-                if encoded is not None
-            },
+        found: dict[str, Any] = {
+            "source": ", ".join(p.rows.source for p in self.parts),
+            "sha256": self.sha256,
+            "kind": "/".join(sorted({p.rows.kind for p in self.parts})),
         }
+        for name, rows in (("train", self.train_rows), ("held_out", self.held_out_rows)):
+            sides = [e for p in self.parts if (e := getattr(p, name)) is not None]
+            if sides:
+                found[name] = {"samples": sum(len(e.samples) for e in sides), "rows": len(rows)}
+                for count in ("tokens", "trained_tokens", "truncated", "dropped", "split", "untrained"):
+                    found[name][count] = sum(getattr(e, count) for e in sides)
+        skipped = self.skipped
+        if skipped:
+            found["skipped"] = {"rows": len(skipped), "first": skipped[:_NAMED]}
+        if len(self.parts) > 1:
+            found["sources"] = [
+                {"source": p.rows.source, "weight": p.weight, "samples": len(p.train.samples), "used": p.used}
+                for p in self.parts
+            ]
+            found["train"]["used"] = sum(p.used for p in self.parts)
+        return found
+
+    @property
+    def skipped(self) -> list[str]:
+        """What is wrong with each row that was left out."""
+        found = [fault for p in self.parts for fault in p.rows.skipped]
+        for p in self.parts:
+            found += p.train.skipped + (p.held_out.skipped if p.held_out else [])
+        return found
 
 
 def prepare(recipe: Recipe, arch: Architecture, tokenizer: Any) -> Prepared:
-    """Load, render, tokenise, mask and pack.  Raises `FileError` or `InputError` with the row at fault."""
+    """Load, render, tokenise, mask, mix and pack.  Raises `FileError` or `InputError` with the row at fault."""
     window, length = arch.max_position_embeddings, recipe.train.max_length
     if window and length > window:
         raise InputError(f"train.max_length is {length}, but this model's window is {window} tokens")
-    rows = load_rows(recipe.data, recipe.train.seed)
-    train = encode(rows.train, rows.kind, tokenizer, recipe.data, length, "training rows")
-    held_out = None
-    if rows.held_out:
-        held_out = encode(rows.held_out, rows.kind, tokenizer, recipe.data, length, "held-out rows")
     if arch.vocab_size < len(tokenizer):
         raise InputError(f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary only {arch.vocab_size}")
-    packing = recipe.train.packing
-    return Prepared(
-        rows,
-        train,
-        held_out,
-        rows_for(train.samples, length, packing),
-        rows_for(held_out.samples, length, packing) if held_out else [],
+    seed, packing = recipe.train.seed, recipe.train.packing
+    lines: list[str] = []
+    sections = sections_of(recipe.data)
+    parts = [_part(section, weight, recipe, tokenizer, lines) for section, weight in sections]
+    samples = parts[0].train.samples
+    if len(parts) > 1:
+        samples, counts = mixed([p.train.samples for p in parts], [p.weight for p in parts], seed)
+        parts = [Part(p.rows, p.train, p.held_out, p.weight, used) for p, used in zip(parts, counts, strict=True)]
+        lines += [
+            f"{p.rows.source}: {p.used} of an epoch's {len(samples)} samples, {p.used / len(p.train.samples):.2f} "
+            f"times its {len(p.train.samples)}"
+            for p in parts
+        ]
+    held_out = [sample for p in parts if p.held_out for sample in p.held_out.samples]
+    prepared = Prepared(
+        parts, rows_for(samples, length, packing), rows_for(held_out, length, packing) if held_out else [], lines
     )
+    if skipped := prepared.skipped:
+        more = f"\n  … and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+        named = "\n  ".join(skipped[:_NAMED])
+        lines.insert(0, f"data.bad_rows: skip: {len(skipped)} rows are left out:\n  {named}{more}")
+    return prepared
+
+
+def sections_of(data: DataSection) -> list[tuple[DataSection, float]]:
+    """A data section and a weight for each data set; `eval_path` belongs to the first."""
+    if not data.sources:
+        return [(data, 1.0)]
+    found = []
+    for i, source in enumerate(data.sources):
+        keys = source.model_dump(exclude={"weight"})
+        if data.eval_path is not None:
+            keys |= {"eval_path": data.eval_path} if i == 0 else {"eval_path": None, "eval_fraction": 0.0}
+        found.append((data.model_copy(update={**keys, "sources": []}), source.weight))
+    return found
+
+
+def _part(data: DataSection, weight: float, recipe: Recipe, tokenizer: Any, lines: list[str]) -> Part:
+    rows = load_rows(data, recipe.train.seed)
+    length = recipe.train.max_length
+
+    def tokens(part: str, of: list[Any]) -> Encoded:
+        def make() -> Encoded:
+            return encode(of, rows.kind, tokenizer, data, length, part)
+
+        if not data.cache:
+            return make()
+        found, was_there = cached(key_of(rows.sha256, part, tokenizer, data, length), make)
+        if was_there:
+            lines.append(f"{rows.source}, {part}: {len(found.samples)} samples, tokenised earlier (data.cache)")
+        return found
+
+    train = tokens("training rows", rows.train)
+    return Part(rows, train, tokens("held-out rows", rows.held_out) if rows.held_out else None, weight)
 
 
 def steps_of(recipe: Recipe, rows: int, processes: int = 1) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mla_tune.data.files import SUFFIXES, Table, read_file
@@ -21,7 +21,8 @@ EMBEDDED = ("mbpp", "gsm8k")
 class RowSet:
     """Rows to train on and rows to evaluate on, all of one kind.
 
-    prompt: `{"prompt", "completion"}`.  chat: `{"messages": [{"role", "content"}, …]}`.  text: `{"text"}`.
+    prompt: `{"prompt", "completion"}`.  chat: `{"messages": [{"role", "content"}, …]}`, perhaps with `tools`.
+    text: `{"text"}`.  tokens: `{"input_ids", "labels"}`.
     """
 
     train: list[Row]
@@ -31,6 +32,8 @@ class RowSet:
     sha256: str
     """Of the content of both sides: the same rows on the same sides have the same hash."""
     kind: Kind
+    skipped: list[str] = field(default_factory=list)
+    """What is wrong with each row that `bad_rows: skip` left out."""
 
 
 def load_rows(data: DataSection, seed: int) -> RowSet:
@@ -45,11 +48,12 @@ def load_rows(data: DataSection, seed: int) -> RowSet:
         InputError: an unknown name, broken content, or rows that don't fit the format.
     """
     table, source = _read(data.path, data, "train", "data.path")
-    kind, train = normalise(table.first(data.limit) if data.limit else table, data)
+    skipped: list[str] = []
+    kind, train = normalise(table.first(data.limit) if data.limit else table, data, skipped)
     held_out: list[Row] = []
     if data.eval_path is not None:
         table, eval_source = _read(data.eval_path, data, "held_out", "data.eval_path")
-        eval_kind, held_out = normalise(table, data)
+        eval_kind, held_out = normalise(table, data, skipped)
         if eval_kind != kind:
             raise InputError(
                 f"data.eval_path: {eval_source} has rows of the kind {eval_kind}, but data.path: {source} of the kind "
@@ -57,10 +61,10 @@ def load_rows(data: DataSection, seed: int) -> RowSet:
             )
         source = f"{source}, evaluated on {eval_source}"
     elif data.eval_fraction and data.path in EMBEDDED:
-        held_out = normalise(_read(data.path, data, "held_out", "data.path")[0], data)[1]
+        held_out = normalise(_read(data.path, data, "held_out", "data.path")[0], data, skipped)[1]
     elif data.eval_fraction:
         train, held_out = split(train, data.eval_fraction, seed, source)
-    return RowSet(train, held_out, source, _sha256(kind, train, held_out), kind)
+    return RowSet(train, held_out, source, _sha256(kind, train, held_out), kind, skipped)
 
 
 def _read(where: str, data: DataSection, part: str, key: str) -> tuple[Table, str]:
@@ -69,7 +73,7 @@ def _read(where: str, data: DataSection, part: str, key: str) -> tuple[Table, st
         return read_file(EMBEDDED_DATA / f"{where}.{part}.jsonl", key), f"{where} (embedded)"
     path = Path(where).expanduser()
     if _is_file_name(where, path):
-        return read_file(path, key), where
+        return read_file(path, key, data.bad_rows == "skip"), where
     if "/" not in where and (hint := did_you_mean(where, EMBEDDED)):
         raise InputError(
             f"{key}: no data set '{where}'{hint} Allowed: {', '.join(EMBEDDED)}, a file ({', '.join(SUFFIXES)}), "

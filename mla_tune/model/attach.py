@@ -25,7 +25,7 @@ class Attached:
 
 
 def attach(model: torch.nn.Module, arch: Architecture, placement: Placement, seed: int) -> PeftModel:
-    """Wrap `model` with the planned LoRA; A is drawn from `seed`, B is zero.
+    """Wrap `model` with the planned LoRA; A is drawn from `seed`, B is zero (for other beginnings: `initialise`).
 
     Raises `CheckError` with the difference if PEFT attached anything else than planned.
     """
@@ -49,8 +49,7 @@ def attached(model: torch.nn.Module, adapter: str = "default") -> list[Attached]
 
 def check_attached(model: torch.nn.Module, placement: Placement) -> None:
     """Planned set == attached set, rank and scale of each included, and nothing else trainable."""
-    rslora = placement.method == "rslora"
-    want = {p.site.parameter: (p.rank, p.alpha / (p.rank**0.5 if rslora else p.rank)) for p in placement.sites}
+    want = {p.site.parameter: (p.rank * placement.width, placement.scale(p)) for p in placement.sites}
     have = {a.parameter: (a.rank, a.scale) for a in attached(model)}
     problems = [f"planned, but PEFT attached nothing: {k}" for k in want.keys() - have.keys()]
     problems += [f"attached, but not planned: {k}" for k in have.keys() - want.keys()]

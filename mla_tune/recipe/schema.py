@@ -246,6 +246,12 @@ class DataSection(Section):
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many rows only."""
 
+    @model_validator(mode="after")
+    def _path_or_sources(self) -> DataSection:
+        if self.sources and "path" in self.model_fields_set and self.path != type(self).model_fields["path"].default:
+            raise ValueError("give 'path' or 'sources', not both")
+        return self
+
 
 class SpikeSection(Section):
     """Guard against spikes: a step whose loss or gradient norm leaves its running band is skipped and counted."""
@@ -326,3 +332,17 @@ class Recipe(Section):
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Recipe:
+        a, o = self.adapter, self.optimizer
+        if a.method == "none" and o.lora_plus != 1:
+            raise ValueError("optimizer.lora_plus is about the factors of an adapter, and adapter.method is none")
+        if a.method == "none" and a.init != "default":
+            raise ValueError(f"adapter.init: {a.init} begins an adapter, and adapter.method is none")
+        if a.init in ("pissa", "olora") and o.weight_decay:
+            raise ValueError(
+                f"optimizer.weight_decay: with adapter.init {a.init} the factors hold a part of the base's own "
+                f"weights, which decay would shrink; set it to 0"
+            )
+        return self

@@ -18,11 +18,14 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
     )
     if plan["roles"]:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("role", "matrices", "rank", "alpha", "parameters", "learning rate"):
+        plus = recipe.optimizer.lora_plus != 1
+        rates = ("learning rate A", "B") if plus else ("learning rate",)
+        for name in ("role", "matrices", "rank", "alpha", "parameters", *rates):
             table.add_column(name, justify="left" if name == "role" else "right")
         for r in plan["roles"]:
             cells = (f"{r['matrices']:,}", f"{r['rank']}", f"{r['alpha']:g}", f"{r['params']:,}")
-            table.add_row(r["role"], *cells, f"{r['learning_rate']:.3g}")
+            both = (r["learning_rate"], r["learning_rate_b"]) if plus else (r["learning_rate"],)
+            table.add_row(r["role"], *cells, *(f"{rate:.3g}" for rate in both))
         out.print(table)
     else:
         out.print(f"learning rate {plan['learning_rate']['all']:.3g}")

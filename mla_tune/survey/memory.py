@@ -85,10 +85,10 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
     return Memory(
         process=0 if run.gpu else PROCESS,
         weights=arch.params_total * size,
-        adapters=0 if full else trainable * 4,
-        gradients=trainable * 4,
+        adapters=0 if full else trainable * 4 * placement.width,
+        gradients=trainable * 4 * placement.width,
         # AdamW: two float32 moments of every trained number.
-        optimizer=trainable * 8,
+        optimizer=trainable * 8 * placement.width,
         activations=kept + 2 * tokens * arch.dims.D * size + mask,
         head=_head(arch, run, full),
         transient=_transient(arch, placement, run) + again,

@@ -64,6 +64,8 @@ def plan(recipe: Recipe, *, data: dict[str, Any] | None, steps: int | None, gpu:
             "alpha": placement.by_role(r)[0].alpha,
             "params": sum(p.lora_params for p in placement.by_role(r)),
             "learning_rate": rates[r.value],
+            # LoRA+: B is faster than A.
+            "learning_rate_b": rates[r.value] * recipe.optimizer.lora_plus,
         }
         for r in placement.roles
     ]
@@ -83,7 +85,7 @@ def plan(recipe: Recipe, *, data: dict[str, Any] | None, steps: int | None, gpu:
         "trainable_params": trainable,
         "trainable_share": trainable / arch.params_total,
         # PEFT keeps adapters of half-precision models in float32, and saves them so.
-        "adapter_bytes": 0 if placement.method == "none" else trainable * 4,
+        "adapter_bytes": 0 if placement.method == "none" else trainable * 4 * placement.width,
         "steps": steps,
         "tokens": tokens,
         "data": data,

@@ -20,7 +20,7 @@ def memory_now() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _memory_peak() -> int:
+def memory_peak() -> int:
     """Highest resident bytes so far.  Not getrusage's on Linux: that begins with the memory of the parent process."""
     status = Path("/proc/self/status")
     if status.is_file():
@@ -31,7 +31,7 @@ def _memory_peak() -> int:
 
 def memory_report(device: torch.device, start: int) -> dict[str, int]:
     """Peak bytes: of the process, what of it came after the imports, and on the GPU where there is one."""
-    peak = _memory_peak()
+    peak = memory_peak()
     report = {"process_peak": peak, "before_loading": start, "run_peak": peak - start}
     if device.type == "cuda":
         report["gpu_peak"] = torch.cuda.max_memory_allocated(device)

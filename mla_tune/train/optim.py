@@ -17,18 +17,25 @@ from mla_tune.survey.plan import role_rates
 def param_groups(model: torch.nn.Module, placement: Placement, recipe: Recipe) -> list[dict[str, Any]]:
     """Groups for AdamW, one a role and kind of decay, each with its peak `lr` and its `role`.
 
-    Matrices get `weight_decay`, vectors (norms, biases, DoRA magnitudes) none.  Every trainable parameter is in exactly
-    one group, or `CheckError`.
+    With LoRA+ (Hayou et al., arXiv:2402.12354) a role is two groups, `W_O.A` and `W_O.B`, and B's rate is
+    `optimizer.lora_plus` times A's; DoRA's magnitudes go with A.  Matrices get `weight_decay`, vectors (norms, biases,
+    magnitudes) none.  Every trainable parameter is in exactly one group, or `CheckError`.
     """
     rates, weight_decay = role_rates(placement, recipe), recipe.optimizer.weight_decay
+    faster = recipe.optimizer.lora_plus
+    rates |= {
+        f"{role}.{factor}": r for role in rates for factor, r in (("A", rates[role]), ("B", rates[role] * faster))
+    }
     role_of: dict[int, str] = {}
     if placement.method != "none":
         roles: dict[str, Role] = {p.site.parameter: p.site.role for p in placement.sites}
         for a in attached(model):
             # Through the LoRA's own containers: a wrapper nested in another one holds both experts matrices.
-            for container in (a.layer.lora_A, a.layer.lora_B, a.layer.lora_magnitude_vector):
+            containers = (("A", a.layer.lora_A), ("B", a.layer.lora_B), ("A", a.layer.lora_magnitude_vector))
+            for factor, container in containers:
                 for parameter in container.parameters():
-                    role_of[id(parameter)] = roles[a.parameter].value
+                    role = roles[a.parameter].value
+                    role_of[id(parameter)] = role if faster == 1 else f"{role}.{factor}"
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mla_tune.console import err
 from mla_tune.data.prepare import Prepared, prepare, steps_of
 from mla_tune.errors import InputError, Interrupted, WorkError
 from mla_tune.model.attach import attach
+from mla_tune.model.initialise import initialise
 from mla_tune.model.load import Loaded, base_hash, load_model, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import Recipe
@@ -41,10 +43,13 @@ from mla_tune.train.trainer import CountingCollator, RoleTrainer
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def train(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, resume: bool = False, allow_changes: bool = False, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
     """Run a recipe to its end (with `resume`, from its newest whole checkpoint) and return the contents of run.json.
 
-    `allow_changes`: resume although recipe, data or base changed since; what did is told.
+    `allow_changes`: resume although recipe, data or base changed since; what did is told.  `callbacks`: further ones of
+    transformers' kind; their `trainer` is set where they have it.
 
     Everything that can be wrong with the input is found before weights are read or a file is written.  Raises
     `InputError`/`FileError` for the input, `CheckError` if the adapter attached or its gradients are not as planned,
@@ -58,6 +63,8 @@ def train(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) 
     placement = place(arch, recipe.adapter)
     tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
     data = prepare(recipe, arch, tokenizer)
+    for line in data.lines:
+        err.print(line, markup=False, soft_wrap=True)
     if recipe.train.early_stopping and not data.held_out_rows:
         raise InputError("train.early_stopping needs held-out rows: set data.eval_fraction or data.eval_path")
     start_memory = memory_now()
@@ -99,7 +106,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) 
     folder.write(run)
     try:
         with memory_advice(recipe):
-            _run(recipe, folder, loaded, tokenizer, placement, data, run, checkpoint, start_memory)
+            _run(recipe, folder, loaded, tokenizer, placement, data, run, checkpoint, start_memory, callbacks)
     except BaseException as error:
         run["state"] = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         with contextlib.suppress(OSError):  # on a full disk that would hide the error itself
@@ -120,10 +127,12 @@ def _run(
     run: dict[str, Any],
     checkpoint: Path | None,
     start_memory: int,
+    further: Sequence[Any],
 ) -> None:
     model: torch.nn.Module = loaded.model
     if placement.method != "none":
         model = attach(model, loaded.arch, placement, recipe.train.seed)
+        initialise(model, placement, recipe.train.seed)
     ways = prepare_model(model, loaded, recipe, data, run.get("chosen"))
     run["chosen"] = ways.chosen
     for line in ways.lines:
@@ -139,7 +148,7 @@ def _run(
     stop = StopOnSignal()
     steps = steps_of(recipe, len(data.train_rows), int(os.environ.get("WORLD_SIZE", "1")))
     check = GradientCheck()
-    callbacks: list[Any] = [check, metrics, progress, stop]
+    callbacks: list[Any] = [check, metrics, progress, stop, *further]
     if recipe.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping))
     trainer = RoleTrainer(
@@ -155,7 +164,9 @@ def _run(
         keep=recipe.train.keep_checkpoints,
     )
     trainer.remove_callback(PrinterCallback)
-    metrics.trainer = check.trainer = trainer
+    for callback in callbacks:
+        if hasattr(callback, "trainer"):
+            callback.trainer = trainer
     if checkpoint is not None:
         trainer.load_own_state(checkpoint)
 

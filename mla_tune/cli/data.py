@@ -1,0 +1,32 @@
+"""`mla-tune data`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set data.path=mine.jsonl.")] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Samples to show, of each source.")] = 2,
+    json: Annotated[bool, typer.Option("--json", help="Print counts and samples as JSON and nothing else.")] = False,
+) -> None:
+    """Show what a recipe trains on: samples with the trained tokens marked, lengths, what packing saves."""
+    from mla_tune.console import err, print_json
+    from mla_tune.data.prepare import prepare
+    from mla_tune.data.view import view
+    from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
+    from mla_tune.recipe.load import load_recipe
+    from mla_tune.report.data_view import print_view
+    from mla_tune.survey.source import architecture_of
+
+    loaded = load_recipe(recipe, list(set_ or []))
+    section = loaded.model
+    tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
+    prepared = prepare(loaded, architecture_of(section), tokenizer)
+    for line in prepared.lines:
+        err.print(line, markup=False, soft_wrap=True)
+    found = view(prepared, tokenizer, loaded, samples)
+    print_json(found) if json else print_view(found)
