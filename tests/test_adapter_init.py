@@ -187,7 +187,7 @@ def test_lora_plus_groups_are_those_of_peft() -> None:
 @pytest.mark.parametrize(
     "sets, words",
     [
-        (["adapter.init=pissa", "adapter.rank=64"], "has only 32"),
+        (["adapter.init=pissa", "adapter.rank=64"], "has only 56"),
         (["adapter.init=orthogonal", "adapter.rank=3"], "has to be even; 3 is not"),
         (["adapter.init=pissa", "optimizer.weight_decay=0.1"], "decay would shrink"),
         (["adapter.method=none", "adapter.init=pissa"], "adapter.method is none"),

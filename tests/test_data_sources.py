@@ -17,7 +17,7 @@ from mla_tune.data.mix import mixed, shares
 from mla_tune.data.prepare import Prepared, prepare
 from mla_tune.errors import InputError
 from mla_tune.recipe.load import load_recipe
-from tests.arch_configs import DEEPSEEK_V3
+from tests.arch_configs import TINY
 from tests.data_helpers import ASSISTANT, EOS, TEMPLATE, USER, make_tokenizer, section
 
 TOKENIZER = make_tokenizer()
@@ -31,7 +31,7 @@ def jsonl(path: Path, *rows: Any) -> Path:
 
 def prepared(*sets: str, recipe: Any = None) -> Prepared:
     loaded = recipe or load_recipe("safe", ["data.eval_fraction=0", "train.max_length=64", *sets])
-    return prepare(loaded, architecture(DEEPSEEK_V3), TOKENIZER)
+    return prepare(loaded, architecture(TINY["deepseek_v3"] | {"vocab_size": 4096}), TOKENIZER)
 
 
 def recipe_with(sources: list[dict[str, Any]], tmp_path: Path, **data: Any) -> Any:
@@ -230,9 +230,7 @@ def test_a_chat_with_tools_trains_the_assistants_turns_alone(tmp_path: Path, too
 def test_a_template_that_knows_no_tools_is_refused(tmp_path: Path) -> None:
     for row, word in (({"messages": CHAT}, "tool_calls"), ({"messages": CHAT[:1] + CHAT[3:], "tools": TOOLS}, "tools")):
         kind, rows = normalise(read_file(jsonl(tmp_path / "d.jsonl", row), "data.path"), section())
-        with pytest.raises(
-            InputError, match=f"the chat has {word}, of which the tokenizer's chat template knows nothing"
-        ):
+        with pytest.raises(InputError, match=f"the chat has {word}, of which the tokenizer's chat"):
             encode(rows, kind, make_tokenizer(TEMPLATE), section(), 1000)
 
 

@@ -336,6 +336,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _keys_agree(self) -> Recipe:
         a, o = self.adapter, self.optimizer
+        for key, asked in (
+            ("model.quantize", self.model.quantize != "none"),
+            ("adapter.modules_to_save", bool(a.modules_to_save)),
+            ("data.streaming", self.data.streaming),
+        ):
+            if asked:
+                raise ValueError(f"{key} is not built yet, so it is refused rather than ignored")
         if a.method == "none" and o.lora_plus != 1:
             raise ValueError("optimizer.lora_plus is about the factors of an adapter, and adapter.method is none")
         if a.method == "none" and a.init != "default":
