@@ -28,6 +28,7 @@ VERBS = {
     "inspect": "inspect",
     "plan": "plan",
     "train": "train",
+    "runs": "runs",
     "merge-absorb": "merge_absorb",
     "verify": "verify",
     "serve-check": "serve_check",
