@@ -47,7 +47,7 @@ def losses(out: Path) -> list[Any]:
         (
             "model.attention=packed",
             "train.checkpointing=mla",
-            "adapter.targets=[attention-only]",
+            "adapter.targets=attention",
             "adapter.dropout=0.1",
         ),
         ("model.attention=sdpa", "train.packing=false"),
