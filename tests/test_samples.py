@@ -93,6 +93,35 @@ def test_answers_are_those_of_plain_transformers(cli, rows_file: Path, tmp_path:
     assert all(held_out[a["prompt"]] == a["reference"] for a in answers)
 
 
+def test_asking_puts_everything_back(rows_file: Path) -> None:
+    """Modes module by module, attention, random numbers; also where an answer fails."""
+    from mla_tune.model.load import load_model
+    from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
+    from mla_tune.train import packed
+
+    section = load_recipe("safe", ["model.preset=tiny", "model.base=null"]).model
+    loaded = load_model(section, seed=0)
+    net: Any = loaded.model.train()
+    net.base_model.layers[1].eval()
+    net.set_attn_implementation(packed.register())
+
+    def state() -> Any:
+        drawn = torch.random.get_rng_state().tolist()
+        return [m.training for m in net.modules()], net.config._attn_implementation, drawn, net.config.use_cache
+
+    before = state()
+    tokenizer = load_tokenizer(tokenizer_source(section))
+    question = question_of({"text": "one two three four"}, tokenizer, "auto")
+    assert question is not None
+    texts, _ = module.answer(net, loaded, tokenizer, [question])
+    assert texts[0]
+    assert state() == before
+    with pytest.raises(IndexError):
+        module.answer(net, loaded, tokenizer, [module.Question([10**6], "", "")])
+    assert state() == before
+    assert torch.is_grad_enabled()
+
+
 def test_without_held_out_rows_nothing_is_asked(cli, rows_file: Path, tmp_path: Path) -> None:
     run = train(cli, rows_file, tmp_path / "run", "data.eval_fraction=0", "train.max_steps=1")
     assert run["samples"]["answers"] == []

@@ -47,7 +47,8 @@ def options(tmp_path: Path, *sets: str) -> list[str]:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Say {i}.", "completion": f"{i}"}) + "\n" for i in range(40)))
     base = ["model.preset=tiny", "model.base=null", f"data.path={rows}", "train.max_steps=3", "train.batch_size=2"]
-    base += ["train.max_length=64", "output.samples=0", "output.report_to=[mlflow]", *sets]
+    base += ["train.max_length=64", "train.eval_every=0", "output.samples=0"]
+    base += ["output.report_to=[mlflow]", *sets]
     return ["train", "--recipe", "safe", "--output", str(tmp_path / "my-run"), *(x for s in base for x in ("--set", s))]
 
 

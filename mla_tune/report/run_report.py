@@ -76,9 +76,10 @@ def summary(run: dict[str, Any], curves: Curves) -> list[tuple[str, str]]:
     if curves.best and len(curves.held_out) > 1:
         found.append(("lowest held-out loss", f"{curves.best[1]:.4f} at step {curves.best[0]:,}"))
     steps = run.get("steps") or {}
-    planned = f" of {steps['planned']:,} planned" if steps.get("planned", 0) > steps.get("done", 0) else ""
+    done = max(steps.get("done", 0), curves.steps)
+    planned = f" of {steps['planned']:,} planned" if steps.get("planned", 0) > done else ""
     early = ", stopped early" if run.get("stopped_early") and run.get("state") == "done" else ""
-    found.append(("steps", f"{steps.get('done', curves.steps):,}{planned}{early}"))
+    found.append(("steps", f"{done:,}{planned}{early}"))
     if run.get("seconds"):
         found.append(("time", f"{run['seconds']:,.0f} s, {run.get('tokens_per_s', 0):,.0f} tokens/s"))
     if curves.skipped:

@@ -166,6 +166,8 @@ def _run(
 
     asked = questions(recipe, data.rows.held_out, tokenizer, loaded.arch.max_position_embeddings)
     _ask("before", run, model, loaded, tokenizer, asked)
+    run["steps"] = {"done": number_of(checkpoint) if checkpoint else 0, "planned": steps}
+    folder.write(run)  # `runs` shows how far it is to go
     if data.held_out_rows and "held_out_loss" not in run:
         before = trainer.evaluate()["eval_loss"]
         if not math.isfinite(before):
