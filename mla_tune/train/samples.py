@@ -1,6 +1,6 @@
 """What the model answers to a few held-out prompts, before and after training: for report.html.
 
-Greedy, one prompt at a time.  Nothing of the training changes by it: random numbers, modes, attention and kernels are
+Greedy, one prompt at a time.  Nothing of the training changes by it: no random number is drawn, modes and attention are
 put back, and a run with samples is bit-equal to one without.  All processes of a run must call it, since a sharded
 model gathers its weights in every forward.
 """
@@ -94,7 +94,7 @@ def answer(model: Any, loaded: Loaded, tokenizer: Any, asked: list[Question]) ->
     """An answer of at most `NEW_TOKENS` tokens to each question, and the seconds that all took."""
     began = time.monotonic()
     ends = _ends(loaded.model, tokenizer)
-    with _as_for_reading(model, loaded):
+    with _as_for_reading(model):
         texts = [tokenizer.decode(_greedy(model, q.ids, ends, loaded), skip_special_tokens=True) for q in asked]
     return texts, round(time.monotonic() - began, 2)
 
@@ -119,17 +119,16 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
 
 
 @contextmanager
-def _as_for_reading(model: Any, loaded: Loaded) -> Iterator[None]:
+def _as_for_reading(model: Any) -> Iterator[None]:
     """Eval mode, attention that takes a cache (the packed one needs borders), nothing compiled, no gradient."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modes = {module: module.training for module in model.modules()}
     attention = base.config.get_text_config()._attn_implementation
-    devices = [loaded.device] if loaded.device.type == "cuda" else []
     try:
         model.eval()
         if attention != "eager":
             base.set_attn_implementation("sdpa")
-        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         base.set_attn_implementation(attention)
