@@ -29,6 +29,7 @@ VERBS = {
     "plan": "plan",
     "data": "data",
     "train": "train",
+    "runs": "runs",
     "merge-absorb": "merge_absorb",
     "verify": "verify",
     "serve-check": "serve_check",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -58,7 +59,7 @@ def command(
     directory = loaded.output.dir
     out.print(f"run folder: {directory}", soft_wrap=True)
     if adapter["method"] != "none":
-        out.print(f"next: mla-tune merge-absorb {directory}", soft_wrap=True)
+        out.print(f"next: mla-tune merge-absorb {shlex.quote(directory)}", soft_wrap=True)
 
 
 def _check_placement(recipe: Any) -> None:

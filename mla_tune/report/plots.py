@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +11,138 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+from mla_tune.report.metrics import Curves, Points, grouped, read_curves, thinned
+
+#: Okabe and Ito's colours, which colour-blind people can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B", "#555555")
+#: More curves than colours: the second round is dotted, the third dash-dotted.  Dashed is B of LoRA+.
+STYLES = ("-", ":", "-.")
+SPIKE = "#B00020"
+#: Steps from which on gradient norms are drawn as running means.
+LONG = 1000
 
 
 def plot_run(metrics: Path, target: Path, run: dict[str, Any]) -> None:
-    """Training and held-out loss over steps above, learning rate by role below.  Raises `ValueError` without data."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train = [(x["step"], x["loss"]) for x in lines if "loss" in x]
-    if not train:
-        raise ValueError(f"{metrics}: nothing to plot")
-    held = [(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]
-    roles: dict[str, list[tuple[int, float]]] = {}
-    for x in lines:
-        for role, rate in x.get("learning_rate", {}).items():
-            roles.setdefault(role, []).append((x["step"], rate))
+    """Loss, learning rate by role and gradient norm by role over the steps; skipped steps and cuts are marked.
 
-    fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5.5), sharex=True, height_ratios=[2.2, 1], layout="constrained")
-    top.plot(*zip(*train, strict=True), color="0.7", lw=1, label="train, each step")
-    top.plot(*zip(*_smooth(train), strict=True), color="C0", lw=2, label="train, running mean")
-    if held:
-        top.plot(*zip(*held, strict=True), "o-", color="C3", lw=1.5, ms=5, label="held out")
-    before_after = run.get("held_out_loss") or {}
-    title = f"{run.get('base', '')} · {run.get('data', {}).get('source', '')}"
-    if before_after.get("after") is not None:
-        b, a = before_after["before"], before_after["after"]
-        title += f" · held-out loss {b:.3f} → {a:.3f} ({(a / b - 1) * 100:+.1f} %)"
-    top.set_title(title, fontsize=10)
-    top.set_ylabel("loss (nats a token)")
-    top.legend(frameon=False)
-    top.grid(alpha=0.25)
-    # Roles that share a rate share a line.
-    curves: dict[tuple, list[str]] = {}
-    for role, points in roles.items():
-        curves.setdefault(tuple(points), []).append(role)
-    for points, names in curves.items():
-        label = ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
-        bottom.plot(*zip(*points, strict=True), lw=1.5, label=label)
-    bottom.set_ylabel("learning rate")
+    Raises `ValueError` where no step was logged.
+    """
+    curves = read_curves(metrics)
+    if not curves.rates and not curves.train and not curves.spikes:
+        raise ValueError(f"{metrics}: nothing to plot")
+    fig, axes = plt.subplots(3, 1, figsize=(10, 9), sharex=True, height_ratios=[2.2, 1, 1.5], layout="constrained")
+    top, middle, bottom = axes
+    fig.suptitle(_title(run), fontsize=11)
+    _loss(top, curves)
+    _rates(middle, curves)
+    _norms(bottom, curves)
+    for ax in axes:
+        for step, _ in curves.cuts:
+            ax.axvline(step, color=SPIKE, lw=1, ls=(0, (1, 1.5)), zorder=1)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        handles, labels = ax.get_legend_handles_labels()
+        if handles:
+            ax.legend(handles, labels, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.02))
     bottom.set_xlabel("step")
-    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    bottom.legend(frameon=False, fontsize=8)
-    bottom.grid(alpha=0.25)
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if curves.steps <= 1:  # one point has no width
+        bottom.set_xlim(-0.5, 1.5)
     _save(fig, target)
+
+
+def _title(run: dict[str, Any]) -> str:
+    parts = [str(run.get("base") or "?"), str((run.get("data") or {}).get("source") or "?")]
+    parts = [p if len(p) <= 50 else "…" + p[-49:] for p in parts]
+    if run.get("state") not in (None, "done"):
+        parts.append(str(run["state"]))
+    loss = run.get("held_out_loss") or {}
+    if loss.get("after") is not None:
+        before, after = loss["before"], loss["after"]
+        parts.append(f"held-out loss {before:.3f} → {after:.3f} ({(after / before - 1) * 100:+.1f} %)")
+    return " · ".join(parts).replace("$", r"\$")  # no formulas
+
+
+def _loss(ax: Any, curves: Curves) -> None:
+    train, held = curves.train, curves.held_out
+    if train:
+        ax.plot(*_xy(thinned(train)), color="0.72", lw=0.8, label="train, each step")
+        ax.plot(*_xy(thinned(_smooth(train))), color=COLORS[0], lw=2, label="train, running mean", **_dot(train))
+    if held:
+        ax.plot(*_xy(held), "o-", color=COLORS[1], lw=1.5, ms=5 if len(held) < 60 else 2.5, label="held out")
+    values = [v for _, v in train + held] or [loss for _, loss, _ in curves.spikes if loss is not None]
+    if values:
+        low, high = min(values), max(values)
+        margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
+        ax.set_ylim(low - margin, high + margin)
+    _marks(ax, [(step, loss) for step, loss, _ in curves.spikes], curves.skipped)
+    if curves.cuts:
+        ax.plot([], [], color=SPIKE, lw=1, ls=(0, (1, 1.5)), label="learning rates cut")
+    ax.set_ylabel("loss (nats a token)")
+
+
+def _marks(ax: Any, spikes: list[tuple[int, float | None]], skipped: int = 0) -> None:
+    """× at each skipped step; at the upper edge where its value is beyond it, or no number."""
+    if not spikes:
+        return
+    top = ax.get_ylim()[1]
+    values = [top if value is None else min(value, top) for _, value in spikes]
+    label = f"skipped ({max(skipped, len(spikes))})" if skipped else None
+    marks = ax.plot([step for step, _ in spikes], values, "x", color=SPIKE, ms=7, mew=1.8, label=label, zorder=5)
+    marks[0].set_clip_on(False)
+
+
+def _rates(ax: Any, curves: Curves) -> None:
+    # Equal rates lie on each other: one line, named once.
+    for i, (label, names) in enumerate(grouped(curves.rates).items()):
+        points: Points = curves.rates[names[0]]
+        style = "--" if names[0].endswith(".B") else STYLES[i // len(COLORS) % len(STYLES)]
+        color = COLORS[i % len(COLORS)]
+        ax.plot(*_xy(thinned(points)), color=color, ls=style, lw=1.6, label=wrapped(label), **_dot(points))
+    ax.set_ylabel("learning rate")
+    ax.set_ylim(bottom=0)
+    ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def _norms(ax: Any, curves: Curves) -> None:
+    long = curves.steps > LONG  # norms scatter so much that the bands of a long run would hide each other
+    drawn = {n: p for n, p in curves.norms.items() if any(v > 0 for _, v in p)}
+    for i, (name, points) in enumerate(drawn.items()):
+        style = "--" if name.endswith(".B") else STYLES[i // len(COLORS) % len(STYLES)]
+        shown = _calm([(s, v) for s, v in points if v > 0], long)
+        ax.plot(*_xy(shown), color=COLORS[i % len(COLORS)], ls=style, lw=1, label=name, **_dot(points))
+    total = [(s, v) for s, v in curves.norm if v > 0]
+    if total:
+        ax.plot(*_xy(_calm(total, long)), color="black", lw=1.4, label="all together", **_dot(total))
+    if drawn or total:
+        ax.set_yscale("log")
+        least, most = ax.get_ylim()
+        if most / least < 10:  # less than a decade would show no power of ten
+            ax.set_ylim(least / 2, most * 2)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    _marks(ax, [(step, norm) for step, _, norm in curves.spikes])
+    ax.set_ylabel("gradient norm" + (", running mean" if long else ""))
+
+
+def _calm(points: Points, long: bool) -> Points:
+    return thinned(_smooth(points, 0.02), 600) if long else points
+
+
+def wrapped(label: str, width: int = 24) -> str:
+    """Names on as many lines as they need."""
+    return textwrap.fill(label, width, break_long_words=False)
+
+
+def _xy(points: Points) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _dot(points: Points) -> dict[str, Any]:
+    """A line through one point can't be seen."""
+    return {"marker": "o", "ms": 4} if len(points) == 1 else {}
 
 
 def plot_decode(bench: dict[str, Any], target: Path) -> None:
@@ -96,12 +188,12 @@ def _save(fig: Any, target: Path) -> None:
     beside.replace(target)
 
 
-def _smooth(points: list[tuple[int, float]], share: float = 0.1) -> list[tuple[int, float]]:
+def _smooth(points: Points, share: float = 0.1) -> Points:
     """Centred running mean over a tenth of the steps."""
     half = max(1, round(len(points) * share / 2))
-    values = [v for _, v in points]
-    return [
-        (step, sum(window) / len(window))
-        for i, (step, _) in enumerate(points)
-        if (window := values[max(0, i - half) : i + half + 1])
-    ]
+    sums = [0.0, *itertools.accumulate(v for _, v in points)]
+    found = []
+    for i, (step, _) in enumerate(points):
+        first, last = max(0, i - half), min(len(points), i + half + 1)
+        found.append((step, (sums[last] - sums[first]) / (last - first)))
+    return found

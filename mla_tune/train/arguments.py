@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import TrainingArguments
 
 from mla_tune.model.load import Loaded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.train.folder import RunFolder
+from mla_tune.train.trackers import PROJECT, flat
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+class Arguments(TrainingArguments):
+    """Gives the trackers the recipe beside what transformers made of it."""
+
+    recipe: Recipe | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | (flat(self.recipe) if self.recipe is not None else {})
 
 
 def arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has_eval: bool) -> TrainingArguments:
@@ -17,7 +29,7 @@ def arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has
     warmup = o.warmup_steps if o.warmup_steps is not None else round(o.warmup_ratio * steps)
     gpu = loaded.device.type == "cuda"
     evaluates = bool(t.eval_every) and has_eval
-    return TrainingArguments(
+    found = Arguments(
         output_dir=str(folder.checkpoints),
         per_device_train_batch_size=t.batch_size,
         per_device_eval_batch_size=t.batch_size,
@@ -48,7 +60,11 @@ def arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has
         seed=t.seed,
         data_seed=t.seed,
         report_to=list(recipe.output.report_to) or "none",
+        run_name=folder.root.resolve().name,
+        project=PROJECT,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,
     )
+    found.recipe = recipe if recipe.output.report_to else None
+    return found

@@ -24,7 +24,9 @@ from mla_tune.model.initialise import initialise
 from mla_tune.model.load import Loaded, base_hash, load_model, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import Recipe
-from mla_tune.report.plots import plot_run
+from mla_tune.report.card import card
+from mla_tune.report.process import this_process
+from mla_tune.report.run_report import write_report
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.plan import role_rates
 from mla_tune.survey.source import architecture_of
@@ -35,8 +37,10 @@ from mla_tune.train.folder import RunFolder, check_folder, environment, make_fol
 from mla_tune.train.memory import memory_advice, memory_now, memory_report
 from mla_tune.train.optim import param_groups
 from mla_tune.train.prepare import prepare_model
+from mla_tune.train.samples import Question, answer, questions
 from mla_tune.train.save import base_of, save_result
 from mla_tune.train.spike import SpikeGuard
+from mla_tune.train.trackers import add_trackers, check_trackers, name_projects
 from mla_tune.train.trainer import CountingCollator, RoleTrainer
 
 #: No space, over quota, file too large, read-only now, broken.
@@ -56,6 +60,8 @@ def train(
     `WorkError` for a failure of the work, `Interrupted` when stopped by a signal (a checkpoint is saved).
     """
     quiet()
+    check_trackers(recipe)
+    name_projects()
     folder, difference = check_folder(recipe, resume, allow_changes)
     checkpoint = _checkpoint(folder) if resume else None
     section = recipe.model
@@ -93,6 +99,8 @@ def train(
         err.print(f"--allow-changes: {what} changed since the run was begun", soft_wrap=True)
     run |= {
         "state": "running",
+        "process": this_process(),
+        "working_folder": str(Path.cwd()),
         "recipe": str(folder.recipe),
         "model_type": arch.model_type,
         "base": section.source,
@@ -109,10 +117,13 @@ def train(
             _run(recipe, folder, loaded, tokenizer, placement, data, run, checkpoint, start_memory, callbacks)
     except BaseException as error:
         run["state"] = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        run["error"] = str(error) or type(error).__name__
         with contextlib.suppress(OSError):  # on a full disk that would hide the error itself
             folder.write(run)
         if isinstance(error, OSError) and error.errno in FULL:
             raise _disk_is_full(folder, error) from error
+        if not isinstance(error, KeyboardInterrupt):  # asked to stop at once
+            show_run(folder, run)
         raise
     return run
 
@@ -140,6 +151,8 @@ def _run(
     run["adapter"] = {
         "method": placement.method,
         "matrices": {r.value: len(placement.by_role(r)) for r in placement.roles},
+        "ranks": {r.value: placement.by_role(r)[0].rank for r in placement.roles},
+        "params": {r.value: sum(p.lora_params for p in placement.by_role(r)) for r in placement.roles},
         "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "learning_rate": role_rates(placement, recipe),
     }
@@ -167,9 +180,15 @@ def _run(
     for callback in callbacks:
         if hasattr(callback, "trainer"):
             callback.trainer = trainer
+    add_trackers(trainer, recipe, folder.root)
     if checkpoint is not None:
         trainer.load_own_state(checkpoint)
 
+    held_out = [row for part in data.parts for row in part.rows.held_out]
+    asked = questions(recipe, held_out, tokenizer, loaded.arch.max_position_embeddings)
+    _ask("before", run, model, loaded, tokenizer, asked)
+    run["steps"] = {"done": number_of(checkpoint) if checkpoint else 0, "planned": steps}
+    folder.write(run)  # `runs` shows how far it is to go
     if data.held_out_rows and "held_out_loss" not in run:
         before = trainer.evaluate()["eval_loss"]
         if not math.isfinite(before):
@@ -201,11 +220,33 @@ def _run(
         if not math.isfinite(after):
             raise WorkError(f"after training the held-out loss is {after}; lower optimizer.learning_rate")
         run["held_out_loss"]["after"] = after
-    save_result(model, loaded, tokenizer, folder, placement)
+    _ask("after", run, model, loaded, tokenizer, asked)
+    paths = [s.path for s in recipe.data.sources] or [recipe.data.path]
+    readme = card(folder.root, run, paths) if placement.method != "none" else None
+    save_result(model, loaded, tokenizer, folder, placement, readme)
     run["state"] = "done"
+    run.pop("error", None)
     folder.write(run)
-    with contextlib.suppress(ValueError):
-        plot_run(folder.metrics, folder.plot, run)
+    show_run(folder, run)
+
+
+def _ask(when: str, run: dict[str, Any], model: Any, loaded: Loaded, tokenizer: Any, asked: list[Question]) -> None:
+    """Answers into run.json; a resumed run keeps those of before its first start."""
+    samples = run.setdefault("samples", {"seconds": {}, "answers": [{"prompt": q.prompt} for q in asked]})
+    if not asked or when in samples["seconds"]:
+        return
+    texts, samples["seconds"][when] = answer(model, loaded, tokenizer, asked)
+    for entry, question, text in zip(samples["answers"], asked, texts, strict=False):
+        entry |= {"reference": question.reference, when: text}
+    err.print(f"answered {len(asked)} held-out prompts {when} training in {samples['seconds'][when]:.1f} s")
+
+
+def show_run(folder: RunFolder, run: dict[str, Any]) -> None:
+    """loss.png and report.html.  A run does not fail by them: what goes wrong is told."""
+    try:
+        write_report(folder.root, run)
+    except (OSError, ValueError) as error:
+        err.print(f"note: {folder.report} was not written: {error}", markup=False, soft_wrap=True)
 
 
 def _disk_is_full(folder: RunFolder, error: OSError) -> WorkError:

@@ -32,8 +32,10 @@ def base_of(loaded: Loaded, tokenizer: Any, recipe: Recipe, folder: RunFolder) -
     return str(folder.base.resolve())
 
 
-def save_result(model: Any, loaded: Loaded, tokenizer: Any, folder: RunFolder, placement: Placement) -> None:
-    """Write adapter/ (or model/) beside its place, then rename."""
+def save_result(
+    model: Any, loaded: Loaded, tokenizer: Any, folder: RunFolder, placement: Placement, readme: str | None = None
+) -> None:
+    """Write adapter/ (or model/) beside its place, then rename.  `readme` replaces PEFT's card, which says nothing."""
     target = folder.model if placement.method == "none" else folder.adapter
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -41,5 +43,7 @@ def save_result(model: Any, loaded: Loaded, tokenizer: Any, folder: RunFolder, p
         model.to(torch.float32 if loaded.dtype == "float32" else getattr(torch, loaded.dtype))
         tokenizer.save_pretrained(beside)
     model.save_pretrained(beside)
+    if readme is not None:
+        (beside / "README.md").write_text(readme, encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)

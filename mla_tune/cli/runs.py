@@ -1,0 +1,34 @@
+"""`mla-tune runs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where run folders lie, at most three deep.")] = Path(
+        "runs"
+    ),
+    sort: Annotated[
+        Literal["when", "loss", "name", "state"],
+        typer.Option("--sort", help="Newest first, lowest held-out loss first, or by name or state."),
+    ] = "when",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """List the runs in a folder: recipe, state, steps, best held-out loss."""
+    from mla_tune.console import out, print_json
+    from mla_tune.report.runs import find_runs, runs_table, sort_runs
+
+    rows = sort_runs(find_runs(folder), sort)
+    if json:
+        print_json([r.to_json() for r in rows])
+    elif not rows:
+        out.print(f"no run folders in {folder} (looked three deep); mla-tune train makes them", soft_wrap=True)
+    else:
+        out.print(runs_table(rows))
+        for row in rows:
+            if row.problem is not None:
+                out.print(f"broken: {row.problem}", markup=False, soft_wrap=True)

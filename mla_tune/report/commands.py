@@ -1,0 +1,44 @@
+"""The command lines that go with a run, quoted for a POSIX shell."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+
+def commands(root: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what for, command), to be given in the folder in which the run was begun."""
+    name = str(root)
+    recipe = str(root / "recipe.yaml")
+    again = str(root.with_name(root.name + "-again")) if root.name else f"{name}-again"
+    found = [("reproduce", _line("mla-tune", "train", "--recipe", recipe, "--output", again))]
+    if run.get("state") != "done":
+        return [("go on", _line("mla-tune", "train", "--recipe", recipe, "--output", name, "--resume")), *found]
+    if (run.get("adapter") or {}).get("method") == "none":
+        model = str(root / "model")
+        return [
+            *found,
+            ("ask it", _line("mla-tune", "generate", model, "--prompt", "…")),
+            ("what an engine will do with it", _line("mla-tune", "serve-check", model, "--engine", "vllm")),
+            ("serve", _line("vllm", "serve", model)),
+        ]
+    merged = str(root / "merged")
+    return [
+        *found,
+        ("ask it, unmerged", _line("mla-tune", "generate", name, "--prompt", "…")),
+        ("merge", _line("mla-tune", "merge-absorb", name)),
+        ("prove the merge again", _line("mla-tune", "verify", merged)),
+        ("what an engine will do with it", _line("mla-tune", "serve-check", merged, "--engine", "vllm")),
+        ("serve", _line("vllm", "serve", merged)),
+    ]
+
+
+def _line(*words: str) -> str:
+    return shlex.join(words)
+
+
+def working_folder(run: dict[str, Any]) -> str | None:
+    """The `cd` that comes first: recipes may name files by where the run was begun."""
+    folder = run.get("working_folder")
+    return shlex.join(["cd", str(folder)]) if folder else None
