@@ -171,4 +171,4 @@ def _has_trl() -> None:
     from importlib.util import find_spec
 
     if find_spec("trl") is None:
-        raise InputError("--cases: TRL is not installed; pip install trl, or leave its cases out")
+        raise InputError("--cases: TRL is not installed; pip install 'mla-tune[bench]', or leave its cases out")

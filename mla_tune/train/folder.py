@@ -17,7 +17,7 @@ from mla_tune.recipe.load import dump, load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.train.checkpoints import checkpoints
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
 @dataclass(frozen=True, slots=True)
