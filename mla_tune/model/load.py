@@ -16,7 +16,9 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.registry import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.checkpoint.quant_config import FIELDS
 from mla_tune.errors import CheckError, InputError
+from mla_tune.model.frozen import EXPERTS, register_experts
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.source import load_config
@@ -64,16 +66,23 @@ def pick_experts(name: str, arch: Architecture, itemsize: int) -> str:
     return "eager" if odd else "grouped_mm"
 
 
-def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = False) -> Loaded:
+def load_model(
+    section: ModelSection, *, seed: int = 0, full_precision: bool = False, quantised: bool = False
+) -> Loaded:
     """Load weights, or build a preset with weights drawn from `seed`.
 
     `full_precision` keeps the weights in float32 whatever the dtype (all weights are trained then, and the dtype is
-    that of autocast).  Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
+    that of autocast).  `quantised`: the caller can do with weights that stay quantised (`model.frozen`): those of an
+    FP8 checkpoint, or NF4 where the section asks for it.  Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
-    if arch.quantization and not section.preset:
-        raise InputError(f"{where}: the weights are quantised ({arch.quantization}); train on a bf16 checkpoint")
+    keeps = (arch.quantization is not None or section.quantize != "none") and not section.preset
+    if keeps and not quantised:
+        raise InputError(
+            f"{where}: the weights are quantised ({arch.quantization or section.quantize}), which only train can work "
+            "with; give the bf16 checkpoint"
+        )
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     kwargs: dict[str, Any] = {
@@ -91,7 +100,11 @@ def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = F
         if folder:
             Checkpoint.open(folder)  # a damaged or missing file is named here, before transformers meets it
         hub = {"revision": section.revision} if section.revision and folder is None else {}
-        model = _from_pretrained(base, trust_remote_code=section.trust_remote_code, **kwargs, **hub)
+        kwargs |= {"trust_remote_code": section.trust_remote_code, **hub}
+        if keeps:
+            model = _quantised(base, folder, arch, kwargs, device)
+        else:
+            model = _from_pretrained(base, **kwargs)
     check_sites(model, arch)
     net: Any = model
     return Loaded(net.to(device), arch, base, device, dtype)
@@ -104,6 +117,42 @@ def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckError(f"{base}: weights missing or of another shape, which would be random: {shown}")
+    return model
+
+
+def _quantised(
+    base: str, folder: Path | None, arch: Architecture, kwargs: dict[str, Any], device: torch.device
+) -> PreTrainedModel:
+    """A model whose matrices stay quantised, read straight onto `device`."""
+    from mla_tune.model import fp8, nf4
+
+    options = {k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs}
+    config: Any = AutoConfig.from_pretrained(base, **options)
+    scheme: fp8.Fp8Config | nf4.Nf4Config
+    if arch.quantization is None:
+        scheme = nf4.Nf4Config(nf4.parameters(arch))
+        experts = any(site.is_experts for site in arch)
+    elif folder is None:
+        raise InputError(f"{base}: the weights are quantised ({arch.quantization}); download it and give its folder")
+    else:
+        checkpoint = Checkpoint.open(folder)
+        layouts = fp8.layouts(checkpoint, arch)
+        fp8.check_scales(checkpoint)
+        scheme = fp8.Fp8Config(layouts, folder)
+        experts = any(site.is_experts and site.parameter in layouts for site in arch)
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            for name in FIELDS:
+                if hasattr(part, name):
+                    delattr(part, name)
+    model: Any = _from_pretrained(base, config=config, quantization_config=scheme, device_map={"": device}, **kwargs)
+    # To all others this is a plain model: what is special about it, its layers know.
+    model.hf_quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
+    if experts:
+        register_experts()
+        model.set_experts_implementation(EXPERTS)
     return model
 
 
