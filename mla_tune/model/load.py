@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.registry import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quant_config import FIELDS
+from mla_tune.checkpoint.quant_config import FIELDS, quantisation_field
 from mla_tune.errors import CheckError, InputError
-from mla_tune.model.frozen import EXPERTS, register_experts
+from mla_tune.model.frozen import EXPERTS, Matrix, register_experts
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.source import load_config
@@ -36,6 +38,18 @@ class Loaded:
     base: str | None
     device: torch.device
     dtype: str
+    quantised: dict[str, Any] | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """What a user should know, for the log."""
+        if not self.quantised:
+            return []
+        q = self.quantised
+        return [
+            f"base kept in {q['kind']}: {q['matrices']:,} matrices, {q['bytes'] / 1e9:.3g} GB "
+            f"({q['bytes'] / q['weights']:.3f} bytes a weight); everything else in {self.dtype}"
+        ]
 
 
 def quiet() -> None:
@@ -73,16 +87,14 @@ def load_model(
 
     `full_precision` keeps the weights in float32 whatever the dtype (all weights are trained then, and the dtype is
     that of autocast).  `quantised`: the caller can do with weights that stay quantised (`model.frozen`): those of an
-    FP8 checkpoint, or NF4 where the section asks for it.  Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
+    FP8 checkpoint, or NF4 where the section asks for it.  Raises `FileError`, `InputError` or `NotMLAError` before any
+    weight is read.
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
-    keeps = (arch.quantization is not None or section.quantize != "none") and not section.preset
-    if keeps and not quantised:
-        raise InputError(
-            f"{where}: the weights are quantised ({arch.quantization or section.quantize}), which only train can work "
-            "with; give the bf16 checkpoint"
-        )
+    kind = None if section.preset else quantised_kind(section, config)
+    if kind and not quantised:
+        raise InputError(f"{where}: the weights are quantised ({kind}), which only train works with; give a bf16 model")
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     kwargs: dict[str, Any] = {
@@ -101,13 +113,13 @@ def load_model(
             Checkpoint.open(folder)  # a damaged or missing file is named here, before transformers meets it
         hub = {"revision": section.revision} if section.revision and folder is None else {}
         kwargs |= {"trust_remote_code": section.trust_remote_code, **hub}
-        if keeps:
-            model = _quantised(base, folder, arch, kwargs, device)
+        if kind:
+            model = _quantised(base, folder, arch, kind, kwargs, device)
         else:
             model = _from_pretrained(base, **kwargs)
     check_sites(model, arch)
     net: Any = model
-    return Loaded(net.to(device), arch, base, device, dtype)
+    return Loaded(net.to(device), arch, base, device, dtype, _summary(net, kind) if kind else None)
 
 
 def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
@@ -120,20 +132,39 @@ def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def quantised_kind(section: ModelSection, config: Mapping[str, Any]) -> str | None:
+    """How the weights of this model stay quantised in memory; None for plain ones."""
+    field = quantisation_field(config)
+    if field is None:
+        return None if section.quantize == "none" else section.quantize
+    table = config[field]
+    return str(table.get("quant_method", "unknown")) if isinstance(table, Mapping) else "unknown"
+
+
+def _summary(model: torch.nn.Module, kind: str) -> dict[str, Any]:
+    matrices = [m for m in model.modules() if isinstance(m, Matrix)]
+    return {
+        "kind": kind,
+        "matrices": sum(math.prod(m.shape[:-2]) for m in matrices),
+        "weights": sum(math.prod(m.shape) for m in matrices),
+        "bytes": sum(m.nbytes for m in matrices),
+    }
+
+
 def _quantised(
-    base: str, folder: Path | None, arch: Architecture, kwargs: dict[str, Any], device: torch.device
+    base: str, folder: Path | None, arch: Architecture, kind: str, kwargs: dict[str, Any], device: torch.device
 ) -> PreTrainedModel:
     """A model whose matrices stay quantised, read straight onto `device`."""
     from mla_tune.model import fp8, nf4
 
     options = {k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs}
     config: Any = AutoConfig.from_pretrained(base, **options)
-    scheme: fp8.Fp8Config | nf4.Nf4Config
-    if arch.quantization is None:
+    scheme: Any
+    if kind == "nf4":
         scheme = nf4.Nf4Config(nf4.parameters(arch))
         experts = any(site.is_experts for site in arch)
     elif folder is None:
-        raise InputError(f"{base}: the weights are quantised ({arch.quantization}); download it and give its folder")
+        raise InputError(f"{base}: the weights are quantised ({kind}); download it and give its folder")
     else:
         checkpoint = Checkpoint.open(folder)
         layouts = fp8.layouts(checkpoint, arch)

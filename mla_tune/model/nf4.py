@@ -7,29 +7,21 @@ and 97 % of the weights of a DeepSeek-V3, so both are kept the same way here: `N
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mla_tune.arch.roles import ADAPTABLE
 from mla_tune.arch.site import Architecture
-from mla_tune.errors import InputError
 from mla_tune.model.frozen import Matrix, check_experts, freeze, stand_in
 
 METHOD = "mla_tune_nf4"
 #: Numbers that share a scale, and scales that share one.
 BLOCK, OUTER = 64, 256
-
-
-def check_installed() -> None:
-    """Raises `InputError` where bitsandbytes is missing."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("model.quantize: nf4 needs bitsandbytes: pip install 'mla-tune[quant]'")
 
 
 class Nf4Matrix(Matrix):
@@ -83,7 +75,6 @@ def parameters(arch: Architecture) -> frozenset[str]:
     return frozenset(site.parameter for site in arch if site.role in ADAPTABLE)
 
 
-@register_quantization_config(METHOD)
 class Nf4Config(QuantizationConfigMixin):
     """What the loader below needs to know."""
 
@@ -118,16 +109,16 @@ class Nf4Loader(HfQuantizer):
             freeze(model.get_submodule(path), name, matrix, self.dtype)
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         return False
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return True
 
 
 class _Quantise(ConversionOps):
-    def __init__(self, loader: Nf4Loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
