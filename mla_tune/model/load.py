@@ -72,12 +72,13 @@ def pick_dtype(name: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
-def pick_experts(name: str, arch: Architecture, itemsize: int) -> str:
-    """`auto` is grouped_mm, unless its kernel can't take these sizes: it wants rows of a multiple of 16 bytes."""
+def pick_experts(name: str, arch: Architecture, itemsize: int) -> str | None:
+    """`auto` is eager where grouped_mm's kernel can't take these sizes (it wants rows of a multiple of 16 bytes), else
+    None: transformers takes grouped_mm in the families that have it."""
     if name != "auto":
         return name
     odd = any(size * itemsize % 16 for site in arch.sites if site.is_experts for size in site.shape)
-    return "eager" if odd else "grouped_mm"
+    return "eager" if odd else None
 
 
 def load_model(
