@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from mla_tune.adapter.placement import Placement
 from mla_tune.model.attach import Attached, attached
+from mla_tune.model.frozen import matrix_of
 
 #: Up to this smaller side all singular values are computed; above it, the leading ones by subspace iteration.
 EXACT = 1024
@@ -45,7 +46,9 @@ def _weight(lora: Attached) -> torch.Tensor:
     layer: Any = lora.layer
     base = layer.get_base_layer()
     name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-    return getattr(base, name).detach().float().cpu()
+    quantised = matrix_of(base, name)
+    weight = getattr(base, name).detach() if quantised is None else quantised.numbers(torch.float32)
+    return weight.float().cpu()
 
 
 def _gaussian(lora: Attached) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.registry import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.checkpoint.quant_config import FIELDS, quantisation_field
 from mla_tune.errors import CheckError, InputError
+from mla_tune.model.frozen import EXPERTS, Matrix, register_experts
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.source import load_config
@@ -34,6 +38,18 @@ class Loaded:
     base: str | None
     device: torch.device
     dtype: str
+    quantised: dict[str, Any] | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """What a user should know, for the log."""
+        if not self.quantised:
+            return []
+        q = self.quantised
+        return [
+            f"base kept in {q['kind']}: {q['matrices']:,} matrices, {q['bytes'] / 1e9:.3g} GB "
+            f"({q['bytes'] / q['weights']:.3f} bytes a weight); everything else in {self.dtype}"
+        ]
 
 
 def quiet() -> None:
@@ -56,24 +72,30 @@ def pick_dtype(name: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
-def pick_experts(name: str, arch: Architecture, itemsize: int) -> str:
-    """`auto` is grouped_mm, unless its kernel can't take these sizes: it wants rows of a multiple of 16 bytes."""
+def pick_experts(name: str, arch: Architecture, itemsize: int) -> str | None:
+    """`auto` is eager where grouped_mm's kernel can't take these sizes (it wants rows of a multiple of 16 bytes), else
+    None: transformers takes grouped_mm in the families that have it."""
     if name != "auto":
         return name
     odd = any(size * itemsize % 16 for site in arch.sites if site.is_experts for size in site.shape)
-    return "eager" if odd else "grouped_mm"
+    return "eager" if odd else None
 
 
-def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = False) -> Loaded:
+def load_model(
+    section: ModelSection, *, seed: int = 0, full_precision: bool = False, quantised: bool = False
+) -> Loaded:
     """Load weights, or build a preset with weights drawn from `seed`.
 
     `full_precision` keeps the weights in float32 whatever the dtype (all weights are trained then, and the dtype is
-    that of autocast).  Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
+    that of autocast).  `quantised`: the caller can do with weights that stay quantised (`model.frozen`): those of an
+    FP8 checkpoint, or NF4 where the section asks for it.  Raises `FileError`, `InputError` or `NotMLAError` before any
+    weight is read.
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
-    if arch.quantization and not section.preset:
-        raise InputError(f"{where}: the weights are quantised ({arch.quantization}); train on a bf16 checkpoint")
+    kind = None if section.preset else quantised_kind(section, config)
+    if kind and not quantised:
+        raise InputError(f"{where}: the weights are quantised ({kind}), which only train works with; give a bf16 model")
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     kwargs: dict[str, Any] = {
@@ -91,10 +113,14 @@ def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = F
         if folder:
             Checkpoint.open(folder)  # a damaged or missing file is named here, before transformers meets it
         hub = {"revision": section.revision} if section.revision and folder is None else {}
-        model = _from_pretrained(base, trust_remote_code=section.trust_remote_code, **kwargs, **hub)
+        kwargs |= {"trust_remote_code": section.trust_remote_code, **hub}
+        if kind:
+            model = _quantised(base, folder, arch, kind, kwargs, device)
+        else:
+            model = _from_pretrained(base, **kwargs)
     check_sites(model, arch)
     net: Any = model
-    return Loaded(net.to(device), arch, base, device, dtype)
+    return Loaded(net.to(device), arch, base, device, dtype, _summary(net, kind) if kind else None)
 
 
 def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
@@ -104,6 +130,61 @@ def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckError(f"{base}: weights missing or of another shape, which would be random: {shown}")
+    return model
+
+
+def quantised_kind(section: ModelSection, config: Mapping[str, Any]) -> str | None:
+    """How the weights of this model stay quantised in memory; None for plain ones."""
+    field = quantisation_field(config)
+    if field is None:
+        return None if section.quantize == "none" else section.quantize
+    table = config[field]
+    return str(table.get("quant_method", "unknown")) if isinstance(table, Mapping) else "unknown"
+
+
+def _summary(model: torch.nn.Module, kind: str) -> dict[str, Any]:
+    matrices = [m for m in model.modules() if isinstance(m, Matrix)]
+    return {
+        "kind": kind,
+        "matrices": sum(math.prod(m.shape[:-2]) for m in matrices),
+        "weights": sum(math.prod(m.shape) for m in matrices),
+        "bytes": sum(m.nbytes for m in matrices),
+    }
+
+
+def _quantised(
+    base: str, folder: Path | None, arch: Architecture, kind: str, kwargs: dict[str, Any], device: torch.device
+) -> PreTrainedModel:
+    """A model whose matrices stay quantised, read straight onto `device`."""
+    from mla_tune.model import fp8, nf4
+
+    options = {k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs}
+    config: Any = AutoConfig.from_pretrained(base, **options)
+    scheme: Any
+    if kind == "nf4":
+        scheme = nf4.Nf4Config(nf4.parameters(arch))
+        experts = any(site.is_experts for site in arch)
+    elif folder is None:
+        raise InputError(f"{base}: the weights are quantised ({kind}); download it and give its folder")
+    else:
+        checkpoint = Checkpoint.open(folder)
+        layouts = fp8.layouts(checkpoint, arch)
+        fp8.check_scales(checkpoint)
+        scheme = fp8.Fp8Config(layouts, folder)
+        experts = any(site.is_experts and site.parameter in layouts for site in arch)
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            for name in FIELDS:
+                if hasattr(part, name):
+                    delattr(part, name)
+    model: Any = _from_pretrained(base, config=config, quantization_config=scheme, device_map={"": device}, **kwargs)
+    # To all others this is a plain model: what is special about it, its layers know.
+    model.hf_quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
+    if experts:
+        register_experts()
+        model.set_experts_implementation(EXPERTS)
     return model
 
 

@@ -1,7 +1,11 @@
-"""Advice on a valid recipe: things that run, but that a user should know of."""
+"""Advice on a valid recipe: things that run, but that a user should know of; and what a quantised base rules out."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
+from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
 
 
@@ -26,3 +30,38 @@ def warnings(recipe: Recipe) -> list[str]:
     if recipe.data.eval_fraction == 0 and recipe.data.eval_path is None:
         notes.append("data.eval_fraction is 0: no held-out loss will be measured")
     return notes
+
+
+def check_quantised(recipe: Recipe, kind: str | None) -> None:
+    """Raises `InputError` for what can't be done with a quantised base, before anything is read.
+
+    `kind`: how the base's weights stay quantised in memory (`nf4`, or the checkpoint's own way), None for plain ones.
+    """
+    quantize = recipe.model.quantize
+    if kind is None:
+        return
+    if quantize != "none" and kind != quantize:
+        raise InputError(
+            f"model.quantize: {quantize} is for plain weights, and those of {recipe.model.source} are quantised "
+            f"already ({kind}); leave model.quantize out to train above them as they are, or give the bf16 checkpoint"
+        )
+    what = "model.quantize: nf4" if kind == "nf4" else f"the weights of {recipe.model.source} are quantised ({kind})"
+    if recipe.adapter.method == "none":
+        raise InputError(
+            f"adapter.method: none trains the weights themselves, and {what}: quantised weights stay frozen; "
+            "use an adapter, or the bf16 checkpoint without model.quantize"
+        )
+    for key, asked, why in (
+        ("adapter.method: dora", recipe.adapter.method == "dora", "its magnitudes need the norms of all weights"),
+        ("train.compile", recipe.train.compile, "a quantised layer is not compiled"),
+        (
+            f"model.experts: {recipe.model.experts}",
+            recipe.model.experts != "auto",
+            "quantised experts have an implementation of their own; leave it at auto",
+        ),
+        ("several processes", int(os.environ.get("WORLD_SIZE", "1")) > 1, "it is built for one process so far"),
+    ):
+        if asked:
+            raise InputError(f"{key} does not go with a quantised base ({what}): {why}")
+    if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("model.quantize: nf4 needs bitsandbytes: pip install 'mla-tune[quant]'")

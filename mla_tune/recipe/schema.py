@@ -337,12 +337,15 @@ class Recipe(Section):
     def _keys_agree(self) -> Recipe:
         a, o = self.adapter, self.optimizer
         for key, asked in (
-            ("model.quantize", self.model.quantize != "none"),
             ("adapter.modules_to_save", bool(a.modules_to_save)),
             ("data.streaming", self.data.streaming),
         ):
             if asked:
                 raise ValueError(f"{key} is not built yet, so it is refused rather than ignored")
+        if self.model.quantize != "none" and self.model.preset is not None:
+            raise ValueError("model.quantize is for a trained base; the weights of a preset are drawn, not read")
+        if self.model.quantize != "none" and a.method == "none":
+            raise ValueError("model.quantize keeps the weights frozen, and adapter.method: none would train them")
         if a.method == "none" and o.lora_plus != 1:
             raise ValueError("optimizer.lora_plus is about the factors of an adapter, and adapter.method is none")
         if a.method == "none" and a.init != "default":

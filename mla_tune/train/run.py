@@ -16,20 +16,22 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback
 
 from mla_tune.adapter.placement import Placement, place
+from mla_tune.arch.registry import architecture
 from mla_tune.console import err
 from mla_tune.data.prepare import Prepared, prepare, steps_of
 from mla_tune.errors import InputError, Interrupted, WorkError
 from mla_tune.model.attach import attach
 from mla_tune.model.initialise import initialise
-from mla_tune.model.load import Loaded, base_hash, load_model, quiet
+from mla_tune.model.load import Loaded, base_hash, load_model, quantised_kind, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
+from mla_tune.recipe.checks import check_quantised
 from mla_tune.recipe.schema import Recipe
 from mla_tune.report.card import card
 from mla_tune.report.process import this_process
 from mla_tune.report.run_report import write_report
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.plan import role_rates
-from mla_tune.survey.source import architecture_of
+from mla_tune.survey.source import load_config
 from mla_tune.train.arguments import arguments
 from mla_tune.train.callbacks import GradientCheck, Metrics, ProgressLine, StopOnSignal
 from mla_tune.train.checkpoints import newest_whole, number_of
@@ -65,8 +67,10 @@ def train(
     folder, difference = check_folder(recipe, resume, allow_changes)
     checkpoint = _checkpoint(folder) if resume else None
     section = recipe.model
-    arch = architecture_of(section)
+    config, where, _ = load_config(section.preset or section.base or "embedded")
+    arch = architecture(config, where)
     placement = place(arch, recipe.adapter)
+    check_quantised(recipe, quantised_kind(section, config))
     tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
     data = prepare(recipe, arch, tokenizer)
     for line in data.lines:
@@ -75,7 +79,7 @@ def train(
         raise InputError("train.early_stopping needs held-out rows: set data.eval_fraction or data.eval_path")
     start_memory = memory_now()
     with memory_advice(recipe):
-        loaded = load_model(section, seed=recipe.train.seed, full_precision=placement.method == "none")
+        loaded = load_model(section, seed=recipe.train.seed, full_precision=placement.method == "none", quantised=True)
     if not resume:
         make_folder(folder, recipe)
     elif difference:
@@ -109,6 +113,7 @@ def train(
         "seed": recipe.train.seed,
         "device": str(loaded.device),
         "dtype": loaded.dtype,
+        "quantised": loaded.quantised,
         "environment": environment(),
     }
     folder.write(run)
@@ -146,7 +151,7 @@ def _run(
         initialise(model, placement, recipe.train.seed)
     ways = prepare_model(model, loaded, recipe, data, run.get("chosen"))
     run["chosen"] = ways.chosen
-    for line in ways.lines:
+    for line in loaded.lines + ways.lines:
         err.print(line, markup=False, soft_wrap=True)
     run["adapter"] = {
         "method": placement.method,

@@ -1,0 +1,184 @@
+"""Checkpoints in block FP8 (DeepSeek-V3's layout and its relatives): the codes go into memory as they are.
+
+    weight[i, j] = code[i, j] * scale[i // bh, j // bw]        bh, bw: rows and columns of a block
+
+transformers reads the files and stacks experts; it finds parameters of dtype float8_e4m3fn and their scales in the
+model, and so converts nothing.  (Its own FP8 layers need Triton and a GPU, and quantise activations too; on a CPU it
+makes bfloat16 of the whole model.)  Which weights are FP8, and in which blocks, comes from headers and config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mla_tune.arch.site import Architecture
+from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.checkpoint.quant import Quantised, quantised_weights, read_scales
+from mla_tune.errors import InputError
+from mla_tune.model.frozen import Matrix, check_experts, freeze
+
+METHOD = "mla_tune_fp8"
+#: Numbers that are raised to float32 at a time.
+PIECE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the scales of a parameter lie.  `block` is (rows, columns); `parts` matrices lie one above the other, each
+    with blocks of its own (gate and up of an expert: their rows need not be whole blocks)."""
+
+    block: tuple[int, int]
+    parts: int = 1
+
+    def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of a parameter of this shape."""
+        *experts, rows, columns = shape
+        return *experts, self.parts * -(-(rows // self.parts) // self.block[0]), -(-columns // self.block[1])
+
+
+class Fp8Matrix(Matrix):
+    """Codes float8_e4m3fn (out, in) or (E, out, in), scales float32 as `Layout.scales` says."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, layout: Layout) -> None:
+        super().__init__()
+        self.shape, self.layout = tuple(codes.shape), layout
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def numbers(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
+        codes, scales = (self.codes, self.scales) if expert is None else (self.codes[expert], self.scales[expert])
+        rows, columns = codes.shape
+        part = rows // self.layout.parts
+        row = torch.arange(rows, device=codes.device)
+        block = row // part * (len(scales) // self.layout.parts) + row % part // self.layout.block[0]
+        wide = scales.repeat_interleave(self.layout.block[1], dim=1)[:, :columns]
+        result = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+        step = max(1, PIECE // columns)
+        for i in range(0, rows, step):
+            piece = codes[i : i + step].to(torch.float32)
+            result[i : i + step] = piece.mul_(wide[block[i : i + step]])
+        return result
+
+
+def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, Layout]:
+    """Parameter of the model → layout of its scales, for every FP8 weight; MTP layers, which no model has, left out.
+
+    Raises `InputError` for a checkpoint that can't be kept in FP8, with the tensor that is the reason.
+    """
+    weights = quantised_weights(checkpoint)
+    found: dict[str, Layout] = {}
+    for site in arch:
+        keys = site.disk_keys() if site.is_experts else [f"{site.path}.weight"]
+        if site.is_experts and keys[0] not in weights and site.path in weights:
+            keys = [site.path]
+        here = [key for key in keys if key in weights]
+        if not here:
+            continue
+        if len(here) < len(keys):
+            other = next(key for key in keys if key not in weights)
+            raise InputError(f"{checkpoint.folder}: '{here[0]}' is FP8 and '{other}' is not, in one stack of experts")
+        parts = site.disk_parts if len(keys) > 1 else 1
+        found[site.parameter] = Layout(_one_block([weights.pop(key) for key in keys]), parts)
+    for key, weight in weights.items():
+        if not _is_mtp(key, arch):
+            found[key] = Layout(_one_block([weight]))
+    return found
+
+
+def check_scales(checkpoint: Checkpoint) -> None:
+    """Raises `InputError` unless every scale is positive and finite."""
+    for weight in quantised_weights(checkpoint).values():
+        read_scales(weight)
+
+
+def _one_block(weights: list[Quantised]) -> tuple[int, int]:
+    blocks = {weight.block for weight in weights}
+    block = blocks.pop()
+    if blocks or block is None:
+        first = weights[0].codes
+        raise InputError(
+            f"{first.file}: '{first.key}' has one scale for the whole weight, or blocks that differ between experts; "
+            f"only weights with a scale a block or a row are kept in FP8. Train on the bfloat16 checkpoint"
+        )
+    return block
+
+
+def _is_mtp(key: str, arch: Architecture) -> bool:
+    _, found, rest = key.partition(".layers.")
+    number = rest.partition(".")[0]
+    return bool(found) and number.isdecimal() and int(number) >= arch.num_layers
+
+
+class Fp8Config(QuantizationConfigMixin):
+    """What the loader below needs to know."""
+
+    def __init__(self, layouts: Mapping[str, Layout], where: Path) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.layouts, self.where = dict(layouts), where
+
+
+@register_quantizer(METHOD)
+class Fp8Loader(HfQuantizer):
+    """Gives transformers' loader places for codes and scales, and makes `Fp8Matrix` of what came."""
+
+    quantization_config: Any
+    # Tells the loader to stack the experts' scales as it stacks their weights.
+    serialized_names = {"weight": ["weight", "weight_scale_inv"]}  # noqa: RUF012 (transformers' name and type)
+
+    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        self.dtype = dtype
+        for parameter, layout in self.quantization_config.layouts.items():
+            module, name = _place(model, parameter, self.quantization_config.where)
+            shape = tuple(getattr(module, name).shape)
+            for suffix, size, kind in (("", shape, torch.float8_e4m3fn), ("_scale_inv", layout.scales(shape), None)):
+                empty = torch.empty(size, dtype=kind or torch.float32, device="meta")
+                setattr(module, name + suffix, nn.Parameter(empty, requires_grad=False))
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        from transformers.core_model_loading import WeightRenaming
+
+        # compressed-tensors' names.
+        names = [
+            WeightRenaming(source_patterns=r"\.weight_scale$", target_patterns=".weight_scale_inv"),
+            WeightRenaming(source_patterns=r"(_proj)_scale$", target_patterns=r"\1_scale_inv"),
+        ]
+        return names + super().update_weight_conversions(weight_conversions, model)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for parameter, layout in self.quantization_config.layouts.items():
+            module, name = _place(model, parameter, self.quantization_config.where)
+            codes, scales = (module._parameters.pop(name + suffix).data for suffix in ("", "_scale_inv"))
+            freeze(module, name, Fp8Matrix(codes, scales, layout), self.dtype or torch.get_default_dtype())
+        return model
+
+    def is_serializable(self) -> Any:
+        return False
+
+    @property
+    def is_trainable(self) -> Any:
+        return True
+
+
+def _place(model: Any, parameter: str, where: Path) -> tuple[Any, str]:
+    path, _, name = parameter.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = None
+    if not hasattr(module, name) or not (type(module) is nn.Linear or path.endswith(".experts")):
+        raise InputError(f"{where}: '{parameter}' is FP8, but transformers' model has no linear layer of that name")
+    if name != "weight":
+        check_experts(module, parameter)
+    return module, name

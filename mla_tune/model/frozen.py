@@ -1,0 +1,176 @@
+"""Frozen weights that stay quantised in memory: `FrozenLinear`, and routed experts that read such weights.
+
+A matrix is turned into numbers where it is needed, used, and forgotten.  The backward pass makes the numbers again:
+
+    y = x Wᵀ        dL/dx = dL/dy W        (W is frozen: it has no gradient)
+
+so what a step keeps of W are its codes, and no more than one matrix (of one expert) is in numbers at a time.
+
+PEFT, transformers and the rest of mla-tune know a layer by the shape, dtype and device of its `weight`.  So a parameter
+of that name stays: one NaN, expanded to the whole shape (no memory).  Code that reads it instead of calling the layer
+gets NaN, and not a wrong model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mla_tune.errors import InputError
+
+#: Name of `frozen_experts` in transformers' table of implementations of the routed experts.
+EXPERTS = "mla_tune_frozen"
+
+
+class Matrix(nn.Module):
+    """A quantised weight, of shape (out, in) or, for stacked experts, (E, out, in)."""
+
+    shape: tuple[int, ...]
+
+    def numbers(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
+        """The weight (out, in), of one expert where there are several, rounded once to `dtype`."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.nbytes for b in self.buffers())
+
+
+class _Linear(torch.autograd.Function):
+    """x (…, in) → x Wᵀ (…, out), with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, matrix: Matrix, expert: int | None) -> torch.Tensor:
+        ctx.matrix, ctx.expert = matrix, expert
+        return F.linear(x, matrix.numbers(x.dtype, expert))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (dy,) = grads
+        return dy @ ctx.matrix.numbers(dy.dtype, ctx.expert), None, None
+
+
+def linear(x: torch.Tensor, matrix: Matrix, expert: int | None = None) -> torch.Tensor:
+    """x (…, in) → (…, out) in the dtype of x, or in that of autocast where it is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _Linear.apply(x, matrix, expert)  # type: ignore[no-any-return]
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer whose `weight` is a stand-in and whose numbers are in `weight_matrix`."""
+
+    weight_matrix: Matrix
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        out = linear(input, self.weight_matrix)
+        change = _change(self, "weight")
+        if change is not None:
+            out = out + F.linear(input, change)
+        return out if self.bias is None else out + self.bias
+
+
+def freeze(module: nn.Module, name: str, matrix: Matrix, dtype: torch.dtype) -> None:
+    """Give the parameter `name` of a linear layer or of stacked experts its numbers from `matrix`, computed with in
+    `dtype`."""
+    if name == "weight":
+        module.__class__ = FrozenLinear
+    device = next(matrix.buffers()).device
+    setattr(module, name, nn.Parameter(stand_in(matrix.shape, dtype, device), requires_grad=False))
+    setattr(module, f"{name}_matrix", matrix)
+
+
+def stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
+
+
+def check_experts(module: Any, parameter: str) -> None:
+    """Raises `InputError` for routed experts that `frozen_experts` can't stand for."""
+    plain = getattr(module, "has_gate", False) and getattr(module, "is_concatenated", False)
+    other = [n for n in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(module, n, False)]
+    if not plain or other:
+        raise InputError(
+            f"{parameter}: the routed experts of this family have a forward pass of their own, which quantised weights "
+            f"can't be put under; train on the bfloat16 checkpoint with model.quantize: none"
+        )
+
+
+def matrix_of(module: nn.Module, name: str) -> Matrix | None:
+    """The quantised weight behind a parameter; None where it is a plain one."""
+    return getattr(module, f"{name}_matrix", None)
+
+
+def _change(module: nn.Module, name: str) -> torch.Tensor | None:
+    """What torch's parametrisations add to a parameter: PEFT's way to adapt one (`target_parameters`)."""
+    added: Any = getattr(module, "parametrizations", None)
+    if added is None or name not in added:
+        return None
+    original = added[name].original
+    change = torch.zeros((), dtype=original.dtype, device=original.device).expand(original.shape)
+    for parametrisation in added[name]:
+        change = parametrisation(change)
+    return change
+
+
+def frozen_experts(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' routed experts with quantised weights, an expert at a time.
+
+    `hidden_states` (T, D), `top_k_index` and `top_k_weights` (T, K) → (T, D).  LoRA factors that `train.factors` left
+    in `self.lora_factors` are applied as s·B(A x), so that no ΔW of all experts is made.
+    """
+    tokens, top_k = top_k_index.shape
+    ids, order = top_k_index.reshape(-1).sort(stable=True)
+    # A number above the last expert means that the token goes to none.
+    counts = ids.clamp(max=self.num_experts).bincount(minlength=self.num_experts + 1).tolist()[:-1]
+    x = hidden_states[order // top_k]
+    up, down = _by_expert(self, "gate_up_proj"), _by_expert(self, "down_proj")
+    outputs, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            outputs.append(down(self._apply_gate(up(x[start : start + count], expert)), expert))
+            start += count
+    if start < len(x):
+        outputs.append(x[start:] * 0)
+    weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return weighted[back].view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _by_expert(experts: Any, name: str) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """(x (n, in), expert) → x Wᵀ (n, out), with what adapters add."""
+    matrix = matrix_of(experts, name)
+    if matrix is None:
+        plain = getattr(experts, name).unbind(0)
+        return lambda x, expert: F.linear(x, plain[expert])
+    factors = getattr(experts, "lora_factors", {}).get(name)
+    if factors is not None:
+        a, b, scale = factors
+        # Unbound once: the gradient of one slice would be as large as all of A.
+        rows = a.view(len(experts.gate_up_proj), -1, a.shape[-1]).unbind(0)
+        columns = b.view(b.shape[0], -1, len(rows)).unbind(2)
+
+        def adapted(x: torch.Tensor, expert: int) -> torch.Tensor:
+            out = linear(x, matrix, expert)
+            low = F.linear(F.linear(x.to(a.dtype), rows[expert]), columns[expert])
+            return out + scale * low.to(out.dtype)
+
+        return adapted
+    change = _change(experts, name)
+    if change is not None:
+        changes = change.unbind(0)
+        return lambda x, expert: linear(x, matrix, expert) + F.linear(x, changes[expert])
+    return lambda x, expert: linear(x, matrix, expert)
+
+
+def register_experts() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if EXPERTS not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, frozen_experts)
