@@ -64,11 +64,12 @@ def pick_experts(name: str, arch: Architecture, itemsize: int) -> str:
     return "eager" if odd else "grouped_mm"
 
 
-def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = False) -> Loaded:
+def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = False, place: bool = True) -> Loaded:
     """Load weights, or build a preset with weights drawn from `seed`.
 
     `full_precision` keeps the weights in float32 whatever the dtype (all weights are trained then, and the dtype is
-    that of autocast).  Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
+    that of autocast).  `place`: move the model to its device; one that is to be sharded stays where it was read.
+    Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
@@ -94,7 +95,7 @@ def load_model(section: ModelSection, *, seed: int = 0, full_precision: bool = F
         model = _from_pretrained(base, trust_remote_code=section.trust_remote_code, **kwargs, **hub)
     check_sites(model, arch)
     net: Any = model
-    return Loaded(net.to(device), arch, base, device, dtype)
+    return Loaded(net.to(device) if place else net, arch, base, device, dtype)
 
 
 def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:

@@ -17,7 +17,7 @@ def arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has
     warmup = o.warmup_steps if o.warmup_steps is not None else round(o.warmup_ratio * steps)
     gpu = loaded.device.type == "cuda"
     evaluates = bool(t.eval_every) and has_eval
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(folder.checkpoints),
         per_device_train_batch_size=t.batch_size,
         per_device_eval_batch_size=t.batch_size,
@@ -51,4 +51,7 @@ def arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,
+        ddp_find_unused_parameters=False,  # every adapter has a gradient in every step, which the first one checks
     )
+    found._n_gpu = min(found.n_gpu, 1)  # one process drives one GPU
+    return found

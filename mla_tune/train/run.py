@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback
 
 from mla_tune.adapter.placement import Placement, place
+from mla_tune.arch.site import Architecture
 from mla_tune.console import err
 from mla_tune.data.prepare import Prepared, prepare, steps_of
 from mla_tune.errors import InputError, Interrupted, WorkError
@@ -29,12 +29,15 @@ from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.plan import role_rates
 from mla_tune.survey.source import architecture_of
 from mla_tune.train.arguments import arguments
-from mla_tune.train.callbacks import GradientCheck, Metrics, ProgressLine, StopOnSignal
+from mla_tune.train.callbacks import AtStart, GradientCheck, Metrics, ProgressLine, StopOnSignal
 from mla_tune.train.checkpoints import newest_whole, number_of
 from mla_tune.train.folder import RunFolder, check_folder, environment, make_folder, write_recipe
+from mla_tune.train.launch import worker
 from mla_tune.train.memory import memory_advice, memory_now, memory_report
 from mla_tune.train.optim import param_groups
+from mla_tune.train.order import with_filler
 from mla_tune.train.prepare import prepare_model
+from mla_tune.train.processes import Team, gathered, join, leave, lost_others_told, refuse, tell_idle_gpus
 from mla_tune.train.save import base_of, save_result
 from mla_tune.train.spike import SpikeGuard
 from mla_tune.train.trainer import CountingCollator, RoleTrainer
@@ -56,32 +59,62 @@ def train(
     `WorkError` for a failure of the work, `Interrupted` when stopped by a signal (a checkpoint is saved).
     """
     quiet()
-    folder, difference = check_folder(recipe, resume, allow_changes)
-    checkpoint = _checkpoint(folder) if resume else None
     section = recipe.model
     arch = architecture_of(section)
     placement = place(arch, recipe.adapter)
+    refuse(recipe, placement, worker())
+    team = join(recipe)
+    with lost_others_told(team, lambda: _go_on(recipe)):
+        run = _train(recipe, resume, allow_changes, callbacks, arch, placement, team)
+    leave()
+    return run
+
+
+def _go_on(recipe: Recipe) -> str:
+    last, _ = newest_whole(RunFolder(Path(recipe.output.dir).expanduser()).checkpoints)
+    return f"; the last whole checkpoint is {last}: go on with --resume" if last else "; there is no checkpoint yet"
+
+
+def _train(
+    recipe: Recipe,
+    resume: bool,
+    allow_changes: bool,
+    callbacks: Sequence[Any],
+    arch: Architecture,
+    placement: Placement,
+    team: Team,
+) -> dict[str, Any]:
+    section = recipe.model
+    folder, difference = team.by_first(lambda: check_folder(recipe, resume, allow_changes))
+    checkpoint = team.by_first(lambda: _checkpoint(folder)) if resume else None
     tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
-    data = prepare(recipe, arch, tokenizer)
+    data = team.first_then_others(lambda: prepare(recipe, arch, tokenizer))
     for line in data.lines:
         err.print(line, markup=False, soft_wrap=True)
     if recipe.train.early_stopping and not data.held_out_rows:
         raise InputError("train.early_stopping needs held-out rows: set data.eval_fraction or data.eval_path")
     start_memory = memory_now()
     with memory_advice(recipe):
-        loaded = load_model(section, seed=recipe.train.seed, full_precision=placement.method == "none")
-    if not resume:
-        make_folder(folder, recipe)
-    elif difference:
-        err.print(f"--allow-changes: goes on with another recipe:\n{difference}", markup=False, soft_wrap=True)
-        write_recipe(folder, recipe)
+        full = placement.method == "none"
+        loaded = load_model(section, seed=recipe.train.seed, full_precision=full, place=not team.sharded)
+    tell_idle_gpus(team.here, loaded.device)
+
+    def begin() -> None:
+        if not resume:
+            make_folder(folder, recipe)
+        elif difference:
+            err.print(f"--allow-changes: goes on with another recipe:\n{difference}", markup=False, soft_wrap=True)
+            write_recipe(folder, recipe)
+        base_of(loaded, tokenizer, recipe, folder)
+
+    team.by_first(begin)
+    if not folder.recipe.exists():
+        raise InputError(f"output.dir: {folder.root} must lie on a file system that all machines of the run share")
     base = base_of(loaded, tokenizer, recipe, folder)
 
     run: dict[str, Any] = folder.read() if resume else {}
-    origin = {
-        "base_hash": base_hash(str(EMBEDDED_MODEL) if base == "embedded" else base),
-        "data": data.summary(),
-    }
+    hashed = team.by_first(lambda: base_hash(str(EMBEDDED_MODEL) if base == "embedded" else base))
+    origin = {"base_hash": hashed, "data": data.summary()}
     changed = [name for name in origin if resume and run[name] != origin[name]]
     if changed:
         what = " and ".join({"base_hash": "the base model", "data": "the data"}[name] for name in changed)
@@ -101,16 +134,17 @@ def train(
         "seed": recipe.train.seed,
         "device": str(loaded.device),
         "dtype": loaded.dtype,
+        "processes": {"count": team.here.count, "sharding": team.here.sharding},
         "environment": environment(),
     }
-    folder.write(run)
+    _record(folder, run, team)
     try:
         with memory_advice(recipe):
-            _run(recipe, folder, loaded, tokenizer, placement, data, run, checkpoint, start_memory, callbacks)
+            _run(recipe, folder, loaded, tokenizer, placement, data, run, checkpoint, start_memory, callbacks, team)
     except BaseException as error:
         run["state"] = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         with contextlib.suppress(OSError):  # on a full disk that would hide the error itself
-            folder.write(run)
+            _record(folder, run, team)
         if isinstance(error, OSError) and error.errno in FULL:
             raise _disk_is_full(folder, error) from error
         raise
@@ -128,13 +162,16 @@ def _run(
     checkpoint: Path | None,
     start_memory: int,
     further: Sequence[Any],
+    team: Team,
 ) -> None:
     model: torch.nn.Module = loaded.model
     if placement.method != "none":
         model = attach(model, loaded.arch, placement, recipe.train.seed)
         initialise(model, placement, recipe.train.seed)
-    ways = prepare_model(model, loaded, recipe, data, run.get("chosen"))
-    run["chosen"] = ways.chosen
+    ways = prepare_model(model, loaded, recipe, data, run.get("chosen")) if team.first else None
+    run["chosen"] = team.same(ways.chosen if ways else None)
+    if ways is None:
+        ways = prepare_model(model, loaded, recipe, data, run["chosen"])
     for line in ways.lines:
         err.print(line, markup=False, soft_wrap=True)
     run["adapter"] = {
@@ -143,25 +180,42 @@ def _run(
         "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "learning_rate": role_rates(placement, recipe),
     }
-    metrics = Metrics(folder.metrics, number_of(checkpoint) if checkpoint else 0)
-    progress = ProgressLine(metrics)
-    stop = StopOnSignal()
-    steps = steps_of(recipe, len(data.train_rows), int(os.environ.get("WORLD_SIZE", "1")))
+    steps = steps_of(recipe, len(data.train_rows), team.here.count)
+    clock: dict[str, float] = {"tokens": 0, "began": time.monotonic()}
+
+    def before() -> None:
+        if data.held_out_rows and "held_out_loss" not in run:
+            loss = trainer.evaluate()["eval_loss"]
+            if not math.isfinite(loss):
+                raise WorkError(
+                    f"before any training the held-out loss is {loss}: the base model or its dtype is broken"
+                )
+            run["held_out_loss"] = {"before": loss, "after": None}
+            _record(folder, run, team)
+        clock["tokens"], clock["began"] = trainer.real_tokens, time.monotonic()
+
+    stop = StopOnSignal(team.many)
     check = GradientCheck()
-    callbacks: list[Any] = [check, metrics, progress, stop, *further]
+    callbacks: list[Any] = [AtStart(before), check]
+    if team.first:
+        metrics = Metrics(folder.metrics, number_of(checkpoint) if checkpoint else 0)
+        callbacks += [metrics, ProgressLine(metrics)]
+    callbacks += [stop, *further]
     if recipe.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping))
+    rows = with_filler if team.many else Dataset.from_list
     trainer = RoleTrainer(
         model=model,
         args=arguments(recipe, folder, loaded, steps, bool(data.held_out_rows)),
         data_collator=CountingCollator(ways.collator(recipe, tokenizer)),
-        train_dataset=Dataset.from_list(data.train_rows),
-        eval_dataset=Dataset.from_list(data.held_out_rows) if data.held_out_rows else None,
+        train_dataset=rows(data.train_rows),
+        eval_dataset=rows(data.held_out_rows) if data.held_out_rows else None,
         processing_class=tokenizer,
         callbacks=callbacks,
         groups=lambda m: param_groups(m, placement, recipe),
         guard=SpikeGuard(recipe.train.spike),
         keep=recipe.train.keep_checkpoints,
+        team=team,
     )
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
@@ -170,27 +224,22 @@ def _run(
     if checkpoint is not None:
         trainer.load_own_state(checkpoint)
 
-    if data.held_out_rows and "held_out_loss" not in run:
-        before = trainer.evaluate()["eval_loss"]
-        if not math.isfinite(before):
-            raise WorkError(f"before any training the held-out loss is {before}: the base model or its dtype is broken")
-        run["held_out_loss"] = {"before": before, "after": None}
-        folder.write(run)
-    began, tokens_before = time.monotonic(), trainer.real_tokens
     with stop:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
-            progress.close()
-    seconds = time.monotonic() - began
+            for callback in callbacks:
+                if isinstance(callback, ProgressLine):
+                    callback.close()
+    seconds = time.monotonic() - clock["began"]
     done = trainer.state.global_step
     run["steps"] = {"done": done, "planned": steps}
     run["stopped_early"] = done < steps
     run["seconds"] = round(run.get("seconds", 0) + seconds, 2)
-    run["tokens_per_s"] = round((trainer.real_tokens - tokens_before) / seconds, 1)
+    run["tokens_per_s"] = round((trainer.real_tokens - clock["tokens"]) / seconds, 1)
     run["spikes"] = {"skipped": trainer.guard.skipped, "cuts": trainer.guard.cuts}
     run["memory"] = memory_report(loaded.device, start_memory)
-    if stop.asked and done < steps:
+    if stop.stopped and done < steps:
         raise Interrupted(
             f"stopped at step {done} of {steps}; the checkpoint is in {folder.last_checkpoint()}.\n"
             f"Go on with the same command and --resume"
@@ -201,11 +250,19 @@ def _run(
         if not math.isfinite(after):
             raise WorkError(f"after training the held-out loss is {after}; lower optimizer.learning_rate")
         run["held_out_loss"]["after"] = after
-    save_result(model, loaded, tokenizer, folder, placement)
+    weights = gathered(model) if team.sharded else None
+    team.by_first(lambda: save_result(model, loaded, tokenizer, folder, placement, weights))
     run["state"] = "done"
-    folder.write(run)
+    _record(folder, run, team)
+    if not team.first:
+        return
     with contextlib.suppress(ValueError):
         plot_run(folder.metrics, folder.plot, run)
+
+
+def _record(folder: RunFolder, run: dict[str, Any], team: Team) -> None:
+    if team.first:
+        folder.write(run)
 
 
 def _disk_is_full(folder: RunFolder, error: OSError) -> WorkError:
