@@ -67,6 +67,10 @@ def main() -> None:
         if os.environ.get("MLA_TUNE_DEBUG"):
             raise
         lines = error.problems if isinstance(error, RecipeError) else [str(error)]
+        if "RANK" in os.environ:  # what all processes of a run find is said once
+            from mla_tune.train.launch import is_first_to_say
+
+            lines = [line for line in lines if is_first_to_say(line)]
         for line in lines:
             print(line if isinstance(error, Interrupted) else f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)

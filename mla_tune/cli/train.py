@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,13 @@ def command(
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="With --resume: although recipe, data or base changed.")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="Start so many processes on this machine, one a GPU.")
+    ] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option("--launch", help="What each process holds: ddp (all), fsdp2 or zero3 (a shard of the model)."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print run.json, and nothing else, on standard output.")] = False,
 ) -> None:
     """Train an adapter as a recipe says."""
@@ -24,7 +32,10 @@ def command(
     from mla_tune.errors import InputError
     from mla_tune.recipe.checks import warnings
     from mla_tune.recipe.load import load_recipe
+    from mla_tune.train.launch import check_options, only_the_first_talks, use, worker
 
+    check_options(launch, processes)
+    only_the_first_talks()
     if allow_changes and not resume:
         raise InputError("--allow-changes is about a run to go on with: give --resume too")
     if overwrite and resume:
@@ -39,9 +50,16 @@ def command(
     _check_placement(loaded)
     for note in warnings(loaded):
         err.print(f"note: {note}")
+    if (launch or (processes or 1) > 1) and not worker().launched:
+        _start(loaded, recipe, overrides, resume, allow_changes, json, launch, processes)
+        return
+    if launch:
+        use(launch)
     from mla_tune.train.run import train
 
     run = train(loaded, resume=resume, allow_changes=allow_changes)
+    if not worker().first:
+        return
     if json:
         print_json(run)
         return
@@ -60,6 +78,30 @@ def command(
     out.print(f"run folder: {directory}", soft_wrap=True)
     if adapter["method"] != "none":
         out.print(f"next: mla-tune merge-absorb {shlex.quote(directory)}", soft_wrap=True)
+
+
+def _start(
+    loaded: Any,
+    recipe: str,
+    overrides: list[str],
+    resume: bool,
+    allow_changes: bool,
+    json: bool,
+    launch: str | None,
+    processes: int | None,
+) -> None:
+    from mla_tune.errors import WorkError
+    from mla_tune.train.launch import start
+
+    arguments = ["train", "--recipe", recipe, *(x for s in overrides for x in ("--set", s))]
+    for option, given in (("--resume", resume), ("--allow-changes", allow_changes), ("--json", json)):
+        arguments += [option] * given
+    try:
+        start(arguments, launch, processes)
+    except WorkError as error:
+        from mla_tune.train.folder import RunFolder, mark_killed
+
+        raise WorkError(f"{error}{mark_killed(RunFolder(Path(loaded.output.dir).expanduser()))}") from None
 
 
 def _check_placement(recipe: Any) -> None:

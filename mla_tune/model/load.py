@@ -82,14 +82,14 @@ def pick_experts(name: str, arch: Architecture, itemsize: int) -> str | None:
 
 
 def load_model(
-    section: ModelSection, *, seed: int = 0, full_precision: bool = False, quantised: bool = False
+    section: ModelSection, *, seed: int = 0, full_precision: bool = False, quantised: bool = False, place: bool = True
 ) -> Loaded:
     """Load weights, or build a preset with weights drawn from `seed`.
 
     `full_precision` keeps the weights in float32 whatever the dtype (all weights are trained then, and the dtype is
     that of autocast).  `quantised`: the caller can do with weights that stay quantised (`model.frozen`): those of an
-    FP8 checkpoint, or NF4 where the section asks for it.  Raises `FileError`, `InputError` or `NotMLAError` before any
-    weight is read.
+    FP8 checkpoint, or NF4 where the section asks for it.  `place`: move the model to its device; one that is to be
+    sharded stays where it was read.  Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
@@ -120,7 +120,8 @@ def load_model(
             model = _from_pretrained(base, **kwargs)
     check_sites(model, arch)
     net: Any = model
-    return Loaded(net.to(device), arch, base, device, dtype, _summary(net, kind) if kind else None)
+    net = net.to(device) if place else net
+    return Loaded(net, arch, base, device, dtype, _summary(net, kind) if kind else None)
 
 
 def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:

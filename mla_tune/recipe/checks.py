@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
@@ -59,7 +58,6 @@ def check_quantised(recipe: Recipe, kind: str | None) -> None:
             recipe.model.experts != "auto",
             "quantised experts have an implementation of their own; leave it at auto",
         ),
-        ("several processes", int(os.environ.get("WORLD_SIZE", "1")) > 1, "it is built for one process so far"),
     ):
         if asked:
             raise InputError(f"{key} does not go with a quantised base ({what}): {why}")

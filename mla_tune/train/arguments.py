@@ -65,6 +65,8 @@ def arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,
+        ddp_find_unused_parameters=False,  # every adapter has a gradient in every step, which the first one checks
     )
     found.recipe = recipe if recipe.output.report_to else None
+    found._n_gpu = min(found.n_gpu, 1)  # one process drives one GPU
     return found

@@ -7,10 +7,12 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
@@ -49,22 +51,47 @@ def gradient_problems(model: torch.nn.Module) -> list[str]:
         if loras
         else [(n, [p]) for n, p in model.named_parameters() if p.requires_grad]
     )
-    for name, parameters in named:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        if not grads:
+    there, odd, alive = _gradients([parameters for _, parameters in named])
+    for i, (name, _) in enumerate(named):
+        if not there[i]:
             problems.append(f"{name}: no gradient reached it")
-        elif not all(bool(torch.isfinite(g).all()) for g in grads):
+        elif odd[i]:
             problems.append(f"{name}: its gradient is not finite")
-        elif loras and not any(bool(g.any()) for g in grads):
+        elif loras and not alive[i]:
             problems.append(f"{name}: its gradient is zero")
     return problems
 
 
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop.  A second one ends the process at once."""
+def _gradients(groups: list[list[Any]]) -> list[list[int]]:
+    """For each group of parameters whether it has a gradient, one that is not finite, one that is not zero; of sharded
+    gradients all processes look at their part."""
+    found = torch.zeros(3, len(groups), dtype=torch.int32)
+    sharded = False
+    for i, parameters in enumerate(groups):
+        for grad in [p.grad for p in parameters if p.grad is not None]:
+            if hasattr(grad, "to_local"):
+                sharded, grad = True, grad.to_local()
+            found[0, i] = 1
+            found[1, i] |= int(not torch.isfinite(grad).all())
+            found[2, i] |= int(grad.any())
+    if sharded:
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
 
-    def __init__(self) -> None:
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop.  A second one ends the process at once.
+
+    Of many processes all stop after the same step, whichever of them was asked.
+    """
+
+    trainer: Any = None
+
+    def __init__(self, many: bool = False) -> None:
+        self.many = many
         self.asked = False
+        #: Whether the run ends for it.
+        self.stopped = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -76,6 +103,9 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.wants_stop = lambda: self.asked
+
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked:
             raise KeyboardInterrupt
@@ -83,7 +113,8 @@ class StopOnSignal(TrainerCallback):
         err.print("stopping after this step and saving a checkpoint (once more to stop at once)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
+        if self.trainer.stop_agreed if self.many else self.asked:
+            self.stopped = True
             control.should_save = True
             control.should_training_stop = True
 
@@ -94,6 +125,16 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
+
+
+class AtStart(TrainerCallback):
+    """Work on the model as it is trained, wrapped or sharded, before its first step."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work = work
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.work()
 
 
 class Metrics(TrainerCallback):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,31 +66,40 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 @contextmanager
-def whole_or_absent(folder: Path, step: int) -> Iterator[Path]:
+def whole_or_absent(
+    folder: Path, step: int, first: bool = True, wait: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """A staging folder to write into; on leaving it is sealed and becomes `checkpoint-STEP` of `folder`.
 
+    Of many processes all write into it, and the `first` makes and seals it; `wait` is until all are there.
     Raises `WorkError` where it can't be written; what was written of it is gone then, older checkpoints are untouched.
     """
     staging = folder / PARTIAL
-    shutil.rmtree(staging, ignore_errors=True)
     target = folder / f"checkpoint-{step}"
     try:
-        staging.mkdir(parents=True)
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        wait()
         yield staging
-        made = staging / target.name
-        _seal(made)
-        shutil.rmtree(target, ignore_errors=True)
-        made.rename(target)
-        _sync(folder)
+        wait()
+        if first:
+            made = staging / target.name
+            _seal(made)
+            shutil.rmtree(target, ignore_errors=True)
+            made.rename(target)
+            _sync(folder)
+        wait()
     except Exception as error:
         if not _is_about_writing(error):
             raise
         last, _ = newest_whole(folder)
         rest = f"the last whole one is {last}; make room and go on with --resume" if last else "there is none before it"
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WorkError(f"the checkpoint of step {step} can't be written to {folder} ({first}); {rest}") from error
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WorkError(f"the checkpoint of step {step} can't be written to {folder} ({what}); {rest}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def keep_newest(folder: Path, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from mla_tune import __version__
 from mla_tune.checkpoint.files import read_json_object, replacing, write_json
-from mla_tune.errors import FileError, InputError
+from mla_tune.errors import FileError, InputError, MlaTuneError
 from mla_tune.recipe.load import dump, load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.train.checkpoints import checkpoints
@@ -104,6 +105,16 @@ def check_folder(recipe: Recipe, resume: bool, allow_changes: bool = False) -> t
         if not folder.run_json.exists():
             raise FileError(f"output.dir: {root} is not empty and no run folder of mla-tune, so it is not emptied")
     return folder, ""
+
+
+def mark_killed(folder: RunFolder) -> str:
+    """Put right what a killed run left in run.json; returns how to go on."""
+    with contextlib.suppress(MlaTuneError):
+        run = folder.read()
+        if run.get("state") in ("running", "failed"):
+            folder.write(run | {"state": "killed"})
+    last = folder.last_checkpoint()
+    return f"; the last checkpoint is {last}: go on with --resume" if last else "; there is no checkpoint yet"
 
 
 def make_folder(folder: RunFolder, recipe: Recipe) -> None:

@@ -81,9 +81,9 @@ def token_loss(
     step = max(TILE_TOKENS, tile // int(getattr(head, "out_features", 1 << 15)))
     # The sum over no token still hangs on the model: a batch without trained tokens has a gradient of zero.
     total = chosen.float().sum() * 0.0
+    # Without trained tokens the head is called on none: where it is sharded, other processes wait for this one.
     for h, y in zip(chosen.split(step), targets.split(step), strict=True):
-        if len(y):
-            total = total + checkpoint(_through_module, head, h, y, cap, use_reentrant=False)
+        total = total + checkpoint(_through_module, head, h, y, cap, use_reentrant=False)
     return total
 
 

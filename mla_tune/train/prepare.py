@@ -86,7 +86,8 @@ def _experts(base: Any, loaded: Loaded, recipe: Recipe, chosen: dict[str, str] |
         return now
     if chosen and "experts" in chosen:
         return chosen["experts"]
-    if now == "eager":  # grouped_mm's kernel can't take these sizes
+    # grouped_mm's kernel can't take these sizes, or the weights are to be sharded and lie elsewhere as yet.
+    if now == "eager" or next(loaded.model.parameters()).device.type != loaded.device.type:
         return now
     choice = choose_experts(loaded.model, loaded.arch, EXPERTS, loaded.device)
     lines.append(choice.line())

@@ -33,16 +33,28 @@ def base_of(loaded: Loaded, tokenizer: Any, recipe: Recipe, folder: RunFolder) -
 
 
 def save_result(
-    model: Any, loaded: Loaded, tokenizer: Any, folder: RunFolder, placement: Placement, readme: str | None = None
+    model: Any,
+    loaded: Loaded,
+    tokenizer: Any,
+    folder: RunFolder,
+    placement: Placement,
+    readme: str | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write adapter/ (or model/) beside its place, then rename.  `readme` replaces PEFT's card, which says nothing."""
+    """Write adapter/ (or model/) beside its place, then rename.  `readme` replaces PEFT's card, which says nothing;
+    `weights`: of a sharded model, what was gathered."""
     target = folder.model if placement.method == "none" else folder.adapter
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     if placement.method == "none":
-        model.to(torch.float32 if loaded.dtype == "float32" else getattr(torch, loaded.dtype))
+        dtype = torch.float32 if loaded.dtype == "float32" else getattr(torch, loaded.dtype)
+        if weights is None:
+            model.to(dtype)
+        else:
+            weights = {name: weight.to(dtype) for name, weight in weights.items()}
+            model.config.dtype = dtype
         tokenizer.save_pretrained(beside)
-    model.save_pretrained(beside)
+    model.save_pretrained(beside, **({"state_dict": weights} if weights is not None else {}))
     if readme is not None:
         (beside / "README.md").write_text(readme, encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)

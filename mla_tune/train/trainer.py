@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import EarlyStoppingCallback, Trainer
 
 from mla_tune.data.collate import Collator
 from mla_tune.train import checkpoints
 from mla_tune.train.loss import KEYWORD
+from mla_tune.train.order import EvenSampler, SetEpoch, is_filler
+from mla_tune.train.processes import Team, gathered, set_up_sharding
 from mla_tune.train.spike import Spike, SpikeGuard
 
 
@@ -27,7 +30,7 @@ class CountingCollator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.collator(features)
-        batch["real_tokens"] = torch.tensor(sum(len(f["input_ids"]) for f in features))
+        batch["real_tokens"] = torch.tensor(sum(len(f["input_ids"]) for f in features if not is_filler(f)))
         return batch
 
 
@@ -44,21 +47,49 @@ class RoleTrainer(Trainer):
         *args: Any,
         groups: Callable[[torch.nn.Module], list[dict[str, Any]]],
         guard: SpikeGuard,
+        team: Team,
         keep: int = 2,
         **kwargs: Any,
     ) -> None:
         self.groups = groups
         self.guard = guard
+        self.team = team
         self.keep = keep
+        #: Tokens trained on, of all processes, and what the others were told of a wish to stop.
         self.real_tokens = 0
-        #: Of the step under way: its loss, its gradients' norms by role, and the spike that it is.
+        self.wants_stop: Callable[[], bool] = lambda: False
+        self.stop_agreed = False
+        #: Of the step under way: its loss and tokens here, its gradients' norms by role, and the spike that it is.
         self.step_loss: list[torch.Tensor] = []
+        self.step_tokens = 0
         self.role_norms: dict[str, float] = {}
         self.spike: Spike | None = None
         self._staging: Path | None = None
         #: (step, held-out loss) of the latest evaluation
         self.last_evaluation: tuple[int, float] = (-1, math.nan)
         super().__init__(*args, **kwargs)
+
+    # ---- many processes ----
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.team.many and self.team.here.sharding == "fsdp2":
+            set_up_sharding(self.accelerator)
+            self.is_fsdp_enabled = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.team.many:
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = train_dataset or self.train_dataset
+        batch = self.args.per_device_train_batch_size * self.team.here.count
+        sampler = EvenSampler(len(dataset) - 1, batch, self.args.data_seed)
+        self.add_callback(SetEpoch(sampler))
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if not self.team.many:
+            return super()._get_eval_sampler(eval_dataset)
+        return EvenSampler(len(eval_dataset) - 1, self.args.per_device_eval_batch_size * self.team.here.count, None)
 
     # ---- optimizer ----
 
@@ -89,10 +120,9 @@ class RoleTrainer(Trainer):
         scaler = self.accelerator.scaler
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         values = torch.stack(list(squares.values())).tolist() if squares else []
+        loss, values = self._all_agree(float(torch.stack(self.step_loss).sum()), values)
         self.role_norms = {name: math.sqrt(v) / scale for name, v in zip(squares, values, strict=True)}
         total = math.sqrt(sum(values)) / scale
-        loss = torch.stack(self.step_loss).sum()
-        loss = float(self.accelerator.reduce(loss, reduction="mean"))  # type: ignore[arg-type]
         self.step_loss = []
         self.spike = None
         if scale != 1.0 and not math.isfinite(total):
@@ -105,6 +135,22 @@ class RoleTrainer(Trainer):
             if self.spike.cut is not None:
                 self._cut(self.spike.cut)
         return total
+
+    def _all_agree(self, loss: float, squares: list[float]) -> tuple[float, list[float]]:
+        """The step's loss over all processes and the first one's norms, to the last bit the same for all; on the way
+        tokens are counted, and whether one of them wants to stop."""
+        tokens, stop = self.step_tokens, self.wants_stop()
+        self.step_tokens = 0
+        if self.team.many:
+            sums = torch.tensor([loss, tokens, stop], dtype=torch.float64)  # on the CPU, whose group is always there
+            dist.all_reduce(sums)
+            shared = torch.cat([sums, torch.tensor(squares, dtype=torch.float64)])
+            dist.broadcast(shared, src=0)
+            loss, tokens, stop, *squares = shared.tolist()
+            loss /= self.team.here.count
+        self.real_tokens += int(tokens)
+        self.stop_agreed = bool(stop)
+        return loss, squares
 
     def _cut(self, factor: float) -> None:
         """Every learning rate from here on; the scheduler's own state carries it over a resume."""
@@ -126,7 +172,7 @@ class RoleTrainer(Trainer):
         """Mean over the trained tokens of the global batch, in nats."""
         tokens = inputs.pop("real_tokens", None)
         if tokens is not None and self.model.training:
-            self.real_tokens += int(tokens)
+            self.step_tokens += int(tokens)
         count = num_items_in_batch
         if count is None:
             count = (inputs["labels"][:, 1:] != -100).sum()
@@ -160,7 +206,7 @@ class RoleTrainer(Trainer):
             for inputs in loader:
                 inputs = self._prepare_inputs(inputs)
                 count = int((inputs["labels"][:, 1:] != -100).sum())
-                if count:
+                if count or self.team.sharded:  # where the model is sharded, the others wait for this forward
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(self.model, inputs)
                     total += torch.tensor([float(loss) * count, count], dtype=torch.float64)
@@ -181,14 +227,25 @@ class RoleTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder, step = Path(self.args.output_dir or "."), self.state.global_step
-        with checkpoints.whole_or_absent(folder, step) as staging:
+        with checkpoints.whole_or_absent(folder, step, self.team.first, self.team.wait) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
-                (staging / f"checkpoint-{step}" / checkpoints.STATE).write_text(json.dumps(self._own_state()))
+                if self.team.first:
+                    (staging / f"checkpoint-{step}" / checkpoints.STATE).write_text(json.dumps(self._own_state()))
             finally:
                 self._staging = None
-        checkpoints.keep_newest(folder, self.keep)
+        if self.team.first:
+            checkpoints.keep_newest(folder, self.keep)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a sharded model only what is trained is gathered; the stock way gathers the base too."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = gathered(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
 
     def _own_state(self) -> dict[str, Any]:
         return {

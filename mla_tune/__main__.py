@@ -1,0 +1,8 @@
+"""`python -m mla_tune`, and what launchers start: `torchrun … -m mla_tune train …`."""
+
+from __future__ import annotations
+
+from mla_tune.cli.app import main
+
+if __name__ == "__main__":
+    main()
