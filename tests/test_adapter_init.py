@@ -19,7 +19,7 @@ from mla_tune.model.initialise import initialise
 from mla_tune.model.load import load_model
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import ModelSection
-from mla_tune.train import run as train_run
+from mla_tune.train import loop as train_loop
 from mla_tune.train.optim import param_groups
 from tests.test_train import hash_of, metrics, options, rows_file  # noqa: F401
 
@@ -52,7 +52,7 @@ def test_trains_reloads_and_merges_or_is_refused(
     sets = [f"adapter.method={method}", f"adapter.init={init}", f"adapter.targets={targets}", "adapter.rank=4"]
     sets += ["adapter.alpha=6", f"optimizer.lora_plus={plus}", "train.max_steps=3", "data.eval_fraction=0"]
     seen: list[torch.Tensor] = []
-    real = train_run.save_result
+    real = train_loop.save_result
 
     def recording(model: Any, *args: Any) -> None:
         model.eval()
@@ -60,7 +60,7 @@ def test_trains_reloads_and_merges_or_is_refused(
             seen.append(model(input_ids=IDS).logits.clone())
         real(model, *args)
 
-    monkeypatch.setattr(train_run, "save_result", recording)
+    monkeypatch.setattr(train_loop, "save_result", recording)
     done = cli("train", "--recipe", "safe", *options(rows_file, out, *sets, "optimizer.learning_rate=1e-3"))
     if method == "dora" and targets != "attention-only":
         assert done.code == 2

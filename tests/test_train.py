@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mla_tune.errors import CheckError, WorkError
 from mla_tune.recipe.load import load_recipe
-from mla_tune.train import run as train_run
+from mla_tune.train import loop as train_loop
 from mla_tune.train.folder import RunFolder
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "light", "paper", "glass", "north"]
@@ -108,7 +108,7 @@ def test_plain_peft_gives_the_logits_of_training(
 ) -> None:
     ids = torch.randint(5, 4000, (2, 30), generator=torch.Generator().manual_seed(0))
     seen: list[torch.Tensor] = []
-    real = train_run.save_result
+    real = train_loop.save_result
 
     def recording(model: Any, *args: Any) -> None:
         model.eval()
@@ -116,7 +116,7 @@ def test_plain_peft_gives_the_logits_of_training(
             seen.append(model(input_ids=ids).logits.clone())
         real(model, *args)
 
-    monkeypatch.setattr(train_run, "save_result", recording)
+    monkeypatch.setattr(train_loop, "save_result", recording)
     assert cli("train", "--recipe", recipe, *options(rows_file, tmp_path / "run")).code == 0
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -286,7 +286,7 @@ def test_nothing_is_overwritten_unasked(cli, rows_file: Path, tmp_path: Path) ->
 
 
 def test_dead_gradients_stop_the_run(cli, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train_run.attach
+    real = train_loop.attach
 
     def sabotaged(model: Any, *args: Any, **kwargs: Any) -> Any:
         attached = real(model, *args, **kwargs)
@@ -294,7 +294,7 @@ def test_dead_gradients_stop_the_run(cli, rows_file: Path, tmp_path: Path, monke
         down.lora_B["default"].weight.register_hook(torch.zeros_like)
         return attached
 
-    monkeypatch.setattr(train_run, "attach", sabotaged)
+    monkeypatch.setattr(train_loop, "attach", sabotaged)
     done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run"))
     assert done.code == CheckError.exit_code == 1
     assert "model.layers.0.mlp.down_proj.weight: its gradient is zero" in done.err
@@ -308,7 +308,7 @@ def test_out_of_memory_says_what_to_lower(
     def hungry(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(train_run.RoleTrainer, "training_step", hungry)
+    monkeypatch.setattr(train_loop.RoleTrainer, "training_step", hungry)
     done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run"))
     assert done.code == WorkError.exit_code == 1
     assert "out of GPU memory: lower train.batch_size (now 2" in done.err
@@ -316,13 +316,13 @@ def test_out_of_memory_says_what_to_lower(
 
 
 def test_a_loss_that_is_no_number_stops(cli, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train_run.RoleTrainer.compute_loss
+    real = train_loop.RoleTrainer.compute_loss
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = real(self, *args, **kwargs)
         return loss * float("nan") if self.model.training and self.state.global_step >= 2 else loss
 
-    monkeypatch.setattr(train_run.RoleTrainer, "compute_loss", poisoned)
+    monkeypatch.setattr(train_loop.RoleTrainer, "compute_loss", poisoned)
     done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run", "train.spike.guard=false"))
     assert done.code == 1
     assert "step 3: the loss is nan; lower optimizer.learning_rate" in done.err

@@ -20,6 +20,7 @@ from mla_tune.console import err
 from mla_tune.errors import CheckError
 from mla_tune.model.attach import attached
 from mla_tune.train.spike import Spike
+from mla_tune.train.zero3 import is_handle, local_gradient
 
 
 class GradientCheck(TrainerCallback):
@@ -68,7 +69,11 @@ def _gradients(groups: list[list[Any]]) -> list[list[int]]:
     found = torch.zeros(3, len(groups), dtype=torch.int32)
     sharded = False
     for i, parameters in enumerate(groups):
-        for grad in [p.grad for p in parameters if p.grad is not None]:
+        for parameter in parameters:
+            grad: Any = local_gradient(parameter) if is_handle(parameter) else parameter.grad
+            if grad is None:
+                continue
+            sharded = sharded or is_handle(parameter)
             if hasattr(grad, "to_local"):
                 sharded, grad = True, grad.to_local()
             found[0, i] = 1

@@ -32,6 +32,7 @@ from mla_tune.train.save import save_result
 from mla_tune.train.spike import SpikeGuard
 from mla_tune.train.trackers import add_trackers
 from mla_tune.train.trainer import CountingCollator, RoleTrainer
+from mla_tune.train.zero3 import gather_experts_whole, step_apart
 
 
 def work(job: Job, further: Sequence[Any]) -> None:
@@ -90,6 +91,8 @@ def _adapted(job: Job) -> tuple[torch.nn.Module, Ways]:
     job.run["chosen"] = team.same(ways.chosen if ways else None)
     if ways is None:
         ways = prepare_model(model, loaded, recipe, job.data, job.run["chosen"])
+    if team.by_zero3:
+        gather_experts_whole(model)
     for line in loaded.lines + ways.lines:
         err.print(line, markup=False, soft_wrap=True)
     job.run["adapter"] = {
@@ -144,6 +147,8 @@ class _Start:
         self.began, self.tokens = time.monotonic(), 0
 
     def before_training(self) -> None:
+        if self.job.team.by_zero3:
+            step_apart(self.trainer)
         _ask("before", self.job, self.model, self.asked)
         if self.job.data.held_out_rows and "held_out_loss" not in self.job.run:
             loss = self.trainer.evaluate()["eval_loss"]

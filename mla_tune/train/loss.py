@@ -18,11 +18,13 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mla_tune.data.encode import IGNORED
 from mla_tune.survey.memory import TILE, TILE_TOKENS
+from mla_tune.train.zero3 import is_handle
 
 #: Keyword by which a patched model is asked for the loss instead of logits.
 KEYWORD = "token_loss"
@@ -82,9 +84,20 @@ def token_loss(
     # The sum over no token still hangs on the model: a batch without trained tokens has a gradient of zero.
     total = chosen.float().sum() * 0.0
     # Without trained tokens the head is called on none: where it is sharded, other processes wait for this one.
-    for h, y in zip(chosen.split(step), targets.split(step), strict=True):
+    tiles = list(zip(chosen.split(step), targets.split(step), strict=True))
+    if is_handle(next(head.parameters())):
+        # ZeRO-3 gathers the head at every call, so all processes call it equally often.
+        tiles += [(chosen[:0], targets[:0])] * (_most(len(tiles), hidden.device) - len(tiles))
+    for h, y in tiles:
         total = total + checkpoint(_through_module, head, h, y, cap, use_reentrant=False)
     return total
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The largest `count` of all processes."""
+    box = torch.tensor(count, device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
 
 
 def _through_module(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, cap: float | None) -> Any:

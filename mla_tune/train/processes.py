@@ -22,6 +22,7 @@ from mla_tune.errors import InputError, MlaTuneError, WorkError
 from mla_tune.model.load import pick_device
 from mla_tune.recipe.schema import Recipe
 from mla_tune.train.launch import Worker, worker
+from mla_tune.train.zero3 import is_handle, whole_parameters
 
 T = TypeVar("T")
 #: Seconds that a process waits for the others before it gives up ($MLA_TUNE_TIMEOUT): reading a large base takes long.
@@ -69,8 +70,6 @@ def refuse(recipe: Recipe, placement: Placement, here: Worker, quantised: str | 
         wrong.append(f"adapter.init: {placement.init}, which reads all weights in every process")
     if placement.method == "dora":
         wrong.append("adapter.method: dora")
-    if here.sharding == "zero3" and device.type != "cuda":
-        wrong.append("a CPU")
     if wrong:
         raise InputError(f"{sharded} is not tried together with {'; '.join(wrong)}; use --launch ddp, or change that")
 
@@ -93,6 +92,10 @@ class Team:
     def sharded(self) -> bool:
         """Whether a process holds a part of the model only."""
         return self.many and self.here.sharding != "none"
+
+    @property
+    def by_zero3(self) -> bool:
+        return self.many and self.here.sharding == "zero3"
 
     def wait(self) -> None:
         """Until all are here."""
@@ -223,7 +226,10 @@ def _buffers_of_the_first(model: torch.nn.Module) -> Iterator[None]:
 
 
 def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters of a sharded model, whole, on the CPU of the first process; elsewhere none.  All call it."""
+    """Trained parameters of a sharded model, whole, on the CPU of the first process; elsewhere none (ZeRO-3: all the
+    same).  All call it."""
+    if any(is_handle(p) for p in model.parameters()):
+        return whole_parameters(model)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)

@@ -20,6 +20,7 @@ from mla_tune.train.loss import KEYWORD
 from mla_tune.train.order import EvenSampler, SetEpoch, is_filler
 from mla_tune.train.processes import Team, gathered, set_up_sharding
 from mla_tune.train.spike import Spike, SpikeGuard
+from mla_tune.train.zero3 import is_handle, local_gradient
 
 
 class CountingCollator:
@@ -98,7 +99,9 @@ class RoleTrainer(Trainer):
             target: torch.nn.Module = self.model if model is None else model  # type: ignore[assignment]
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)  # type: ignore[arg-type]
             kwargs.pop("lr", None)
-            self.optimizer = cls(self.groups(target), **kwargs)
+            groups = self.groups(target)
+            self.roles_of_handles = [(g["role"], g["params"]) for g in groups] if self.team.by_zero3 else []
+            self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
@@ -112,11 +115,13 @@ class RoleTrainer(Trainer):
     def _judge(self) -> float:
         """Norm of all gradients, as they are before clipping; a spike's are dropped: the step changes nothing."""
         squares: dict[str, torch.Tensor] = {}
-        for group in _groups_of(self.optimizer):
-            grads = [p.grad for p in group["params"] if p.grad is not None]
+        # DeepSpeed's optimizer has flat parameters of its own.
+        groups = self.roles_of_handles or [(g["role"], g["params"]) for g in _groups_of(self.optimizer)]
+        for role, parameters in groups:
+            grads = [g for g in map(gradient, parameters) if g is not None]
             if grads:
                 square = _square_of_norm(grads)
-                squares[group["role"]] = squares[group["role"]] + square if group["role"] in squares else square
+                squares[role] = squares[role] + square if role in squares else square
         scaler = self.accelerator.scaler
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         values = torch.stack(list(squares.values())).tolist() if squares else []
@@ -143,8 +148,11 @@ class RoleTrainer(Trainer):
         self.step_tokens = 0
         if self.team.many:
             sums = torch.tensor([loss, tokens, stop], dtype=torch.float64)  # on the CPU, whose group is always there
+            norms = torch.tensor(squares, dtype=torch.float64)
             dist.all_reduce(sums)
-            shared = torch.cat([sums, torch.tensor(squares, dtype=torch.float64)])
+            if self.roles_of_handles:
+                dist.all_reduce(norms)  # of this process's shards as yet
+            shared = torch.cat([sums, norms])
             dist.broadcast(shared, src=0)
             loss, tokens, stop, *squares = shared.tolist()
             loss /= self.team.here.count
@@ -240,7 +248,7 @@ class RoleTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Of a sharded model only what is trained is gathered; the stock way gathers the base too."""
-        if not self.is_fsdp_enabled:
+        if not self.team.sharded:
             super().save_model(output_dir, _internal_call)
             return
         weights = gathered(self.model)
@@ -264,6 +272,11 @@ class RoleTrainer(Trainer):
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+
+def gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """Of a sharded parameter the gradient's shard that is here."""
+    return local_gradient(parameter) if is_handle(parameter) else parameter.grad
 
 
 def _groups_of(optimizer: Any) -> list[dict[str, Any]]:

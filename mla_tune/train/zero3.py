@@ -1,0 +1,64 @@
+"""What DeepSpeed's ZeRO-3 does otherwise than torch: a parameter is a handle; its engine has numbers, gradient and step.
+
+DeepSpeed is no dependency: it is imported where a launcher asked for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+
+def gather_experts_whole(model: torch.nn.Module) -> None:
+    """ZeRO-3 learns in what order modules run, and all processes have to agree; but what a block of experts calls
+    depends on its tokens.  So such a block is gathered as one."""
+    from deepspeed.utils import set_z3_leaf_modules  # pyright: ignore[reportMissingImports]
+
+    blocks = {type(module) for module in model.modules() if hasattr(module, "experts")}
+    if blocks:
+        set_z3_leaf_modules(model, list(blocks))
+
+
+def step_apart(trainer: Any) -> None:
+    """accelerate's backward pass steps too.  Here it makes gradients only, and the step is done where the Trainer asks
+    for it, or left out where the gradients are a spike's."""
+    wrapped, optimizer = trainer.accelerator.deepspeed_engine_wrapped, trainer.optimizer
+    engine = wrapped.engine
+
+    def backward(loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
+        engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        engine.backward(loss, **kwargs)
+
+    def step(*args: Any, **kwargs: Any) -> None:
+        if trainer.spike is None:
+            engine.step()
+        else:
+            engine.optimizer.zero_grad()
+
+    wrapped.backward, optimizer.step = backward, step
+    # torch's schedulers look for a mark that they left on the optimizer's own step.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+
+
+def local_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """This process's shard of the gradient, float32."""
+    from deepspeed.utils import safe_get_local_grad  # pyright: ignore[reportMissingImports]
+
+    return safe_get_local_grad(parameter)
+
+
+def whole_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters, whole, float32, on the CPU.  All processes call it."""
+    from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[name] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
+    return found
+
+
+def is_handle(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
