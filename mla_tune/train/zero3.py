@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO-3 does otherwise than torch: a parameter is a handle; its engine has numbers, gradient and step.
+"""What DeepSpeed's ZeRO-3 does otherwise than torch: a parameter is a handle, its engine has the rest.
 
 DeepSpeed is no dependency: it is imported where a launcher asked for it.
 """

@@ -1,0 +1,252 @@
+"""Runs of two processes on a CPU (gloo): the oracle is one process with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mla_tune.resources import CONFIGS
+from mla_tune.train.launch import NAMES, environment_of
+from tests.test_resume import cut_back
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "wood", "rain", "a much longer answer"]
+#: 19 training rows in batches of 4: neither an epoch nor the held-out rows are whole batches.
+SETS = ["train.max_steps=8", "train.max_length=64", "train.packing=false", "train.log_every=1", "train.save_every=4"]
+SETS += ["train.eval_every=4", "train.keep_checkpoints=9", "optimizer.learning_rate=1e-2", "data.eval_fraction=0.1"]
+SETS += ["model.device=cpu", "model.attention=packed", "model.experts=eager", "adapter.targets=all-linear"]
+#: What starts two processes: torchrun, or our own launcher.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mla_tune")
+WAYS: dict[str, list[str]] = {
+    "ddp": [],
+    "fsdp2": ["--processes", "2", "--launch", "fsdp2"],
+    "zero3": ["--processes", "2", "--launch", "zero3"],
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = [
+        {"prompt": f"Say {w} {n}.", "completion": f"{w} {w}" * (1 + i % 3)} for n in "ab" for i, w in enumerate(WORDS)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def command(rows: Path, out: Path, batch: int, *more: str) -> list[str]:
+    """`train` of the tiny preset; of many processes each has `batch` rows."""
+    sets = [*SETS, "model.base=null", "model.preset=tiny", f"data.path={rows}", f"train.batch_size={batch}"]
+    return ["train", "--recipe", "safe", "--output", str(out), *(x for s in sets for x in ("--set", s)), *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "MLA_TUNE_TIMEOUT": "60"}
+
+
+def run(arguments: list[str], *launcher: str) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, *(launcher or ("-m", "mla_tune")), *arguments]
+    return subprocess.run(start, capture_output=True, text=True, timeout=240, env=environment())
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple[int, str, float]]:
+    return [(x["step"], key, x[key]) for x in lines(out) for key in ("loss", "eval_loss") if key in x]
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(out: Path, wanted: Path, within: float = 1e-5) -> None:
+    """Losses, norms, counted tokens and the adapter, each relative."""
+    assert [x[:2] for x in losses(out)] == [x[:2] for x in losses(wanted)]
+    assert [x[2] for x in losses(out)] == pytest.approx([x[2] for x in losses(wanted)], rel=within)
+    for ours, theirs in zip(lines(out), lines(wanted), strict=True):
+        assert ours.get("tokens") == theirs.get("tokens")
+        if "loss" in ours:
+            assert ours["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-3)
+    ours, theirs = adapter(out), adapter(wanted)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def one(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "run"
+    done = run(command(rows, out, 4))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_as_one_does_and_resume(way: str, rows: Path, one: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    launcher = () if WAYS[way] else TORCHRUN
+    done = run(command(rows, out, 2, *WAYS[way]), *launcher)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(out, one)
+    record = json.loads((out / "run.json").read_text())
+    assert record["state"] == "done"
+    assert record["processes"] == {"count": 2, "sharding": "none" if way == "ddp" else way}
+    assert record["held_out_loss"] == pytest.approx(
+        json.loads((one / "run.json").read_text())["held_out_loss"], rel=1e-5
+    )
+    # The first process talks, writes and asks; nobody else does.
+    assert done.stdout.count("run folder:") == 1
+    assert done.stderr.count("held-out prompts before training") == 1
+    assert done.stderr.count("step 8/8") == 1
+    assert {p.name for p in (out / "adapter").iterdir()} == {p.name for p in (one / "adapter").iterdir()}
+    assert record["samples"]["answers"] == json.loads((one / "run.json").read_text())["samples"]["answers"]
+
+    # Plain PEFT reads the adapter, on the base that the first process wrote.
+    base = AutoModelForCausalLM.from_pretrained(one / "base")
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(base, one / "adapter")(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(out / "base")
+        found = PeftModel.from_pretrained(base, out / "adapter")(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    cut_back(again, 4)
+    resumed = run(command(rows, again, 2, *WAYS[way], "--resume"), *launcher)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(again) == losses(out)
+    for name, tensor in adapter(out).items():
+        assert torch.equal(adapter(again)[name], tensor), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_configurations_are_what_accelerate_reads(name: str) -> None:
+    """accelerate's own parser and environment against ours."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    file = CONFIGS / "launch" / f"{name}.yaml"
+    config = load_config_from_file(str(file))
+    assert config.num_processes == 8
+    args = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    if name == "zero3":
+        from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+        args.deepspeed_fields_from_accelerate_config = ""  # set by what is left out here, to look for contradictions
+        _, found = prepare_deepspeed_cmd_env(args)
+    else:
+        found = prepare_multi_gpu_env(args)
+    ours = environment_of(name)
+    assert ours.keys() <= found.keys() | ours.keys()
+    for key, value in ours.items():
+        assert found[key] == value, key
+
+
+def wait_for(done: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def has_checkpoint(out: Path) -> bool:
+    return any((out / "checkpoints").glob("checkpoint-*"))
+
+
+@pytest.fixture
+def long_run(rows: Path, tmp_path: Path) -> tuple[subprocess.Popen[str], Path, list[str]]:
+    """Under way, with a checkpoint behind it."""
+    out = tmp_path / "run"
+    arguments = command(rows, out, 2, "--set", "train.max_steps=4000", "--set", "output.samples=0", "--processes", "2")
+    start = [sys.executable, "-m", "mla_tune", *arguments]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    wait_for(lambda: has_checkpoint(out), process)
+    return process, out, arguments
+
+
+def test_a_killed_worker_ends_the_job_and_resume_goes_on(
+    long_run: tuple[subprocess.Popen[str], Path, list[str]],
+) -> None:
+    process, out, arguments = long_run
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "mla_tune" in " ".join(p.cmdline())]
+    victim = next(p for p in workers if p.environ().get("RANK") == "1")
+    victim.send_signal(signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "error: process 1 of 2 was killed by SIGKILL" in err
+    assert "go on with --resume" in err
+    assert "Traceback" not in err
+    assert json.loads((out / "run.json").read_text())["state"] == "killed"
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
+    # So many steps that the schedule is the same, and an end soon after.
+    at = max(int(p.name.rpartition("-")[2]) for p in (out / "checkpoints").glob("checkpoint-*"))
+    start = [sys.executable, "-m", "mla_tune", *arguments, "--resume"]
+    again = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    wait_for(lambda: lines(out)[-1]["step"] > at + 2, again)
+    again.send_signal(signal.SIGTERM)
+    _, err = again.communicate(timeout=100)
+    assert again.returncode == 130, err
+    assert "all 2 processes were told to save a checkpoint and stop" in err
+    assert json.loads((out / "run.json").read_text())["state"] == "interrupted"
+    seen = [x["step"] for x in lines(out) if "loss" in x]
+    assert seen == list(range(1, len(seen) + 1))
+    last = max(int(p.name.rpartition("-")[2]) for p in (out / "checkpoints").glob("checkpoint-*"))
+    assert last == seen[-1], "the checkpoint is of the step at which all stopped"
+
+
+def test_what_all_find_wrong_is_said_once(rows: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(rows.read_text() + '{"prompt": \n')
+    done = run([*command(broken, tmp_path / "run", 2), "--processes", "2"])
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "broken.jsonl" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--launch", "fsdp2", "--processes", "1"], "--launch fsdp2 with one process"),
+        (["--launch", "fsdp3"], "unknown configuration 'fsdp3'"),
+        (["--processes", "0"], "--processes must be at least 1"),
+        (["--launch", "fsdp2"], "one process a GPU, and there are none here"),
+    ],
+)
+def test_options_that_contradict(
+    more: list[str], says: str, cli: Callable[..., Any], rows: Path, tmp_path: Path
+) -> None:
+    done = cli(*command(rows, tmp_path / "run", 2, *more))
+    assert done.code == 2
+    assert says in done.err
+
+
+def test_sharding_with_one_process_is_refused(
+    cli: Callable[..., Any], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch --config_file fsdp2.yaml --num_processes 1`."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    done = cli(*command(rows, tmp_path / "run", 2))
+    assert done.code == 2
+    assert "FSDP2 shards a model over processes, and this is one process" in done.err
