@@ -8,14 +8,33 @@ import typer
 
 
 def command(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set adapter.rank=8.")] = None,
     data: Annotated[bool, typer.Option("--data/--no-data", help="Read and tokenise the data, to count it.")] = True,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="Say which launch configuration fits so many GPUs.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="Memory of one of them: 80GB.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show what train would do: matrices, learning rates, steps, memory.  No weights are read."""
+    """Show what train would do: matrices, learning rates, steps, memory.  No weights are read.
+
+    With --gpus and --memory: which of the shipped launch configurations fits, and why; without --recipe for models of
+    671 B, 236 B and 16 B parameters.
+    """
     from mla_tune.console import print_json
+    from mla_tune.errors import InputError
     from mla_tune.recipe.load import load_recipe
+
+    if (gpus is None) != (memory is None):
+        raise InputError("--gpus and --memory belong together: --gpus 8 --memory 80GB")
+    if gpus is not None and memory is not None:
+        _fit(recipe, list(set_ or []), gpus, memory, json)
+        return
+    if recipe is None:
+        raise InputError("--recipe is missing: a recipe file, or the name of a shipped recipe")
     from mla_tune.survey.plan import plan
 
     loaded = load_recipe(recipe, list(set_ or []))
@@ -28,6 +47,32 @@ def command(
     from mla_tune.report.plan_table import print_plan
 
     print_plan(document, loaded)
+
+
+#: What is shown without a recipe.
+MODELS = ("deepseek-v3", "deepseek-v2", "deepseek-v2-lite")
+
+
+def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool) -> None:
+    from mla_tune.console import out, print_json
+    from mla_tune.recipe.load import load_recipe
+    from mla_tune.report.fit_table import NOTE, print_fit
+    from mla_tune.survey.fit import fit, parse_memory
+
+    bytes_ = parse_memory(memory)
+    if recipe is not None:
+        recipes = [load_recipe(recipe, sets)]
+    else:
+        recipes = [load_recipe("safe", [f"model.base={name}", *sets]) for name in MODELS]
+    documents = [fit(r, gpus, bytes_) for r in recipes]
+    if json:
+        print_json(documents[0] if recipe is not None else documents)
+        return
+    for i, document in enumerate(documents):
+        if i:
+            out.print()
+        print_fit(document)
+    out.print(NOTE)
 
 
 def _data(recipe: Any) -> tuple[dict[str, Any], int]:

@@ -25,10 +25,9 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quant import Quantised, quantised_weights, read_scales
 from mla_tune.errors import InputError
 from mla_tune.model.frozen import Matrix, check_experts, freeze
+from mla_tune.survey.memory import PIECE
 
 METHOD = "mla_tune_fp8"
-#: Numbers that are raised to float32 at a time.
-PIECE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mla_tune.adapter.placement import Placement, reached_as_parameter
 from mla_tune.arch.dims import DTYPE_BYTES
-from mla_tune.arch.roles import GROUPS, Role
+from mla_tune.arch.roles import ADAPTABLE, GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
 
 #: Numbers of one tile of logits in training: 16 MB in float32 on a CPU, where it should fit a cache, 512 MB on a GPU.
@@ -20,6 +20,11 @@ TILE = {"cpu": 1 << 22, "cuda": 1 << 27}
 TILE_TOKENS = 64
 #: Tiles that are alive at once: logits and their log-softmax; of a trained head, both and their gradients.
 FROZEN_TILES, TRAINED_TILES = 2, 4
+#: Bytes a weight of a matrix that stays quantised, scales included: FP8 in blocks of 128 × 128; NF4 with a byte for the
+#: scale of 64 numbers and 4 bytes for that of 256 scales (`model.nf4`).
+QUANTISED = {"fp8": 1 + 4 / 128**2, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+#: Numbers of a quantised matrix that are in float32 at a time.
+PIECE = 1 << 22
 #: Roles whose adapters act before the attention scores.
 BEFORE_SCORES = (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV)
 #: Resident bytes of a process that has imported everything and trained a model of next to no size.
@@ -37,6 +42,8 @@ class Run:
     packing: bool = True
     attention: str = "sdpa"
     checkpointing: str = "none"
+    #: How the base's matrices lie in memory: `plain`, or quantised as `fp8` or `nf4`.
+    base: str = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,7 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
     mask = tokens * run.length if run.packing and run.attention in ("sdpa", "eager") else 0
     return Memory(
         process=0 if run.gpu else PROCESS,
-        weights=arch.params_total * size,
+        weights=base_bytes(arch, run.base, size),
         adapters=0 if full else trainable * 4 * placement.width,
         gradients=trainable * 4 * placement.width,
         # AdamW: two float32 moments of every trained number.
@@ -93,6 +100,12 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
         head=_head(arch, run, full),
         transient=_transient(arch, placement, run) + again,
     )
+
+
+def base_bytes(arch: Architecture, base: str, size: int) -> int:
+    """Bytes of the model's own weights: `size` a number, of matrices that an adapter may sit on as `base` says."""
+    quantised = sum(s.params for s in arch.sites if s.role in ADAPTABLE) if base != "plain" else 0
+    return round((arch.params_total - quantised) * size + quantised * QUANTISED.get(base, 0))
 
 
 def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int, recomputed: bool = False) -> int:
@@ -142,7 +155,7 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int,
         per_token += k * arch.dims.D * low if trains(gate_up) else 0
         per_token += k * width * low if trains(down) else 0
         for site in (gate_up, down):
-            if trains(site) and not full:
+            if trains(site) and not full and run.base == "plain":
                 weights += site.count * site.shape[0] * site.shape[1] * low
     # Inputs of the two norms; A's output of every adapter.
     per_token += arch.family.norms * arch.dims.D * low
@@ -213,4 +226,9 @@ def _transient(arch: Architecture, placement: Placement, run: Run) -> int:
     )
     stacks = [p.site for p in placement.sites if p.site.role in GROUPS["experts"]]
     gradient = max((s.count * s.shape[0] * s.shape[1] * 4 for s in stacks), default=0)
-    return 3 * widest * tokens * low + 2 * gradient
+    # Quantised matrices are turned into numbers one at a time, of one expert where there are many, and ΔW is not made.
+    numbers = 0
+    if run.base != "plain":
+        gradient = 0
+        numbers = max(s.shape[0] * s.shape[1] for s in arch.sites if s.role in ADAPTABLE) * low + 4 * PIECE
+    return 3 * widest * tokens * low + 2 * gradient + numbers

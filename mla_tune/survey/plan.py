@@ -46,14 +46,24 @@ def serving_notes(arch: Architecture, placement: Placement) -> list[str]:
     return notes
 
 
+def run_of(recipe: Recipe, arch: Architecture, dtype: str, gpu: bool) -> Run:
+    """What the recipe's memory depends on; the base stays quantised where the checkpoint or the recipe says so."""
+    t, section = recipe.train, recipe.model
+    attention = "packed" if section.attention == "auto" else section.attention
+    quantised = (
+        None if section.preset else arch.quantization or (section.quantize if section.quantize != "none" else None)
+    )
+    base = "plain" if quantised is None else "nf4" if quantised == "nf4" else "fp8"
+    return Run(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.checkpointing, base)
+
+
 def plan(recipe: Recipe, *, data: dict[str, Any] | None, steps: int | None, gpu: bool, dtype: str) -> dict[str, Any]:
     """The plan as one JSON document.  `data` is `Prepared.summary()`, None where the data was not looked at."""
     section = recipe.model
     arch = architecture_of(section)
     placement = place(arch, recipe.adapter)
     t = recipe.train
-    attention = "packed" if section.attention == "auto" else section.attention
-    run = Run(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.checkpointing)
+    run = run_of(recipe, arch, dtype, gpu)
     memory: Memory = estimate(arch, placement, run)
     rates = role_rates(placement, recipe)
     roles = [

@@ -143,8 +143,6 @@ def join(recipe: Recipe) -> Team:
         gpu = pick_device(recipe.model.device).type == "cuda"
         if gpu:
             torch.cuda.set_device(here.local_rank)
-        elif here.sharding == "zero3":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         timeout = timedelta(seconds=float(os.environ.get("MLA_TUNE_TIMEOUT", TIMEOUT)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
     return Team(here)

@@ -56,7 +56,8 @@ def whole_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found[name] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
+            whole: Any = safe_get_full_fp32_param(parameter)
+            found[name] = whole.detach().cpu().clone()
     return found
 
 
