@@ -57,7 +57,8 @@ def quiet() -> None:
     """Keep transformers' own chatter off standard error: mla-tune says itself what it does."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for module in ("transformers", "accelerate", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not torch.cuda.is_available():
         # Where DeepSpeed is installed transformers imports it, and it says on standard output that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -65,6 +65,7 @@ def arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=gpu,
+        ddp_broadcast_buffers=False,  # nothing changes them, and quantised weights are some
         ddp_find_unused_parameters=False,  # every adapter has a gradient in every step, which the first one checks
     )
     found.recipe = recipe if recipe.output.report_to else None

@@ -177,8 +177,8 @@ def tell_idle_gpus(here: Worker, device: torch.device) -> None:
         err.print(f"{n} GPUs are here and one is used; all of them: add --processes {n}")
 
 
-def set_up_sharding(accelerator: Any) -> None:
-    """Once an `Accelerator` is made in a run with FSDP2: what it does not do by itself."""
+def set_up_sharding(accelerator: Any, full: bool) -> None:
+    """Once an `Accelerator` is made in a run with FSDP2: what it does not do by itself.  `full`: all weights train."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -189,8 +189,9 @@ def set_up_sharding(accelerator: Any) -> None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         for shared in (AcceleratorState._shared_state, PartialState._shared_state):
             shared["distributed_type"] = DistributedType.FSDP
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    # accelerate's own also rounds gradients before they are added up, and every output, the loss included.
+    # A frozen base is in its dtype already, and adapters stay in float32 as in one process.  accelerate's own policy
+    # also rounds gradients before they are added up, and every output, the loss included.
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision) if full else None
     state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
     prepare = accelerator.prepare
 

@@ -75,7 +75,7 @@ class RoleTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.team.many and self.team.here.sharding == "fsdp2":
-            set_up_sharding(self.accelerator)
+            set_up_sharding(self.accelerator, full=not hasattr(self.model, "peft_config"))
             self.is_fsdp_enabled = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
