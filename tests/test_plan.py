@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mla_tune.adapter.placement import place
 from mla_tune.recipe.load import load_recipe
 from mla_tune.survey.plan import plan
+from mla_tune.survey.source import architecture_of
 from tests.test_train import options, rows_file  # noqa: F401  (a fixture)
 
 
@@ -16,6 +18,12 @@ def document(cli, *args: str) -> dict:
     done = cli("plan", *args, "--json")
     assert done.code == 0, done.err
     return json.loads(done.out)
+
+
+def planned(recipe: str, sets: list[str]) -> dict:
+    loaded = load_recipe(recipe, sets)
+    placement = place(architecture_of(loaded.model), loaded.adapter)
+    return plan(loaded, placement, data=None, steps=None, gpu=False, dtype="float32")
 
 
 def test_plan_and_run_agree(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -56,12 +64,12 @@ def test_epochs_become_steps(cli, rows_file: Path, tmp_path: Path) -> None:  # n
     ],
 )
 def test_warnings(recipe: str, sets: list[str], words: str) -> None:
-    document = plan(load_recipe(recipe, sets), data=None, steps=None, gpu=False, dtype="float32")
+    document = planned(recipe, sets)
     assert any(words in w for w in document["warnings"])
 
 
 def test_safe_warns_of_nothing() -> None:
-    assert plan(load_recipe("safe"), data=None, steps=None, gpu=False, dtype="float32")["warnings"] == []
+    assert planned("safe", [])["warnings"] == []
 
 
 def test_a_671_b_model_is_planned_without_weights(cli) -> None:

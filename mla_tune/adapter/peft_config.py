@@ -15,8 +15,8 @@ from mla_tune.adapter.placement import Placement, PlannedSite, reached_as_parame
 from mla_tune.arch.site import Architecture, Site
 
 
-def peft_config(arch: Architecture, placement: Placement) -> LoraConfig:
-    """LoRA configuration for `peft.get_peft_model` on the transformers model of `arch`."""
+def peft_config(arch: Architecture, placement: Placement, whole: list[str] | None = None) -> LoraConfig:
+    """LoRA configuration for `peft.get_peft_model` on the transformers model of `arch`; `whole`: modules_to_save."""
     modules: list[Site] = []
     parameters: list[Site] = []
     for p in placement.sites:
@@ -47,6 +47,7 @@ def peft_config(arch: Architecture, placement: Placement) -> LoraConfig:
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         bias="none",
+        modules_to_save=whole,
     )
 
 

@@ -43,6 +43,8 @@ class Placement:
     alpha: float
     sites: tuple[PlannedSite, ...]
     init: str = "default"
+    #: Modules that are trained whole beside the LoRA: path and number of parameters (`model.whole`).
+    whole: tuple[tuple[str, int], ...] = ()
 
     @property
     def width(self) -> int:
@@ -64,7 +66,20 @@ class Placement:
 
     @property
     def trainable_params(self) -> int:
-        """Numbers in A and B, plus DoRA's magnitude: one for each output row."""
+        """Numbers in A and B, plus DoRA's magnitude (one for each output row) and modules that are trained whole."""
+        return self.lora_params + self.whole_params
+
+    @property
+    def whole_params(self) -> int:
+        return sum(count for _, count in self.whole)
+
+    @property
+    def whole_names(self) -> tuple[str, ...]:
+        """Last parts of the paths of modules that are trained whole: they stand where elsewhere a role does."""
+        return tuple(dict.fromkeys(path.rpartition(".")[2] for path, _ in self.whole))
+
+    @property
+    def lora_params(self) -> int:
         dora = sum(p.site.shape[0] for p in self.sites) if self.method == "dora" else 0
         return sum(p.lora_params for p in self.sites) + dora
 

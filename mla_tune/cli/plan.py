@@ -40,7 +40,7 @@ def command(
     loaded = load_recipe(recipe, list(set_ or []))
     summary, steps = _data(loaded) if data else (None, loaded.train.max_steps)
     gpu, dtype = _machine(loaded)
-    document = plan(loaded, data=summary, steps=steps, gpu=gpu, dtype=dtype)
+    document = plan(loaded, _placement(loaded), data=summary, steps=steps, gpu=gpu, dtype=dtype)
     if json:
         print_json(document)
         return
@@ -75,6 +75,23 @@ def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool
     out.print(NOTE)
 
 
+def _placement(recipe: Any) -> Any:
+    from mla_tune.adapter.placement import place
+    from mla_tune.arch.registry import architecture
+    from mla_tune.survey.source import load_config
+
+    section = recipe.model
+    config, where, _ = load_config(section.preset or section.base or "embedded")
+    arch = architecture(config, where)
+    placement = place(arch, recipe.adapter)
+    if recipe.adapter.modules_to_save:
+        from mla_tune.model.whole import with_whole
+
+        quantised = bool(arch.quantization) or section.quantize != "none"
+        placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, quantised)
+    return placement
+
+
 def _data(recipe: Any) -> tuple[dict[str, Any], int]:
     from mla_tune.console import err
     from mla_tune.data.prepare import prepare, steps_of
@@ -87,7 +104,7 @@ def _data(recipe: Any) -> tuple[dict[str, Any], int]:
     )
     for line in prepared.lines:
         err.print(line, markup=False, soft_wrap=True)
-    return prepared.summary(), steps_of(recipe, len(prepared.train_rows))
+    return prepared.summary(), steps_of(recipe, prepared.train_rows)
 
 
 def _machine(recipe: Any) -> tuple[bool, str]:

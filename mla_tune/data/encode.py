@@ -67,6 +67,7 @@ def encode(
     data: DataSection,
     max_length: int,
     part: str = "data",
+    partial: bool = False,
 ) -> Encoded:
     """Tokenise rows and mask what doesn't count.
 
@@ -81,6 +82,7 @@ def encode(
     Args:
         max_length: tokens a sample at most.
         part: which rows these are, for messages.
+        partial: they are a piece of a data set, of which no token may be left to train on.
 
     Raises:
         InputError: the tokenizer lacks a template or an end token, the template refuses a row, a row is too long for
@@ -115,9 +117,9 @@ def encode(
     if misfits:
         raise InputError(_too_long(rows, misfits, data, max_length, part))
     trained = sum(len(s.labels) - s.labels.count(IGNORED) for s in samples)
-    if rows and len(skipped) == len(rows):
+    if rows and len(skipped) == len(rows) and not partial:
         raise InputError(f"{skipped[0]}\nall {len(rows)} rows are left out for such reasons, so none can be used")
-    if rows and not trained:
+    if rows and not trained and not partial:
         why = (
             f"all {dropped} rows are longer than train.max_length ({max_length} tokens) and were dropped; raise it"
             if dropped == len(rows)

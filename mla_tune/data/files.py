@@ -15,12 +15,12 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mla_tune.errors import FileError, InputError, did_you_mean
+from mla_tune.errors import FileError, InputError, MlaTuneError, did_you_mean
 
 # The csv module refuses cells of more than 128 KiB unless told otherwise; a document may be longer.
 _CSV_CELL = 1 << 30
@@ -60,6 +60,16 @@ def read_file(path: Path, key: str, skip: bool = False) -> Table:
         FileError: missing, a folder, not UTF-8, or a damaged parquet file.
         InputError: a suffix that isn't read, broken JSON or CSV, or no row at all.
     """
+    table = _READERS[suffix_of(path, key)](path, skip)
+    if not table.rows and table.faults:
+        raise InputError(f"{table.faults[0]}\nall {len(table.faults)} lines of {path} are broken, so none can be used")
+    if not table.rows:
+        raise InputError(f"{path}: holds no rows ({path.stat().st_size} bytes); {key} needs at least one")
+    return table
+
+
+def suffix_of(path: Path, key: str) -> str:
+    """The suffix of a file that is there and can be read, or the error that says why not."""
     if not path.is_file():
         raise FileError(f"{key}: {path}: {_missing(path)}")
     suffix = path.suffix.lower()
@@ -69,12 +79,7 @@ def read_file(path: Path, key: str, skip: bool = False) -> Table:
             f"{key}: {path}: the suffix '{path.suffix}' isn't one that is read; allowed: {allowed}. "
             "Convert the file, or rename it if it is one of these"
         )
-    table = _READERS[suffix](path, skip)
-    if not table.rows and table.faults:
-        raise InputError(f"{table.faults[0]}\nall {len(table.faults)} lines of {path} are broken, so none can be used")
-    if not table.rows:
-        raise InputError(f"{path}: holds no rows ({path.stat().st_size} bytes); {key} needs at least one")
-    return table
+    return suffix
 
 
 def _missing(path: Path) -> str:
@@ -112,32 +117,44 @@ def _json_fault(text: str, err: json.JSONDecodeError) -> str:
     return f"{err.msg} near {near!r}" if near else f"{err.msg}; nothing stands there"
 
 
+def jsonl_records(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterator[tuple[int, Any]]:
+    """(line number, row) of every line that isn't blank, from line `first` on; of a broken one the `InputError`."""
+    for number, line in enumerate(lines, start=first):
+        try:
+            text = _decoded(line, path, number)
+            if text.strip():
+                yield number, json.loads(text)
+        except json.JSONDecodeError as err:
+            place = f"{path}: line {number}, column {err.colno}"
+            fault = InputError(
+                f"{place}: not JSON: {_json_fault(err.doc, err)}. Each line must be one whole JSON object"
+            )
+            fault.__cause__ = err
+            yield number, fault
+        except FileError as err:
+            yield number, err
+
+
 def _read_jsonl(path: Path, skip: bool) -> Table:
-    rows: list[Any] = []
-    places: list[int] = []
-    faults: list[str] = []
     data = path.read_bytes()
     if not skip or data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         _decoded(data, path, 1)
     # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        try:
-            text = _decoded(line, path, number)
-            if not text.strip():
-                continue
-            rows.append(json.loads(text))
-        except (json.JSONDecodeError, FileError) as err:
-            fault = str(err)
-            if isinstance(err, json.JSONDecodeError):
-                fault = (
-                    f"{path}: line {number}, column {err.colno}: not JSON: {_json_fault(err.doc, err)}. "
-                    "Each line must be one whole JSON object"
-                )
+    return _table(path, jsonl_records(data.split(b"\n"), path), skip)
+
+
+def _table(path: Path, records: Iterable[tuple[int, Any]], skip: bool) -> Table:
+    rows: list[Any] = []
+    places: list[int] = []
+    faults: list[str] = []
+    for place, row in records:
+        if isinstance(row, MlaTuneError):
             if not skip:
-                raise InputError(fault) from err
-            faults.append(fault)
-            continue
-        places.append(number)
+                raise row
+            faults.append(str(row))
+        else:
+            rows.append(row)
+            places.append(place)
     return Table(str(path), rows, places, "line", faults)
 
 
@@ -157,12 +174,14 @@ def _read_json(path: Path, skip: bool) -> Table:
     return Table(str(path), rows, range(1, len(rows) + 1))
 
 
-def _read_csv(path: Path, skip: bool) -> Table:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    rows: list[Any] = []
-    places: list[int] = []
-    faults: list[str] = []
+def csv_records(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, row) of every record; of one with other cells than the header the `InputError`.
+
+    Raises `InputError` for a header that names a column twice, and for text that isn't CSV, after which nothing can be
+    told apart.
+    """
     limit = csv.field_size_limit(_CSV_CELL)
+    reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, [])
         if twice := sorted({name for name in header if header.count(name) > 1}):
@@ -172,22 +191,24 @@ def _read_csv(path: Path, skip: bool) -> Table:
         place = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
-                fault = (
-                    f"{path}: line {place}: {len(cells)} cells, but the header has {len(header)} "
-                    f"({', '.join(header)}); a cell with a comma or a line break needs quotes around it"
+                yield (
+                    place,
+                    InputError(
+                        f"{path}: line {place}: {len(cells)} cells, but the header has {len(header)} "
+                        f"({', '.join(header)}); a cell with a comma or a line break needs quotes around it"
+                    ),
                 )
-                if not skip:
-                    raise InputError(fault)
-                faults.append(fault)
             elif cells:
-                rows.append(dict(zip(header, cells, strict=True)))
-                places.append(place)
+                yield place, dict(zip(header, cells, strict=True))
             place = reader.line_num + 1
     except csv.Error as err:
         raise InputError(f"{path}: line {reader.line_num}: not CSV: {err}; is a quote left open?") from err
     finally:
         csv.field_size_limit(limit)
-    return Table(str(path), rows, places, "line", faults)
+
+
+def _read_csv(path: Path, skip: bool) -> Table:
+    return _table(path, csv_records(io.StringIO(_text(path), newline=""), path), skip)
 
 
 def _read_parquet(path: Path, skip: bool) -> Table:

@@ -42,10 +42,13 @@ class _Fault(Exception):
     """What is wrong with one row; the caller knows where the row stands."""
 
 
-def normalise(table: Table, data: DataSection, faults: list[str] | None = None) -> tuple[Kind, list[Row]]:
+def normalise(
+    table: Table, data: DataSection, faults: list[str] | None = None, partial: bool = False
+) -> tuple[Kind, list[Row]]:
     """Rows of one kind, in the table's order.
 
     `faults`: where `data.bad_rows` says skip, what is wrong with each row left out is added there.
+    `partial`: the table is a piece of a data set, of which all rows may be left out.
 
     Raises:
         InputError: no format fits the columns, or rows are faulty (and not skipped, or all of them): the first five are
@@ -63,7 +66,7 @@ def normalise(table: Table, data: DataSection, faults: list[str] | None = None) 
             rows.append(convert(raw, data))
         except _Fault as fault:
             found.append(f"{table.where(i)}: {fault}")
-    if found and (faults is None or data.bad_rows == "error" or not rows):
+    if found and (faults is None or data.bad_rows == "error" or not (rows or partial)):
         more = f"\n… and {len(found) - _SHOWN} more rows" if len(found) > _SHOWN else ""
         todo = "" if data.bad_rows == "skip" else "\ndata.bad_rows: skip leaves such rows out, and counts them"
         raise InputError("\n".join(found[:_SHOWN]) + more + todo)

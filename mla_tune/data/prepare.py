@@ -11,7 +11,7 @@ from mla_tune.data.cache import cached, key_of
 from mla_tune.data.collate import rows_for
 from mla_tune.data.encode import Encoded, encode
 from mla_tune.data.mix import mixed
-from mla_tune.data.rows import RowSet, load_rows
+from mla_tune.data.rows import EMBEDDED, RowSet, evaluation_rows, load_rows, sha256_of
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import DataSection, Recipe
 
@@ -35,8 +35,11 @@ class Prepared:
     """Trainer rows of both sides; `parts` keep the counts of each data set."""
 
     parts: list[Part]
-    train_rows: list[dict[str, Any]]
+    train_rows: Any
+    """A list of rows, or a `data.stream.Stream` of them; then `parts` hold its first rows only."""
     held_out_rows: list[dict[str, Any]]
+    first_rows: int = 0
+    """Of a stream: trainer rows that its first rows make."""
     lines: list[str] = field(default_factory=list)
     """What the log should say: rows left out, passes over a source, tokens that were there already."""
 
@@ -52,10 +55,12 @@ class Prepared:
             "sha256": self.sha256,
             "kind": "/".join(sorted({p.rows.kind for p in self.parts})),
         }
-        for name, rows in (("train", self.train_rows), ("held_out", self.held_out_rows)):
+        if self.streamed:
+            found["streamed"] = True
+        for name in ("train", "held_out"):
             sides = [e for p in self.parts if (e := getattr(p, name)) is not None]
             if sides:
-                found[name] = {"samples": sum(len(e.samples) for e in sides), "rows": len(rows)}
+                found[name] = {"samples": sum(len(e.samples) for e in sides), "rows": self.count(name)}
                 for count in ("tokens", "trained_tokens", "truncated", "dropped", "split", "untrained"):
                     found[name][count] = sum(getattr(e, count) for e in sides)
         skipped = self.skipped
@@ -68,6 +73,16 @@ class Prepared:
             ]
             found["train"]["used"] = sum(p.used for p in self.parts)
         return found
+
+    @property
+    def streamed(self) -> bool:
+        return not isinstance(self.train_rows, list)
+
+    def count(self, side: str) -> int:
+        """Trainer rows of a side; of a stream what its first rows make."""
+        if side == "train" and self.streamed:
+            return self.first_rows
+        return len(self.train_rows if side == "train" else self.held_out_rows)
 
     @property
     def skipped(self) -> list[str]:
@@ -85,6 +100,8 @@ def prepare(recipe: Recipe, arch: Architecture, tokenizer: Any) -> Prepared:
         raise InputError(f"train.max_length is {length}, but this model's window is {window} tokens")
     if arch.vocab_size < len(tokenizer):
         raise InputError(f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary only {arch.vocab_size}")
+    if recipe.data.streaming:
+        return _streamed(recipe, tokenizer)
     seed, packing = recipe.train.seed, recipe.train.packing
     lines: list[str] = []
     sections = sections_of(recipe.data)
@@ -99,14 +116,41 @@ def prepare(recipe: Recipe, arch: Architecture, tokenizer: Any) -> Prepared:
             for p in parts
         ]
     held_out = [sample for p in parts if p.held_out for sample in p.held_out.samples]
-    prepared = Prepared(
-        parts, rows_for(samples, length, packing), rows_for(held_out, length, packing) if held_out else [], lines
-    )
+    held_rows = rows_for(held_out, length, packing) if held_out else []
+    prepared = Prepared(parts, rows_for(samples, length, packing), held_rows, lines=lines)
     if skipped := prepared.skipped:
         more = f"\n  … and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
         named = "\n  ".join(skipped[:_NAMED])
         lines.insert(0, f"data.bad_rows: skip: {len(skipped)} rows are left out:\n  {named}{more}")
     return prepared
+
+
+def _streamed(recipe: Recipe, tokenizer: Any) -> Prepared:
+    """Held-out rows, the first rows of each source as a sample of what comes, and a `Stream` for training."""
+    from mla_tune.data.stream import Origin, Stream
+
+    length, packing, seed = recipe.train.max_length, recipe.train.packing, recipe.train.seed
+    origins = [Origin(section, weight) for section, weight in sections_of(recipe.data)]
+    stream = Stream(recipe, tokenizer, origins)
+    parts, lines = [], []
+    for origin in origins:
+        fraction = origin.data.eval_fraction
+        own = origin.data.eval_path is not None or bool(fraction and origin.data.path in EMBEDDED)
+        first, held_out, skipped = origin.look(0.0 if own else fraction, seed)
+        assert origin.kind is not None
+        source = origin.reader.source
+        if own:
+            held_out, further = evaluation_rows(origin.data, origin.kind, source, skipped)
+            source += further
+        rows = RowSet(first, held_out, source, sha256_of(origin.kind, first, held_out), origin.kind, skipped)
+        encoded = stream.encoded(origin, first, f"{source}, first rows")
+        held = encode(held_out, origin.kind, tokenizer, origin.data, length, "held-out rows") if held_out else None
+        parts.append(Part(rows, encoded, held, origin.weight, len(encoded.samples)))
+        lines.append(f"{source}: streamed, shuffled and packed among {recipe.data.buffer:,} rows at a time")
+    held_samples = [sample for p in parts if p.held_out for sample in p.held_out.samples]
+    held_rows = rows_for(held_samples, length, packing) if held_samples else []
+    first_rows = sum(len(rows_for(p.train.samples, length, packing)) for p in parts)
+    return Prepared(parts, stream, held_rows, first_rows, lines)
 
 
 def sections_of(data: DataSection) -> list[tuple[DataSection, float]]:
@@ -141,10 +185,11 @@ def _part(data: DataSection, weight: float, recipe: Recipe, tokenizer: Any, line
     return Part(rows, train, tokens("held-out rows", rows.held_out) if rows.held_out else None, weight)
 
 
-def steps_of(recipe: Recipe, rows: int, processes: int = 1) -> int:
+def steps_of(recipe: Recipe, rows: Any, processes: int = 1) -> int:
     """Optimizer steps of a run: `max_steps`, or the epochs' (the last, smaller batch of an epoch counts)."""
     if recipe.train.max_steps:
         return recipe.train.max_steps
+    rows = len(rows)
     batches = -(-rows // (recipe.train.batch_size * processes))
     per_epoch = -(-batches // recipe.train.accumulation)
     return max(1, -(-int(recipe.train.epochs * per_epoch * 1_000_000) // 1_000_000))

@@ -7,6 +7,7 @@ import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mla_tune.data.files import SUFFIXES, Table, read_file
 from mla_tune.data.formats import Kind, Row, normalise
@@ -51,20 +52,29 @@ def load_rows(data: DataSection, seed: int) -> RowSet:
     skipped: list[str] = []
     kind, train = normalise(table.first(data.limit) if data.limit else table, data, skipped)
     held_out: list[Row] = []
-    if data.eval_path is not None:
-        table, eval_source = _read(data.eval_path, data, "held_out", "data.eval_path")
-        eval_kind, held_out = normalise(table, data, skipped)
-        if eval_kind != kind:
-            raise InputError(
-                f"data.eval_path: {eval_source} has rows of the kind {eval_kind}, but data.path: {source} of the kind "
-                f"{kind}; both must be of one kind"
-            )
-        source = f"{source}, evaluated on {eval_source}"
-    elif data.eval_fraction and data.path in EMBEDDED:
-        held_out = normalise(_read(data.path, data, "held_out", "data.path")[0], data, skipped)[1]
+    if data.eval_path is not None or (data.eval_fraction and data.path in EMBEDDED):
+        held_out, further = evaluation_rows(data, kind, source, skipped)
+        source += further
     elif data.eval_fraction:
         train, held_out = split(train, data.eval_fraction, seed, source)
-    return RowSet(train, held_out, source, _sha256(kind, train, held_out), kind, skipped)
+    return RowSet(train, held_out, source, sha256_of(kind, train, held_out), kind, skipped)
+
+
+def evaluation_rows(data: DataSection, kind: Kind, source: str, skipped: list[str]) -> tuple[list[Row], str]:
+    """Rows of `data.eval_path`, or of an embedded set's held-out part, and what `source` should add.
+
+    Raises `InputError` if they are of another kind than `source`.
+    """
+    where = data.eval_path if data.eval_path is not None else data.path
+    key = "data.eval_path" if data.eval_path is not None else "data.path"
+    table, name = _read(where, data, "held_out", key)
+    found, rows = normalise(table, data, skipped)
+    if found != kind:
+        raise InputError(
+            f"{key}: {name} has rows of the kind {found}, but data.path: {source} of the kind {kind}; both must be of "
+            "one kind"
+        )
+    return rows, f", evaluated on {name}" if data.eval_path is not None else ""
 
 
 def _read(where: str, data: DataSection, part: str, key: str) -> tuple[Table, str]:
@@ -72,7 +82,7 @@ def _read(where: str, data: DataSection, part: str, key: str) -> tuple[Table, st
     if where in EMBEDDED:
         return read_file(EMBEDDED_DATA / f"{where}.{part}.jsonl", key), f"{where} (embedded)"
     path = Path(where).expanduser()
-    if _is_file_name(where, path):
+    if is_file_name(where, path):
         return read_file(path, key, data.bad_rows == "skip"), where
     if "/" not in where and (hint := did_you_mean(where, EMBEDDED)):
         raise InputError(
@@ -82,7 +92,7 @@ def _read(where: str, data: DataSection, part: str, key: str) -> tuple[Table, st
     return _read_hub(where, data, key)
 
 
-def _is_file_name(where: str, path: Path) -> bool:
+def is_file_name(where: str, path: Path) -> bool:
     """Whether a path is meant and not a hub id: `org/name`, or a bare name without a suffix."""
     if path.exists() or path.suffix.lower() in SUFFIXES:
         return True
@@ -91,12 +101,13 @@ def _is_file_name(where: str, path: Path) -> bool:
     return path.parent.is_dir() if "/" in where else bool(path.suffix)
 
 
-def _read_hub(name: str, data: DataSection, key: str) -> tuple[Table, str]:
+def open_hub(name: str, data: DataSection, key: str, streaming: bool = False) -> tuple[Any, str]:
+    """A hub data set as `datasets` opens it, and its name for messages."""
     import datasets
 
     label = " ".join([name, *([data.name] if data.name else []), f"[{data.split}]"])
     try:
-        found = datasets.load_dataset(name, data.name, split=data.split)
+        found: Any = datasets.load_dataset(name, data.name, split=data.split, streaming=streaming)
     # The hub, the network and each file format raise errors of their own; for the user they are one: it can't be had.
     except Exception as err:
         reason = (str(err).strip() or type(err).__name__).splitlines()[0]
@@ -105,6 +116,11 @@ def _read_hub(name: str, data: DataSection, key: str) -> tuple[Table, str]:
             f"Check the id, data.name ({data.name}), data.split ({data.split}) and the network, "
             f"or give a local file ({', '.join(SUFFIXES)})"
         ) from err
+    return found, label
+
+
+def _read_hub(name: str, data: DataSection, key: str) -> tuple[Table, str]:
+    found, label = open_hub(name, data, key)
     if not len(found):
         raise InputError(f"{key}: {label} holds no rows")
     count = min(len(found), data.limit) if data.limit and key == "data.path" else len(found)
@@ -121,7 +137,7 @@ def split(rows: list[Row], fraction: float, seed: int, source: str = "data") -> 
         return _split_text(rows[0], fraction) if "text" in rows[0] else (rows, [])
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(_canonical(row), []).append(i)
+        groups.setdefault(canonical(row), []).append(i)
     if len(groups) == 1:
         raise InputError(
             f"{source}: all {len(rows)} rows are equal, so none can be held out; "
@@ -151,14 +167,14 @@ def _split_text(row: Row, fraction: float) -> tuple[list[Row], list[Row]]:
     return [row], []
 
 
-def _canonical(row: Row) -> str:
+def canonical(row: Row) -> str:
     return json.dumps(row, sort_keys=True)
 
 
-def _sha256(kind: Kind, train: list[Row], held_out: list[Row]) -> str:
+def sha256_of(kind: Kind, train: list[Row], held_out: list[Row]) -> str:
     digest = hashlib.sha256(kind.encode())
     for side, rows in (("train", train), ("held_out", held_out)):
         digest.update(f"\n{side}".encode())
         for row in rows:
-            digest.update(f"\n{_canonical(row)}".encode())
+            digest.update(f"\n{canonical(row)}".encode())
     return digest.hexdigest()

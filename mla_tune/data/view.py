@@ -32,7 +32,8 @@ def view(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
             }
         )
     lengths = [len(s.input_ids) for part in prepared.parts for s in part.train.samples]
-    report = packing_report(lengths, len(prepared.train_rows), length)
+    rows = prepared.count("train")
+    report = packing_report(lengths, rows, length)
     return {
         **prepared.summary(),
         "sources_shown": sources,
@@ -43,7 +44,7 @@ def view(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
         "packing": {
             "on": recipe.train.packing,
             "samples": report.samples,
-            "rows": len(prepared.train_rows),
+            "rows": rows,
             "filled_without": report.fill_before,
             "filled": report.fill if recipe.train.packing else report.fill_before,
         },

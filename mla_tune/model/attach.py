@@ -12,6 +12,7 @@ from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import CheckError
+from mla_tune.model.whole import peft_names, train_in_float32, whole_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,9 @@ def attach(model: torch.nn.Module, arch: Architecture, placement: Placement, see
     Raises `CheckError` with the difference if PEFT attached anything else than planned.
     """
     torch.manual_seed(seed)
-    peft_model = get_peft_model(model, peft_config(arch, placement))  # type: ignore[arg-type]
+    config = peft_config(arch, placement, peft_names(placement, model))
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    train_in_float32(peft_model)
     check_attached(peft_model, placement)
     return peft_model  # type: ignore[return-value]
 
@@ -56,8 +59,14 @@ def check_attached(model: torch.nn.Module, placement: Placement) -> None:
     for k in want.keys() & have.keys():
         if want[k][0] != have[k][0] or abs(want[k][1] - have[k][1]) > 1e-9 * want[k][1]:
             problems.append(f"{k}: planned rank {want[k][0]}, scale {want[k][1]:g}; got {have[k][0]}, {have[k][1]:g}")
-    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
-    problems += [f"trainable, but no part of an adapter: {n}" for n in trainable if ".lora_" not in n]
+    planned, copied = {path for path, _ in placement.whole}, whole_copies(model)
+    problems += [f"planned to be trained whole, but PEFT made no copy: {path}" for path in planned - copied.keys()]
+    problems += [f"trained whole, but not planned: {path}" for path in copied.keys() - planned]
+    copies = {id(p) for copy in copied.values() for p in copy.parameters()}
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    problems += [
+        f"trainable, but no part of an adapter: {n}" for n, p in trainable if ".lora_" not in n and id(p) not in copies
+    ]
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""

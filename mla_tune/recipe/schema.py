@@ -132,7 +132,8 @@ class AdapterSection(Section):
     """How A and B begin. default: A uniform, B zero. pissa, olora: with the leading part of W, which W then loses;
     the saved adapter is a plain LoRA of twice the rank on the unchanged base."""
     modules_to_save: list[str] = []
-    """Modules that are trained whole and saved with the adapter: embed_tokens, lm_head, norms by name."""
+    """Modules that are trained whole and saved with the adapter: embed_tokens, lm_head, input_layernorm, or one by its
+    path (model.norm)."""
     roles: Annotated[
         dict[str, RoleOverride], BeforeValidator(_role_keys), Field(json_schema_extra={"propertyNames": _NAMES})
     ] = {}
@@ -152,6 +153,9 @@ class OptimizerSection(Section):
     mla_lr_scale: float = Field(default=0.65, gt=0)
     """Factor on the learning rate of every adapter on an MLA model. A hypothesis with range 0.5 to 0.8, not a law.
     Without an adapter it is not applied."""
+    whole_lr_scale: float = Field(default=0.1, gt=0)
+    """Factor on the learning rate of `adapter.modules_to_save`, after `mla_lr_scale`: whole matrices want a smaller one
+    than LoRA's factors."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up; cosine and linear end at 0."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
@@ -234,9 +238,10 @@ class DataSection(Section):
     """A row that can't be used (an empty completion, other columns, a broken line): stop and name it, or leave it out,
     counted and told."""
     streaming: bool = False
-    """Read rows as they are needed instead of all before the first step; needs train.max_steps."""
+    """Read rows as they are needed, over and over, instead of all before the first step; needs train.max_steps.
+    .jsonl, .csv, .parquet and hub data sets; eval_fraction is then of the first `buffer` rows."""
     buffer: int = Field(default=1000, ge=1)
-    """Samples that a streamed data set is shuffled and packed among."""
+    """Rows that a streamed data set is shuffled and packed among."""
     cache: bool = True
     """Keep tokenised rows on disk ($MLA_TUNE_CACHE, else ~/.cache/mla-tune), found again by their content's hash."""
     eval_path: str | None = None
@@ -336,12 +341,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _keys_agree(self) -> Recipe:
         a, o = self.adapter, self.optimizer
-        for key, asked in (
-            ("adapter.modules_to_save", bool(a.modules_to_save)),
-            ("data.streaming", self.data.streaming),
-        ):
-            if asked:
-                raise ValueError(f"{key} is not built yet, so it is refused rather than ignored")
+        if a.modules_to_save and a.method == "none":
+            raise ValueError("adapter.modules_to_save is about an adapter; with method none every weight is trained")
+        if self.data.streaming and self.train.max_steps is None:
+            raise ValueError("data.streaming has no end that is known: set train.max_steps")
         if self.model.quantize != "none" and self.model.preset is not None:
             raise ValueError("model.quantize is for a trained base; the weights of a preset are drawn, not read")
         if self.model.quantize != "none" and a.method == "none":

@@ -24,21 +24,20 @@ def print_train(recipe: Recipe, found: Any) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
     first = found.measured[0].name
-    for name in ("tokens/s", "range", f"× {first}", "range", "activations", "peak", "loss"):
+    for name in ("tokens/s", f"× {first}", "range", "activations", "peak", "loss"):
         table.add_column(name, justify="right", no_wrap=True)
     for m in found.measured:
         ratios = found.ratios(m.name, first)
         table.add_row(
             m.name,
             f"{m.rate:,.0f}",
-            f"{min(m.rates):,.0f}–{max(m.rates):,.0f}",
             f"{statistics.median(ratios):.2f}",
             "" if m.name == first else f"{min(ratios):.2f}–{max(ratios):.2f}",
             human_bytes(m.activations),
             human_bytes(m.run_peak),
-            "" if m.loss is None else f"{m.loss:.4f}",
+            "" if m.loss is None else f"{m.loss:.3f}",
         )
     out.print(table)
-    out.print("Real tokens (no padding); medians, and the range over the rounds.  activations:", soft_wrap=True)
+    out.print("Real tokens (no padding); medians, and the range of the ratio.  activations:", soft_wrap=True)
     out.print("what a forward pass leaves for the backward pass.  peak: beyond what the", soft_wrap=True)
     out.print("libraries take.  loss: held out, after the last round.", soft_wrap=True)

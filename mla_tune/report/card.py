@@ -60,7 +60,7 @@ def _text(root: Path, run: dict[str, Any]) -> str:
         "",
         f"{human_count(adapter['trainable_params'])} parameters. Roles are those of the MLA papers.",
         "",
-        "| role | matrices | rank | parameters of A and B | peak learning rate |",
+        "| role | matrices | rank | parameters | peak learning rate |",
         "|---|---:|---:|---:|---|",
         *(
             f"| {r['role']} | {r['matrices']} | {r['rank']} | {r['params']} | {r['rate']} |"

@@ -24,7 +24,7 @@ def print_view(found: dict[str, Any]) -> None:
         out.print(f"Trained tokens are {marks}.\n")
     for side, name in (("train", "train"), ("held_out", "held out")):
         if side in found:
-            _print_counts(name, found[side])
+            _print_counts(name + ", the stream's first" * (side == "train" and "streamed" in found), found[side])
     if "skipped" in found:
         out.print(f"left out: {found['skipped']['rows']} rows (data.bad_rows: skip)")
     for s in found.get("sources", []):

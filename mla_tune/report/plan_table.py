@@ -10,6 +10,11 @@ from mla_tune.console import human_bytes, human_count, out
 from mla_tune.recipe.schema import Recipe
 
 
+def _lora(r: dict[str, Any]) -> tuple[str, str]:
+    """Rank and alpha; a module of `modules_to_save` has none."""
+    return ("whole", "") if r["rank"] is None else (f"{r['rank']}", f"{r['alpha']:g}")
+
+
 def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
     """Print matrices by role, data, memory and warnings of `survey.plan.plan`."""
     out.print(
@@ -23,7 +28,7 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
         for name in ("role", "matrices", "rank", "alpha", "parameters", *rates):
             table.add_column(name, justify="left" if name == "role" else "right")
         for r in plan["roles"]:
-            cells = (f"{r['matrices']:,}", f"{r['rank']}", f"{r['alpha']:g}", f"{r['params']:,}")
+            cells = (f"{r['matrices']:,}", *_lora(r), f"{r['params']:,}")
             both = (r["learning_rate"], r["learning_rate_b"]) if plus else (r["learning_rate"],)
             table.add_row(r["role"], *cells, *(f"{rate:.3g}" for rate in both))
         out.print(table)
@@ -35,6 +40,7 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
             if side not in data:
                 continue
             d = data[side]
+            name += ", the stream's first" * (side == "train" and "streamed" in data)
             note = f", {d['truncated']} cut" * bool(d["truncated"]) + f", {d['dropped']} left out" * bool(d["dropped"])
             out.print(
                 f"{name}: {d['samples']:,} samples in {d['rows']:,} rows, {d['tokens']:,} tokens, "

@@ -120,6 +120,19 @@ def role_rows(run: dict[str, Any]) -> list[dict[str, str]]:
                 "rate": rate,
             }
         )
+    whole: dict[str, list[int]] = {}
+    for path, count in (adapter.get("whole") or {}).items():
+        whole.setdefault(path.rpartition(".")[2], []).append(count)
+    for name, counts in whole.items():
+        found.append(
+            {
+                "role": name,
+                "matrices": f"{len(counts):,}",
+                "rank": "whole",
+                "params": f"{sum(counts):,}",
+                "rate": f"{rates[name]:.2e}" if name in rates else "",
+            }
+        )
     return found
 
 

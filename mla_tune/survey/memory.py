@@ -78,6 +78,7 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
     full = placement.method == "none"
     size = 4 if full else DTYPE_BYTES[run.dtype]
     trainable = arch.params_total if full else placement.trainable_params
+    trained = trainable if full else placement.lora_params * placement.width + placement.whole_params
     layers = [_layer_bytes(arch, placement, run, i) for i in range(arch.num_layers)]
     tokens = run.batch * run.length
     again = 0  # what one layer's backward pass makes anew
@@ -92,12 +93,12 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
     return Memory(
         process=0 if run.gpu else PROCESS,
         weights=base_bytes(arch, run.base, size),
-        adapters=0 if full else trainable * 4 * placement.width,
-        gradients=trainable * 4 * placement.width,
+        adapters=0 if full else trained * 4,
+        gradients=trained * 4,
         # AdamW: two float32 moments of every trained number.
-        optimizer=trainable * 8 * placement.width,
+        optimizer=trained * 8,
         activations=kept + 2 * tokens * arch.dims.D * size + mask,
-        head=_head(arch, run, full),
+        head=_head(arch, run, full or "lm_head" in placement.whole_names),
         transient=_transient(arch, placement, run) + again,
     )
 
@@ -115,7 +116,7 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int,
     sites = [s for s in arch.sites if s.layer == layer]
     low = DTYPE_BYTES[run.dtype]  # what matrix products keep
     tokens = run.batch * run.length
-    first = 0 if full else min(p.site.layer or 0 for p in placement.sites)
+    first = 0 if full or placement.whole else min(p.site.layer or 0 for p in placement.sites)
     if layer < first:
         return 0
 

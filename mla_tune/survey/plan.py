@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from mla_tune.adapter.placement import Placement, place
+from mla_tune.adapter.placement import Placement
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
 from mla_tune.recipe.checks import warnings
@@ -21,7 +21,8 @@ def role_rates(placement: Placement, recipe: Recipe) -> dict[str, float]:
     if placement.method == "none":
         return {"all": o.learning_rate}
     base = o.learning_rate * o.mla_lr_scale
-    return {r.value: base * placement.by_role(r)[0].lr_scale for r in placement.roles}
+    rates = {r.value: base * placement.by_role(r)[0].lr_scale for r in placement.roles}
+    return rates | dict.fromkeys(placement.whole_names, base * o.whole_lr_scale)
 
 
 def serving_notes(arch: Architecture, placement: Placement) -> list[str]:
@@ -57,11 +58,18 @@ def run_of(recipe: Recipe, arch: Architecture, dtype: str, gpu: bool) -> Run:
     return Run(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.checkpointing, base)
 
 
-def plan(recipe: Recipe, *, data: dict[str, Any] | None, steps: int | None, gpu: bool, dtype: str) -> dict[str, Any]:
+def plan(
+    recipe: Recipe,
+    placement: Placement,
+    *,
+    data: dict[str, Any] | None,
+    steps: int | None,
+    gpu: bool,
+    dtype: str,
+) -> dict[str, Any]:
     """The plan as one JSON document.  `data` is `Prepared.summary()`, None where the data was not looked at."""
     section = recipe.model
     arch = architecture_of(section)
-    placement = place(arch, recipe.adapter)
     t = recipe.train
     run = run_of(recipe, arch, dtype, gpu)
     memory: Memory = estimate(arch, placement, run)
@@ -78,6 +86,19 @@ def plan(recipe: Recipe, *, data: dict[str, Any] | None, steps: int | None, gpu:
             "learning_rate_b": rates[r.value] * recipe.optimizer.lora_plus,
         }
         for r in placement.roles
+    ]
+    roles += [
+        {
+            "role": name,
+            "matrices": len(counts),
+            "rank": None,
+            "alpha": None,
+            "params": sum(counts),
+            "learning_rate": rates[name],
+            "learning_rate_b": rates[name],
+        }
+        for name in placement.whole_names
+        if (counts := [n for path, n in placement.whole if path.rpartition(".")[2] == name])
     ]
     trainable = arch.params_total if placement.method == "none" else placement.trainable_params
     tokens = None

@@ -95,9 +95,11 @@ def bench(recipe: Recipe, names: Sequence[str], rounds: int, say: Callable[[str]
     tokens: dict[str, list[int]] = {n: [] for n in names}
     last: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mla-tune-bench-") as folder, contextlib.ExitStack() as stack:
-        workers = {n: stack.enter_context(_worker(n, recipe, rounds, Path(folder))) for n in names}
-        for worker in workers.values():
-            worker.read()  # it is ready: warm, and waiting
+        workers: dict[str, _Worker] = {}
+        for name in names:
+            # One after the other: they choose kernels by measurement, and would disturb each other.
+            workers[name] = stack.enter_context(_worker(name, recipe, rounds, Path(folder)))
+            workers[name].read()  # it is ready: warm, and waiting
         for turn in range(rounds):
             for name, worker in workers.items():
                 found = worker.turn()

@@ -22,6 +22,7 @@ CASES: dict[str, Case] = {
     c.name: c
     for c in (
         Case("none", sets=("train.checkpointing=none",)),
+        Case("unpacked", sets=("train.checkpointing=none", "train.packing=false")),
         Case("mla", sets=("train.checkpointing=mla",)),
         Case("full", sets=("train.checkpointing=full",)),
         Case("compiled", sets=("train.checkpointing=none", "train.compile=true")),

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from mla_tune.console import err
 from mla_tune.errors import CheckError
 from mla_tune.model.attach import attached
+from mla_tune.model.whole import whole_copies
 from mla_tune.train.spike import Spike
 from mla_tune.train.zero3 import is_handle, local_gradient
 
@@ -52,6 +53,8 @@ def gradient_problems(model: torch.nn.Module) -> list[str]:
         if loras
         else [(n, [p]) for n, p in model.named_parameters() if p.requires_grad]
     )
+    if loras:
+        named += [(path, list(copy.parameters())) for path, copy in whole_copies(model).items()]
     there, odd, alive = _gradients([parameters for _, parameters in named])
     for i, (name, _) in enumerate(named):
         if not there[i]:

@@ -41,7 +41,7 @@ def work(job: Job, further: Sequence[Any]) -> None:
     Raises `CheckError`, `WorkError` and `Interrupted` as `run.train` says.
     """
     model, ways = _adapted(job)
-    steps = steps_of(job.recipe, len(job.data.train_rows), job.team.here.count)
+    steps = steps_of(job.recipe, job.data.train_rows, job.team.here.count)
     held_out = [row for part in job.data.parts for row in part.rows.held_out]
     asked = questions(job.recipe, held_out, job.tokenizer, job.arch.max_position_embeddings)
     start = _Start(job, model, asked)
@@ -100,6 +100,7 @@ def _adapted(job: Job) -> tuple[torch.nn.Module, Ways]:
         "matrices": {r.value: len(placement.by_role(r)) for r in placement.roles},
         "ranks": {r.value: placement.by_role(r)[0].rank for r in placement.roles},
         "params": {r.value: sum(p.lora_params for p in placement.by_role(r)) for r in placement.roles},
+        "whole": dict(placement.whole),
         "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "learning_rate": role_rates(placement, recipe),
     }
@@ -114,11 +115,13 @@ def _trainer(job: Job, model: torch.nn.Module, ways: Ways, steps: int, callbacks
     if recipe.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping))
     rows = with_filler if job.team.many else Dataset.from_list
+    if data.streamed:
+        data.train_rows.share(job.team.here.rank, job.team.here.count)
     trainer = RoleTrainer(
         model=model,
         args=arguments(recipe, job.folder, job.loaded, steps, bool(data.held_out_rows)),
         data_collator=CountingCollator(ways.collator(recipe, job.tokenizer)),
-        train_dataset=rows(data.train_rows),
+        train_dataset=data.train_rows if data.streamed else rows(data.train_rows),
         eval_dataset=rows(data.held_out_rows) if data.held_out_rows else None,
         processing_class=job.tokenizer,
         callbacks=callbacks,
@@ -173,6 +176,11 @@ def _measure(job: Job, trainer: RoleTrainer, start: _Start, steps: int) -> int:
         "spikes": {"skipped": trainer.guard.skipped, "cuts": trainer.guard.cuts},
         "memory": memory_report(job.loaded.device, job.start_memory),
     }
+    if job.data.streamed:
+        job.run["streamed"] = counts = job.data.train_rows.counts_at(trainer.rows)
+        if counts["skipped"]:
+            told = "\n  ".join(counts["faults"])
+            err.print(f"data.bad_rows: skip: {counts['skipped']} rows were left out:\n  {told}", markup=False)
     return done
 
 

@@ -10,6 +10,7 @@ from mla_tune.adapter.placement import Placement
 from mla_tune.arch.roles import Role
 from mla_tune.errors import CheckError
 from mla_tune.model.attach import attached
+from mla_tune.model.whole import whole_copies
 from mla_tune.recipe.schema import Recipe
 from mla_tune.survey.plan import role_rates
 
@@ -36,6 +37,8 @@ def param_groups(model: torch.nn.Module, placement: Placement, recipe: Recipe) -
                 for parameter in container.parameters():
                     role = roles[a.parameter].value
                     role_of[id(parameter)] = role if faster == 1 else f"{role}.{factor}"
+        for path, copy in whole_copies(model).items():
+            role_of |= {id(p): path.rpartition(".")[2] for p in copy.parameters()}
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -68,6 +68,8 @@ def refuse(recipe: Recipe, placement: Placement, here: Worker, quantised: str | 
         wrong.append("model.dtype: float16")
     if placement.init in ("pissa", "olora"):
         wrong.append(f"adapter.init: {placement.init}, which reads all weights in every process")
+    if placement.whole:
+        wrong.append("adapter.modules_to_save")
     if placement.method == "dora":
         wrong.append("adapter.method: dora")
     if wrong:

@@ -15,6 +15,7 @@ from mla_tune.data.prepare import prepare
 from mla_tune.errors import InputError, Interrupted, WorkError
 from mla_tune.model.load import base_hash, load_model, quantised_kind, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
+from mla_tune.model.whole import with_whole
 from mla_tune.recipe.checks import check_quantised
 from mla_tune.recipe.schema import Recipe
 from mla_tune.report.process import this_process
@@ -59,6 +60,7 @@ def train(
     placement = place(arch, recipe.adapter)
     kind = quantised_kind(section, config)
     check_quantised(recipe, kind)
+    placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, bool(kind))
     refuse(recipe, placement, worker(), kind)
     team = join(recipe)
     with lost_others_told(team, lambda: _go_on(recipe)):

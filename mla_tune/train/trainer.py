@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
 
 from mla_tune.data.collate import Collator
+from mla_tune.data.stream import Stream
 from mla_tune.train import checkpoints
 from mla_tune.train.loss import KEYWORD
 from mla_tune.train.order import EvenSampler, SetEpoch, is_filler
@@ -58,6 +60,8 @@ class RoleTrainer(Trainer):
         self.keep = keep
         #: Tokens trained on, of all processes, and what the others were told of a wish to stop.
         self.real_tokens = 0
+        #: Rows that were trained on, of all processes: where a stream goes on.
+        self.rows = 0
         self.wants_stop: Callable[[], bool] = lambda: False
         self.stop_agreed = False
         #: Of the step under way: its loss and tokens here, its gradients' norms by role, and the spike that it is.
@@ -77,6 +81,14 @@ class RoleTrainer(Trainer):
         if self.team.many and self.team.here.sharding == "fsdp2":
             set_up_sharding(self.accelerator, full=not hasattr(self.model, "peft_config"))
             self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self) -> Any:
+        if not isinstance(self.train_dataset, Stream):
+            return super().get_train_dataloader()
+        # Not through accelerate, which would share rows out among processes once more.
+        size = self.args.per_device_train_batch_size
+        pin = self.args.dataloader_pin_memory
+        return DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator, pin_memory=pin)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.team.many:
@@ -193,6 +205,7 @@ class RoleTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss.append(loss)
+        self.rows += self.args.per_device_train_batch_size * self.team.here.count
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -256,7 +269,9 @@ class RoleTrainer(Trainer):
             self._save(output_dir, state_dict=weights)
 
     def _own_state(self) -> dict[str, Any]:
-        return {
+        stream = {"stream": self.train_dataset.state_at(self.rows)} if isinstance(self.train_dataset, Stream) else {}
+        return stream | {
+            "rows": self.rows,
             "spike_guard": self.guard.state(),
             "real_tokens": self.real_tokens,
             "early_stopping": [c.early_stopping_patience_counter for c in self._early_stopping()],
@@ -266,7 +281,9 @@ class RoleTrainer(Trainer):
         """What the Trainer does not restore: guard, counted tokens, patience."""
         state = json.loads((checkpoint / checkpoints.STATE).read_text())
         self.guard.load(state["spike_guard"])
-        self.real_tokens = state["real_tokens"]
+        self.real_tokens, self.rows = state["real_tokens"], state.get("rows", 0)
+        if isinstance(self.train_dataset, Stream):
+            self.train_dataset.go_on(state["stream"])
         for callback, count in zip(self._early_stopping(), state["early_stopping"], strict=False):
             callback.early_stopping_patience_counter = count
 
