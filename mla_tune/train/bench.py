@@ -107,7 +107,7 @@ def bench(recipe: Recipe, names: Sequence[str], rounds: int, say: Callable[[str]
                 tokens[name].append(found["tokens"])
                 say(f"round {turn + 1}/{rounds}  {name}: {found['tokens'] / found['seconds']:,.0f} tokens/s")
         for name, worker in workers.items():
-            last[name] = worker.read()
+            last[name] = worker.turn()
     figures = ("steps", "activations", "peak", "run_peak", "loss")
     return TrainBench(
         [Measured(n, seconds[n], tokens[n], **{k: last[n][k] for k in figures}) for n in names],

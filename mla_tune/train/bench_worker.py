@@ -64,6 +64,7 @@ class Rounds(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._report()
+        sys.stdin.readline()  # until the others have trained too: what comes now is work, and would disturb them
 
     def _wait(self) -> None:
         sys.stdin.readline()
