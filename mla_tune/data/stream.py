@@ -59,7 +59,7 @@ class Origin:
     def rows(self, count: int, cursor: Cursor, state: State) -> list[Row]:
         """The next records that can be used, without those that are held out."""
         table = self.reader.take(count, cursor)
-        faults = list(table.faults)
+        faults: list[str] = []
         rows = self._normalised(table, faults)
         state.counts["records"] += count
         state.counts["skipped"] += len(faults)
@@ -70,9 +70,9 @@ class Origin:
         """Of the first `data.buffer` records those to train on and those held out, which no chunk will hold, and what
         is wrong with others."""
         table = self.reader.take(self.data.buffer, Cursor(), once=True)
-        faults = list(table.faults)
+        faults: list[str] = []
         if not table.rows:
-            raise InputError(f"{faults[0]}\nall of the first {len(faults)} lines are broken")
+            raise InputError(f"{table.faults[0]}\nall of the first {len(table.faults)} lines are broken")
         rows = self._normalised(table, faults)
         self.data = self.data.model_copy(update={"format": self._format(table)})
         if not rows:
@@ -88,6 +88,7 @@ class Origin:
 
     def _normalised(self, table: Table, faults: list[str]) -> list[Row]:
         if not table.rows:
+            faults += table.faults
             return []
         skip = self.data.bad_rows == "skip"
         kind, rows = normalise(table, self.data, faults if skip else None, partial=True)
@@ -105,6 +106,7 @@ class Stream(IterableDataset):
         self.rank, self.processes = 0, 1
         self._start = State(cursors=[Cursor() for _ in self.origins])
         self._done = 0
+        self._after = self._start  # the end of the chunk under way
         #: Beginnings of the last chunks: a loader is a batch or two ahead of the step.
         self._states: deque[State] = deque(maxlen=8)
 
@@ -123,8 +125,7 @@ class Stream(IterableDataset):
 
     def counts_at(self, rows: int) -> dict[str, Any]:
         """Records and samples read for so many rows (in whole chunks), and the first faults in words."""
-        later = [s for s in self._states if s.rows >= rows]
-        state = min(later, key=lambda s: s.rows) if later else (self._states[-1] if self._states else self._start)
+        state = next((s for s in [*self._states, self._after] if s.rows >= rows), self._after)
         return {**state.counts, "passes": [c.passes for c in state.cursors], "faults": state.faults}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -135,7 +136,9 @@ class Stream(IterableDataset):
         while True:
             self._states.append(copy.deepcopy(state))
             first = state.rows
-            for i, row in enumerate(self._chunk(state)[done:], start=first + done):
+            rows = self._chunk(state)
+            self._after = copy.deepcopy(state)
+            for i, row in enumerate(rows[done:], start=first + done):
                 if i // batch % self.processes == self.rank:
                     yield row
             done = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,10 @@ def attach(model: torch.nn.Module, arch: Architecture, placement: Placement, see
     """
     torch.manual_seed(seed)
     config = peft_config(arch, placement, peft_names(placement, model))
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # PEFT 0.21 says so of keys for parameters, which it does apply; what it attached is compared below.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     train_in_float32(peft_model)
     check_attached(peft_model, placement)
     return peft_model  # type: ignore[return-value]
