@@ -48,11 +48,11 @@ def command(
     loaded = load_recipe(recipe, overrides)
     # Torch and its friends take seconds to import; what can be wrong with placement is found before.
     _check_placement(loaded)
-    for note in warnings(loaded):
-        err.print(f"note: {note}")
     if (launch or (processes or 1) > 1) and not worker().launched:
         _start(loaded, recipe, overrides, resume, allow_changes, json, launch, processes)
         return
+    for note in warnings(loaded):
+        err.print(f"note: {note}")
     if launch:
         use(launch)
     from mla_tune.train.run import train

@@ -107,7 +107,7 @@ def open_hub(name: str, data: DataSection, key: str, streaming: bool = False) ->
 
     label = " ".join([name, *([data.name] if data.name else []), f"[{data.split}]"])
     try:
-        keys = {"streaming": True} if streaming else {}
+        keys: dict[str, Any] = {"streaming": True} if streaming else {}
         found: Any = datasets.load_dataset(name, data.name, split=data.split, **keys)
     # The hub, the network and each file format raise errors of their own; for the user they are one: it can't be had.
     except Exception as err:

@@ -49,6 +49,7 @@ class Fp8Matrix(Matrix):
 
     codes: torch.Tensor
     scales: torch.Tensor
+    large = ("codes",)
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, layout: Layout) -> None:
         super().__init__()
@@ -58,6 +59,7 @@ class Fp8Matrix(Matrix):
 
     def numbers(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         codes, scales = (self.codes, self.scales) if expert is None else (self.codes[expert], self.scales[expert])
+        codes = codes.view(torch.float8_e4m3fn).view(self.shape[-2:])
         rows, columns = codes.shape
         part = rows // self.layout.parts
         row = torch.arange(rows, device=codes.device)
@@ -156,6 +158,7 @@ class Fp8Loader(HfQuantizer):
         return names + super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # In the order of the layers: PEFT wraps a module's parameters in the order in which they were set.
         for parameter, layout in self.quantization_config.layouts.items():
             module, name = _place(model, parameter, self.quantization_config.where)
             codes, scales = (module._parameters.pop(name + suffix).data for suffix in ("", "_scale_inv"))
@@ -168,6 +171,16 @@ class Fp8Loader(HfQuantizer):
     @property
     def is_trainable(self) -> Any:
         return True
+
+
+def put_empty(model: Any, layouts: Mapping[str, Layout], where: Path, dtype: torch.dtype) -> None:
+    """Matrices without numbers, on `meta`, in a model of which another process reads the weights."""
+    for parameter, layout in layouts.items():
+        module, name = _place(model, parameter, where)
+        shape = tuple(getattr(module, name).shape)
+        codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
+        scales = torch.empty(layout.scales(shape), dtype=torch.float32, device="meta")
+        freeze(module, name, Fp8Matrix(codes, scales, layout), dtype)
 
 
 def _place(model: Any, parameter: str, where: Path) -> tuple[Any, str]:

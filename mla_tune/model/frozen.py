@@ -30,6 +30,8 @@ class Matrix(nn.Module):
     """A quantised weight, of shape (out, in) or, for stacked experts, (E, out, in)."""
 
     shape: tuple[int, ...]
+    #: What grows with the weight: of a sharded model each process has a part.
+    large: tuple[str, ...] = ()
 
     def numbers(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         """The weight (out, in), of one expert where there are several, rounded once to `dtype`."""
@@ -37,7 +39,7 @@ class Matrix(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        return sum(b.nbytes for b in self.buffers())
+        return sum(b.nbytes for b in [*self.buffers(), *self.parameters()])
 
 
 class _Linear(torch.autograd.Function):
@@ -80,8 +82,25 @@ def freeze(module: nn.Module, name: str, matrix: Matrix, dtype: torch.dtype) -> 
     if name == "weight":
         module.__class__ = FrozenLinear
     device = next(matrix.buffers()).device
+    if device.type == "meta":  # PEFT makes its factors where this is, and theirs are real
+        device = torch.device("cpu")
     setattr(module, name, nn.Parameter(stand_in(matrix.shape, dtype, device), requires_grad=False))
     setattr(module, f"{name}_matrix", matrix)
+
+
+def let_shard(model: nn.Module) -> None:
+    """Make frozen parameters of the codes, which fully_shard shards, and hide the stand-ins, which it would fill."""
+    for module in model.modules():
+        for name, matrix in list(module._modules.items()):
+            if isinstance(matrix, Matrix):
+                parameter = name.removesuffix("_matrix")
+                module.__dict__[parameter] = module._parameters.pop(parameter)
+                for part in matrix.large:
+                    codes = matrix._buffers.pop(part)
+                    assert codes is not None
+                    # Bytes: communication libraries don't know float8; and each process should get some of them.
+                    flat = codes.view(torch.uint8).flatten() if len(codes) == 1 else codes.view(torch.uint8)
+                    setattr(matrix, part, nn.Parameter(flat, requires_grad=False))
 
 
 def stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:

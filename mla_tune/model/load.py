@@ -87,14 +87,21 @@ def pick_experts(name: str, arch: Architecture, itemsize: int) -> str | None:
 
 
 def load_model(
-    section: ModelSection, *, seed: int = 0, full_precision: bool = False, quantised: bool = False, place: bool = True
+    section: ModelSection,
+    *,
+    seed: int = 0,
+    full_precision: bool = False,
+    quantised: bool = False,
+    place: bool = True,
+    empty: bool = False,
 ) -> Loaded:
     """Load weights, or build a preset with weights drawn from `seed`.
 
     `full_precision` keeps the weights in float32 whatever the dtype (all weights are trained then, and the dtype is
     that of autocast).  `quantised`: the caller can do with weights that stay quantised (`model.frozen`): those of an
     FP8 checkpoint, or NF4 where the section asks for it.  `place`: move the model to its device; one that is to be
-    sharded stays where it was read.  Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
+    sharded stays where it was read.  `empty`: another process reads a quantised base, and here are its shapes.
+    Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
@@ -120,7 +127,7 @@ def load_model(
         hub = {"revision": section.revision} if section.revision and folder is None else {}
         kwargs |= {"trust_remote_code": section.trust_remote_code, **hub}
         if kind:
-            model = _quantised(base, folder, arch, kind, kwargs, device)
+            model = _quantised(base, folder, arch, kind, kwargs, device, place, empty)
         else:
             model = _from_pretrained(base, **kwargs)
     check_sites(model, arch)
@@ -159,16 +166,24 @@ def _summary(model: torch.nn.Module, kind: str) -> dict[str, Any]:
 
 
 def _quantised(
-    base: str, folder: Path | None, arch: Architecture, kind: str, kwargs: dict[str, Any], device: torch.device
+    base: str,
+    folder: Path | None,
+    arch: Architecture,
+    kind: str,
+    kwargs: dict[str, Any],
+    device: torch.device,
+    place: bool,
+    empty: bool,
 ) -> PreTrainedModel:
-    """A model whose matrices stay quantised, read straight onto `device`."""
+    """A model whose matrices stay quantised, read straight onto `device`, or (not `place`) into host memory."""
     from mla_tune.model import fp8, nf4
 
     options = {k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs}
     config: Any = AutoConfig.from_pretrained(base, **options)
     scheme: Any
     if kind == "nf4":
-        scheme = nf4.Nf4Config(nf4.parameters(arch))
+        # Host memory is filled by way of the GPU, which quantises much faster.
+        scheme = nf4.Nf4Config(nf4.parameters(arch), None if place else device)
         experts = any(site.is_experts for site in arch)
     elif folder is None:
         raise InputError(f"{base}: the weights are quantised ({kind}); download it and give its folder")
@@ -182,7 +197,22 @@ def _quantised(
             for name in FIELDS:
                 if hasattr(part, name):
                     delattr(part, name)
-    model: Any = _from_pretrained(base, config=config, quantization_config=scheme, device_map={"": device}, **kwargs)
+    model: Any
+    if empty:
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, **{k: v for k, v in kwargs.items() if k != "revision"})
+        if kind == "nf4":
+            nf4.put_empty(model, scheme.parameters, kwargs["dtype"])
+        else:
+            fp8.put_empty(model, scheme.layouts, scheme.where, kwargs["dtype"])
+        if experts:
+            register_experts()
+            model.set_experts_implementation(EXPERTS)
+        return model
+    where = device if place else torch.device("cpu")
+    model = _from_pretrained(base, config=config, quantization_config=scheme, device_map={"": where}, **kwargs)
     # To all others this is a plain model: what is special about it, its layers know.
     model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():

@@ -35,29 +35,41 @@ class Nf4Matrix(Matrix):
     table: torch.Tensor
     outer_table: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        """Quantise `weight` (out, in) or (E, out, in), a matrix at a time, on the device where it is."""
+    large = ("codes", "scales")
+
+    def __init__(self, weight: torch.Tensor, through: torch.device | None = None) -> None:
+        """Quantise `weight` (out, in) or (E, out, in), a matrix at a time, on the device where it is or on `through`.
+
+        Of a weight on `meta` there are only the sizes.
+        """
         super().__init__()
-        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_4bit
 
         self.shape = tuple(weight.shape)
         parts: list[tuple[torch.Tensor, ...]] = []
-        state: Any = None
+        device = weight.device
         for matrix in weight.detach().reshape(-1, *self.shape[-2:]):
-            codes, state = quantize_4bit(matrix, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-            parts.append((codes.flatten(), state.absmax, state.state2.absmax, state.offset.reshape(())))
+            if device.type == "meta":
+                parts.append(_sizes(matrix.numel()))
+                continue
+            codes, state_of = quantize_4bit(
+                matrix.to(through or device), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+            )
+            state: Any = state_of
+            found = (codes.flatten(), state.absmax, state.state2.absmax, state.offset.reshape(()))
+            parts.append(tuple(part.to(device) for part in found))
         for name, pieces in zip(("codes", "scales", "outer", "mean"), zip(*parts, strict=True), strict=True):
             self.register_buffer(name, torch.stack(pieces))
-        self.register_buffer("table", state.code)
-        self.register_buffer("outer_table", state.state2.code)
+        self.register_buffer("table", get_4bit_type("nf4", device="cpu").to(device))
+        self.register_buffer("outer_table", create_dynamic_map().to(device))
 
     def numbers(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        i = expert or 0
+        i, count = expert or 0, len(self.mean)
         outer = QuantState(absmax=self.outer[i], code=self.outer_table, blocksize=OUTER, dtype=torch.float32)
         state = QuantState(
-            absmax=self.scales[i],
+            absmax=self.scales.view(count, -1)[i],
             shape=torch.Size(self.shape[-2:]),
             code=self.table,
             blocksize=BLOCK,
@@ -66,21 +78,29 @@ class Nf4Matrix(Matrix):
             offset=self.mean[i],
             state2=outer,
         )
-        return dequantize_4bit(self.codes[i].unsqueeze(1), state)
+        return dequantize_4bit(self.codes.view(count, -1)[i].unsqueeze(1), state)
 
 
-def parameters(arch: Architecture) -> frozenset[str]:
-    """The parameters that are kept in NF4: all matrices that an adapter may sit on.  Not embeddings, head, routers and
-    norms, and not an indexer, whose choice of keys a rounding would change."""
-    return frozenset(site.parameter for site in arch if site.role in ADAPTABLE)
+def _sizes(numbers: int) -> tuple[torch.Tensor, ...]:
+    """What `quantize_4bit` makes of so many numbers, on `meta`."""
+    blocks = -(-numbers // BLOCK)
+    sizes = ((-(-numbers // 2),), (blocks,), (-(-blocks // OUTER),), ())
+    kinds = (torch.uint8, torch.uint8, torch.float32, torch.float32)
+    return tuple(torch.empty(s, dtype=k, device="meta") for s, k in zip(sizes, kinds, strict=True))
+
+
+def parameters(arch: Architecture) -> tuple[str, ...]:
+    """The parameters that are kept in NF4, in the order of the layers: all matrices that an adapter may sit on.  Not
+    embeddings, head, routers and norms, and not an indexer, whose choice of keys a rounding would change."""
+    return tuple(site.parameter for site in arch if site.role in ADAPTABLE)
 
 
 class Nf4Config(QuantizationConfigMixin):
     """What the loader below needs to know."""
 
-    def __init__(self, parameters: frozenset[str]) -> None:
+    def __init__(self, parameters: tuple[str, ...], through: torch.device | None = None) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.parameters = parameters
+        self.parameters, self.through = parameters, through
 
 
 @register_quantizer(METHOD)
@@ -104,7 +124,8 @@ class Nf4Loader(HfQuantizer):
         return _Quantise(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for parameter, matrix in self.made.items():
+        for parameter in self.quantization_config.parameters:
+            matrix = self.made[parameter]
             path, _, name = parameter.rpartition(".")
             freeze(model.get_submodule(path), name, matrix, self.dtype)
         return model
@@ -117,6 +138,17 @@ class Nf4Loader(HfQuantizer):
         return True
 
 
+def put_empty(model: Any, parameters: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Matrices without numbers, on `meta`, in a model of which another process reads the weights."""
+    for parameter in parameters:
+        path, _, name = parameter.rpartition(".")
+        module = model.get_submodule(path)
+        if name != "weight":
+            check_experts(module, parameter)
+        shape = getattr(module, name).shape
+        freeze(module, name, Nf4Matrix(torch.empty(shape, device="meta")), dtype)
+
+
 class _Quantise(ConversionOps):
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -125,6 +157,6 @@ class _Quantise(ConversionOps):
         result = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            self.loader.made[name] = Nf4Matrix(weight)
+            self.loader.made[name] = Nf4Matrix(weight, self.loader.quantization_config.through)
             result[name] = stand_in(tuple(weight.shape), self.loader.dtype, weight.device)
         return result

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from mla_tune.adapter.placement import Placement
 from mla_tune.console import err
 from mla_tune.errors import InputError, MlaTuneError, WorkError
+from mla_tune.model.frozen import let_shard
 from mla_tune.model.load import pick_device
 from mla_tune.recipe.schema import Recipe
 from mla_tune.train.launch import Worker, worker
@@ -62,7 +63,7 @@ def refuse(recipe: Recipe, placement: Placement, here: Worker, quantised: str | 
     wrong = []
     if recipe.train.compile:
         wrong.append("train.compile: true")
-    if quantised:
+    if quantised and here.sharding == "zero3":
         wrong.append(f"a quantised base ({quantised})")
     if recipe.model.dtype == "float16":
         wrong.append("model.dtype: float16")
@@ -201,6 +202,7 @@ def set_up_sharding(accelerator: Any, full: bool) -> None:
         with contextlib.ExitStack() as stack:
             for model in args:
                 if isinstance(model, torch.nn.Module):
+                    let_shard(model)
                     stack.enter_context(_buffers_of_the_first(model))
             return prepare(*args, **kwargs)
 

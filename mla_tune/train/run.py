@@ -86,7 +86,12 @@ def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
     full = job.placement.method == "none"
     with memory_advice(recipe):
         job.loaded = load_model(
-            section, seed=recipe.train.seed, full_precision=full, quantised=True, place=not team.sharded
+            section,
+            seed=recipe.train.seed,
+            full_precision=full,
+            quantised=True,
+            place=not team.sharded,
+            empty=team.sharded and not team.first,
         )
     tell_idle_gpus(team.here, job.loaded.device)
 
