@@ -52,6 +52,19 @@ def test_shards_and_gathered_layers_are_those_of_the_real_model(name: str) -> No
     assert rows["zero3", "bfloat16"]["gathered"] == pytest.approx(2 * (live + 5e7 + 5e8), rel=1e-4)
 
 
+def test_gathered_codes_by_hand() -> None:
+    """DeepSeek-V3's MoE layer: 256 routed experts and a shared one of 3 × 7168 × 2048, attention; a plain router."""
+    recipe = load_recipe("safe", ["model.base=deepseek-v3"])
+    rows = by_config(fit(recipe, 8, 80 * 10**9))
+    experts = 257 * 3 * 7168 * 2048
+    attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
+    codes, router = experts + attention, 256 * 7168
+    nf4, fp8 = 0.5 + 1 / 64 + 4 / 16384, 1 + 4 / 16384
+    assert rows["fsdp2", "nf4"]["gathered"] == pytest.approx(2 * (nf4 * codes + 2 * router), rel=1e-6)
+    assert rows["fsdp2", "fp8"]["gathered"] == pytest.approx(2 * (fp8 * codes + 2 * router), rel=1e-6)
+    assert rows["fsdp2", "nf4"]["weights"] == pytest.approx(671.03e9 * nf4 / 8, rel=0.01)
+
+
 def test_trained_numbers_by_hand() -> None:
     """LoRA of rank 16 on W_O of 27 layers of V2-Lite: A (16, 2048), B (2048, 16), float32, with gradient and two
     moments: 16 bytes a number; DDP's buckets 4 more."""
@@ -73,7 +86,7 @@ def test_total_is_the_sum_and_decides() -> None:
     assert not rows["ddp", "bfloat16"]["fits"]
     assert rows["ddp", "bfloat16"]["fits_with"] == "full"
     assert rows["ddp", "nf4"]["fits"]
-    assert document["advice"] == "mla-tune train --processes 8 --set model.quantize=nf4"
+    assert document["advice"] == "mla-tune train --processes 8 --launch fsdp2"
 
 
 def test_from_how_many_gpus() -> None:
@@ -100,6 +113,7 @@ def test_quantised_bases_take_what_is_measured(tmp_path: Path) -> None:
 def test_the_issues_command_and_its_json(cli: Callable[..., Any]) -> None:
     done = cli("plan", "--gpus", "8", "--memory", "80GB")
     assert done.code == 0
+    assert done.out.count("published in FP8") == 1
     for name, size in (("deepseek-v3", "671.03 B"), ("deepseek-v2", "235.74 B"), ("deepseek-v2-lite", "15.71 B")):
         assert f"{name} ({size} parameters" in done.out
     assert done.out.count("→") == 3

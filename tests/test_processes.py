@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mla_tune.resources import CONFIGS
+from mla_tune.resources import CONFIGS, EMBEDDED_MODEL
 from mla_tune.train.launch import NAMES, environment_of
+from tests.fp8_helpers import make_fp8
 from tests.test_resume import cut_back
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "wood", "rain", "a much longer answer"]
@@ -111,6 +113,10 @@ def test_two_processes_train_as_one_does_and_resume(way: str, rows: Path, one: P
     assert record["held_out_loss"] == pytest.approx(
         json.loads((one / "run.json").read_text())["held_out_loss"], rel=1e-5
     )
+    again = shlex.join(WAYS[way] or ["--processes", "2"])
+    assert (
+        f"mla-tune train --recipe {out}/recipe.yaml --output {out}-again {again}" in (out / "report.html").read_text()
+    )
     # The first process talks, writes and asks; nobody else does.
     assert done.stdout.count("run folder:") == 1
     assert done.stderr.count("held-out prompts before training") == 1
@@ -135,6 +141,48 @@ def test_two_processes_train_as_one_does_and_resume(way: str, rows: Path, one: P
     assert losses(again) == losses(out)
     for name, tensor in adapter(out).items():
         assert torch.equal(adapter(again)[name], tensor), name
+
+
+#: Trains as the command line does, and every process writes how many bytes of codes it holds.
+COUNTED = """
+import json, os, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from mla_tune.model.frozen import Matrix
+from mla_tune.recipe.load import load_recipe
+from mla_tune.train.launch import use
+from mla_tune.train.run import train
+class Count(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        parts = [getattr(m, name) for m in model.modules() if isinstance(m, Matrix) for name in m.large]
+        own = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in parts)
+        Path(sys.argv[1] + os.environ.get("RANK", "")).write_text(json.dumps([own, sum(p.nbytes for p in parts)]))
+if "RANK" in os.environ:
+    use("fsdp2")
+train(load_recipe("safe", sys.argv[2:]), callbacks=[Count()])
+"""
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_fsdp2_shards_quantised_bases(kind: str, rows: Path, tmp_path: Path) -> None:
+    """Losses and adapter as in one process; each of two holds half of the codes."""
+    base = "embedded"
+    if kind == "fp8":
+        base = str(make_fp8(EMBEDDED_MODEL, tmp_path / "fp8", block=(128, 128)))
+    sets = [s for s in SETS if not any(key in s for key in ("max_steps", "save_every", "model.experts"))]
+    sets += [f"model.base={base}", f"data.path={rows}", "train.max_steps=4", "train.save_every=2", "output.samples=0"]
+    sets += ["model.quantize=nf4"] if kind == "nf4" else []
+    script = tmp_path / "counted.py"
+    script.write_text(COUNTED)
+    for name, batch, launcher in (("one", 4, ()), ("two", 2, TORCHRUN[:-2])):
+        own = [*sets, f"output.dir={tmp_path / name}", f"train.batch_size={batch}"]
+        done = run([str(script), str(tmp_path / f"bytes-{name}"), *own], *(launcher or ("-u",)))
+        assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    whole, _ = json.loads((tmp_path / "bytes-one").read_text())
+    halves = [json.loads((tmp_path / f"bytes-two{rank}").read_text())[0] for rank in (0, 1)]
+    assert sum(halves) == pytest.approx(whole, rel=0.01)
+    assert max(halves) <= 0.52 * whole
 
 
 @pytest.mark.parametrize("name", NAMES)

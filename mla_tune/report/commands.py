@@ -12,9 +12,10 @@ def commands(root: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
     name = str(root)
     recipe = str(root / "recipe.yaml")
     again = str(root.with_name(root.name + "-again")) if root.name else f"{name}-again"
-    found = [("reproduce", _line("mla-tune", "train", "--recipe", recipe, "--output", again))]
+    many = _many(run)
+    found = [("reproduce", _line("mla-tune", "train", "--recipe", recipe, "--output", again, *many))]
     if run.get("state") != "done":
-        return [("go on", _line("mla-tune", "train", "--recipe", recipe, "--output", name, "--resume")), *found]
+        return [("go on", _line("mla-tune", "train", "--recipe", recipe, "--output", name, *many, "--resume")), *found]
     if (run.get("adapter") or {}).get("method") == "none":
         model = str(root / "model")
         return [
@@ -32,6 +33,16 @@ def commands(root: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
         ("what an engine will do with it", _line("mla-tune", "serve-check", merged, "--engine", "vllm")),
         ("serve", _line("vllm", "serve", merged)),
     ]
+
+
+def _many(run: dict[str, Any]) -> list[str]:
+    """Options that start as many processes (on one machine) as the run had."""
+    processes = run.get("processes") or {}
+    if processes.get("count", 1) < 2:
+        return []
+    sharding = processes.get("sharding", "none")
+    launch = [] if sharding == "none" else ["--launch", sharding]
+    return ["--processes", str(processes["count"]), *launch]
 
 
 def _line(*words: str) -> str:

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mla_tune.adapter.placement import Placement, place
-from mla_tune.arch.site import Architecture
+from mla_tune.arch.roles import ADAPTABLE
+from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
-from mla_tune.survey.memory import Memory, Run, estimate
+from mla_tune.survey.memory import QUANTISED, Memory, Run, estimate
 from mla_tune.survey.plan import run_of
 from mla_tune.survey.source import architecture_of
 
@@ -77,7 +78,7 @@ def need(config: str, arch: Architecture, placement: Placement, run: Run, gpus: 
         states += m.gradients * (gpus > 1)
     else:
         weights, states = -(-weights // gpus), -(-states // gpus)
-        gathered = _gathered(config, arch, 2 if run.dtype != "float32" else 4)
+        gathered = _gathered(config, arch, run.base, 2 if run.dtype != "float32" else 4)
     return Need(
         config=config,
         base=run.base if run.base != "plain" else run.dtype,
@@ -95,11 +96,16 @@ def _working(m: Memory) -> int:
     return max(m.head, m.transient)
 
 
-def _gathered(config: str, arch: Architecture, size: int) -> int:
-    layers = [sum(s.params for s in arch.sites if s.layer == i) for i in range(arch.num_layers)]
+def _gathered(config: str, arch: Architecture, base: str, size: int) -> int:
     head = arch.vocab_size * arch.dims.D
     if config == "fsdp2":
-        return max(2 * max(layers), max(layers) + head) * size
+
+        def held(site: Site) -> float:
+            quantised = base != "plain" and site.role in ADAPTABLE
+            return site.params * (QUANTISED[base] if quantised else size)
+
+        layer = max(sum(held(s) for s in arch.sites if s.layer == i) for i in range(arch.num_layers))
+        return round(max(2 * layer, layer + head * size))
     experts = [sum(s.params for s in arch.sites if s.layer == i and ".mlp." in s.path) for i in range(arch.num_layers)]
     return (max(LIVE, *experts, head) + PREFETCH + REDUCE) * size
 
@@ -148,22 +154,22 @@ def fit(recipe: Recipe, gpus: int, memory: int) -> dict[str, Any]:
         "max_length": run.length,
         "dtype": dtype,
         "checkpointing": run.checkpointing,
+        "published": arch.quantization,
         "configs": rows,
         "advice": _advice(rows, gpus),
     }
 
 
 def _ways(run: Run, placement: Placement, arch: Architecture) -> Iterable[tuple[str, str]]:
-    """Configuration and state of the base.  Quantised bases are whole in every process and take no training."""
-    plain = "plain"
-    yield "ddp", plain
-    if placement.method == "lora":
-        if arch.quantization is None:
-            yield "ddp", "nf4"
-        elif run.base == "fp8":
-            yield "ddp", "fp8"
-    yield "fsdp2", plain
-    yield "zero3", plain
+    """Configuration and state of the base: plain, or as the checkpoint has it or the recipe may ask for it."""
+    quantised = []
+    if placement.method in ("lora", "rslora"):
+        # Where a checkpoint is published in FP8, NF4 is for its bfloat16 twin.
+        quantised = ["fp8", "nf4"] if run.base == "fp8" else ["nf4"]
+    for config in ("ddp", "fsdp2", "zero3"):
+        yield config, "plain"
+        if config != "zero3":
+            yield from ((config, base) for base in quantised)
 
 
 def _from(config: str, arch: Architecture, placement: Placement, run: Run, memory: int) -> int | None:
@@ -177,7 +183,9 @@ def _from(config: str, arch: Architecture, placement: Placement, run: Run, memor
 
 
 def _advice(rows: list[dict[str, Any]], gpus: int) -> str:
-    """The first that fits, in the order of speed: a whole model in every process sends least."""
+    """The first that fits: plain bases before quantised ones, and a whole model in every process, which sends least,
+    before shards."""
+    rows = sorted(rows, key=lambda row: row["base"] in QUANTISED)
     for row in rows:
         if row["fits"]:
             return _command(row, gpus)
