@@ -192,6 +192,12 @@ def test_a_second_merge_into_the_same_folder_is_refused(base: Path, adapter: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_another_merge_renames_meanwhile_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed, then gone: as a report that is written beside its place."""
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter([self / ".merge_report.json.partial-1"]))
+    check_output(tmp_path / "out", False, (), 1)
+
+
 def test_two_processes_at_once(base: Path, adapter: Path, tmp_path: Path) -> None:
     """Whoever comes second is refused by name, whatever the first one is doing, and one whole output is there."""
     runs = [subprocess.Popen(command(base, adapter, tmp_path / "out"), stderr=subprocess.PIPE) for _ in range(3)]

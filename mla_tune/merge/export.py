@@ -47,9 +47,18 @@ def check_output(out: Path, overwrite: bool, inputs: Iterable[Path], nbytes: int
     parent = next(p for p in out.absolute().parents if p.exists())
     # What an earlier run has left is gone on with, or deleted first.
     left = partial_folder(out.absolute())
-    free = shutil.disk_usage(parent).free + sum(p.stat().st_size for p in left.rglob("*") if p.stat().st_nlink == 1)
+    free = shutil.disk_usage(parent).free + sum(_own_size(p) for p in left.rglob("*"))
     if free < nbytes:
         raise FileError(f"{out}: {nbytes / 1e9:.1f} GB will be written, but only {free / 1e9:.1f} GB are free there")
+
+
+def _own_size(path: Path) -> int:
+    """Bytes that are free when the file is deleted: 0 of a link, and of one that another merge has just renamed."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0
+    return found.st_size if found.st_nlink == 1 else 0
 
 
 def write_index_of(plan: MergePlan, folder: Path) -> None:

@@ -23,7 +23,7 @@ from mla_tune.model.frozen import let_shard
 from mla_tune.model.load import pick_device
 from mla_tune.recipe.schema import Recipe
 from mla_tune.train.launch import Worker, worker
-from mla_tune.train.zero3 import is_handle, whole_parameters
+from mla_tune.train.zero3 import is_handle, use_gloo_alone, whole_parameters
 
 T = TypeVar("T")
 #: Seconds that a process waits for the others before it gives up ($MLA_TUNE_TIMEOUT): reading a large base takes long.
@@ -146,6 +146,8 @@ def join(recipe: Recipe) -> Team:
         gpu = pick_device(recipe.model.device).type == "cuda"
         if gpu:
             torch.cuda.set_device(here.local_rank)
+        elif here.sharding == "zero3":
+            use_gloo_alone()
         timeout = timedelta(seconds=float(os.environ.get("MLA_TUNE_TIMEOUT", TIMEOUT)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
     return Team(here)

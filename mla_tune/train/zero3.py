@@ -11,6 +11,13 @@ from typing import Any
 import torch
 
 
+def use_gloo_alone() -> None:
+    """On a CPU DeepSpeed would first compile a kernel for communication, and say so on standard output."""
+    from deepspeed import ops  # pyright: ignore[reportMissingImports]
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def gather_experts_whole(model: torch.nn.Module) -> None:
     """ZeRO-3 learns in what order modules run, and all processes have to agree; but what a block of experts calls
     depends on its tokens.  So such a block is gathered as one."""
