@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from mla_tune.cli.app import main
 
 if __name__ == "__main__":
     main()
+    if "RANK" in os.environ:
+        from mla_tune.train.launch import end_worker
+
+        end_worker()

@@ -25,6 +25,7 @@ from mla_tune.resources import CONFIGS, EMBEDDED_MODEL
 from mla_tune.train.launch import NAMES, environment_of
 from tests.fp8_helpers import make_fp8
 from tests.test_resume import cut_back
+from tests.test_spike import BAD, rows_with_bad_batches
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "wood", "rain", "a much longer answer"]
 #: 19 training rows in batches of 4: neither an epoch nor the held-out rows are whole batches.
@@ -150,7 +151,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from mla_tune.model.frozen import Matrix
 from mla_tune.recipe.load import load_recipe
-from mla_tune.train.launch import use
+from mla_tune.train.launch import end_worker, use
 from mla_tune.train.run import train
 class Count(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -160,6 +161,7 @@ class Count(TrainerCallback):
 if "RANK" in os.environ:
     use("fsdp2")
 train(load_recipe("safe", sys.argv[2:]), callbacks=[Count()])
+end_worker()
 """
 
 
@@ -183,6 +185,48 @@ def test_fsdp2_shards_quantised_bases(kind: str, rows: Path, tmp_path: Path) -> 
     halves = [json.loads((tmp_path / f"bytes-two{rank}").read_text())[0] for rank in (0, 1)]
     assert sum(halves) == pytest.approx(whole, rel=0.01)
     assert max(halves) <= 0.52 * whole
+
+
+#: Trains on the rows in the file's order, two a step.
+IN_ORDER = """
+import sys
+from mla_tune.recipe.load import load_recipe
+from mla_tune.train.launch import end_worker, use
+from mla_tune.train.order import EvenSampler
+from mla_tune.train.run import train
+from mla_tune.train.trainer import RoleTrainer
+RoleTrainer._get_train_sampler = lambda self, rows=None: EvenSampler(len(self.train_dataset) - self.team.many, 2, None)
+if sys.argv[1] != "none":
+    use(sys.argv[1])
+train(load_recipe("safe", sys.argv[2:]))
+end_worker()
+"""
+
+
+def test_all_processes_skip_the_same_spikes(tmp_path: Path) -> None:
+    """Planted bad batches: skipped, counted, and the rate cut, as in one process; the adapter is the same too."""
+    single = rows_with_bad_batches(tmp_path / "single.jsonl").read_text().splitlines(keepends=True)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(line * 2 for line in single))
+    script = tmp_path / "in_order.py"
+    script.write_text(IN_ORDER)
+    keys = ["train.packing=false", f"train.max_steps={len(single)}", "data.eval_fraction=0", "train.spike.window=8"]
+    keys += ["train.spike.width=6", "train.spike.patience=2", "optimizer.learning_rate=5e-3", "output.samples=0"]
+    keys += ["optimizer.schedule=constant", "model.device=cpu", "model.attention=packed", "model.experts=eager"]
+    for way in ("none", "fsdp2", "zero3"):
+        own = [
+            *keys,
+            f"data.path={rows}",
+            f"output.dir={tmp_path / way}",
+            f"train.batch_size={2 if way == 'none' else 1}",
+        ]
+        launcher = ("-u",) if way == "none" else TORCHRUN[:-2]
+        done = run([str(script), way, *own], *launcher)
+        assert done.returncode == 0, done.stderr
+        spikes = [x["step"] for x in lines(tmp_path / way) if "spike" in x]
+        assert spikes == list(BAD), way
+        assert json.loads((tmp_path / way / "run.json").read_text())["spikes"] == {"skipped": 2, "cuts": 1}
+        assert_same_run(tmp_path / way, tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", NAMES)

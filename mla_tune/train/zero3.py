@@ -46,7 +46,8 @@ def step_apart(trainer: Any) -> None:
 
     wrapped.backward, optimizer.step = backward, step
     # torch's schedulers look for a mark that they left on the optimizer's own step.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    for text in ("Detected call of `lr_scheduler.step", "Seems like `optimizer.step"):
+        warnings.filterwarnings("ignore", message=text)
 
 
 def local_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
