@@ -11,17 +11,24 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mla_tune.adapter.placement import place
 from mla_tune.errors import InputError
 from mla_tune.model.load import load_model
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
-from mla_tune.survey.fit import fit, parse_memory
+from mla_tune.survey import fit as fit_module
+from mla_tune.survey.fit import parse_memory
 from mla_tune.survey.memory import base_bytes
 from mla_tune.survey.source import architecture_of, load_config
 from tests.fp8_helpers import make_fp8
 
 MODELS = {"deepseek-v3": 671, "deepseek-v2": 236, "deepseek-v2-lite": 16}
+
+
+def fit(recipe: Any, gpus: int, memory: int) -> dict[str, Any]:
+    placement = place(architecture_of(recipe.model), recipe.adapter)
+    return fit_module.fit(recipe, placement, gpus, memory)
 
 
 def on_meta(name: str) -> Any:
@@ -144,3 +151,12 @@ def test_what_does_not_fit_together(arguments: list[str], says: str, cli: Callab
     done = cli("plan", *arguments)
     assert done.code == 2
     assert says in done.err
+
+
+def test_modules_that_are_trained_whole_count(cli: Callable[..., Any]) -> None:
+    """A head of 102,400 × 2,048: 16 bytes a number on each GPU, DDP's buckets 4 more."""
+    common = ["plan", "--recipe", "safe", "--gpus", "8", "--memory", "80GB", "--json"]
+    base = ["--set", "model.base=deepseek-v2-lite"]
+    plain = by_config(json.loads(cli(*common, *base).out))
+    whole = by_config(json.loads(cli(*common, *base, "--set", "adapter.modules_to_save=[lm_head]").out))
+    assert whole["ddp", "bfloat16"]["trained"] - plain["ddp", "bfloat16"]["trained"] == 20 * 102400 * 2048

@@ -64,7 +64,7 @@ def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool
         recipes = [load_recipe(recipe, sets)]
     else:
         recipes = [load_recipe("safe", [f"model.base={name}", *sets]) for name in MODELS]
-    documents = [fit(r, gpus, bytes_) for r in recipes]
+    documents = [fit(r, _placement(r), gpus, bytes_) for r in recipes]
     if json:
         print_json(documents[0] if recipe is not None else documents)
         return
@@ -77,12 +77,10 @@ def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool
 
 def _placement(recipe: Any) -> Any:
     from mla_tune.adapter.placement import place
-    from mla_tune.arch.registry import architecture
-    from mla_tune.survey.source import load_config
+    from mla_tune.survey.source import described
 
     section = recipe.model
-    config, where, _ = load_config(section.preset or section.base or "embedded")
-    arch = architecture(config, where)
+    config, arch = described(section)
     placement = place(arch, recipe.adapter)
     if recipe.adapter.modules_to_save:
         from mla_tune.model.whole import with_whole

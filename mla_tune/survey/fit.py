@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mla_tune.adapter.placement import Placement, place
+from mla_tune.adapter.placement import Placement
 from mla_tune.arch.roles import ADAPTABLE
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import InputError
@@ -69,9 +69,8 @@ def parse_memory(text: str) -> int:
     return round(size)
 
 
-def need(config: str, arch: Architecture, placement: Placement, run: Run, gpus: int, memory: int) -> Need:
-    """What one of `gpus` GPUs of `memory` bytes has to hold.  `config`: ddp, fsdp2 or zero3."""
-    m = estimate(arch, placement, run)
+def need(config: str, arch: Architecture, run: Run, m: Memory, gpus: int, memory: int) -> Need:
+    """What one of `gpus` GPUs of `memory` bytes has to hold.  `config`: ddp, fsdp2 or zero3; `m`: of one process."""
     states = m.gradients + m.optimizer + m.adapters
     weights, gathered = m.weights, 0
     if config == "ddp":
@@ -87,13 +86,9 @@ def need(config: str, arch: Architecture, placement: Placement, run: Run, gpus: 
         trained=states,
         gathered=gathered,
         activations=m.activations,
-        working=_working(m),
+        working=m.working,
         reserve=RESERVE + round(LOST * memory),
     )
-
-
-def _working(m: Memory) -> int:
-    return max(m.head, m.transient)
 
 
 def _gathered(config: str, arch: Architecture, base: str, size: int) -> int:
@@ -110,40 +105,19 @@ def _gathered(config: str, arch: Architecture, base: str, size: int) -> int:
     return (max(LIVE, *experts, head) + PREFETCH + REDUCE) * size
 
 
-def fit(recipe: Recipe, gpus: int, memory: int) -> dict[str, Any]:
+def fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[str, Any]:
     """One JSON document: for every shipped configuration what a GPU needs, whether it fits, and what would make it fit.
 
-    A GPU trains in bfloat16 unless the recipe names a dtype.  Raises what `architecture_of` and `place` raise.
+    A GPU trains in bfloat16 unless the recipe names a dtype.  Raises `InputError`, and what `architecture_of` raises.
     """
     if not 1 <= gpus <= MOST:
         raise InputError(f"--gpus: {gpus} is not in 1 to {MOST}")
     arch = architecture_of(recipe.model)
-    placement = place(arch, recipe.adapter)
     dtype = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
     run = run_of(recipe, arch, dtype, gpu=True)
-    rows = []
-    for config, base in _ways(run, placement, arch):
-        here = replace(run, base=base)
-        n = need(config, arch, placement, here, gpus, memory)
-        # Checkpointing changes activations alone: if the recipe's does not fit, perhaps the next one does.
-        lighter = next(
-            (
-                name
-                for name in ("mla", "full")
-                if need(config, arch, placement, replace(here, checkpointing=name), gpus, memory).total <= memory
-            ),
-            None,
-        )
-        least = replace(here, checkpointing="full")
-        rows.append(
-            {
-                **asdict(n),
-                "total": n.total,
-                "fits": n.total <= memory,
-                "fits_with": lighter if n.total > memory else None,
-                "from_gpus": _from(config, arch, placement, least, memory),
-            }
-        )
+    rows = [
+        _row(config, arch, placement, replace(run, base=base), gpus, memory) for config, base in _ways(run, placement)
+    ]
     return {
         "model": recipe.model.source,
         "params_total": arch.params_total,
@@ -160,7 +134,25 @@ def fit(recipe: Recipe, gpus: int, memory: int) -> dict[str, Any]:
     }
 
 
-def _ways(run: Run, placement: Placement, arch: Architecture) -> Iterable[tuple[str, str]]:
+def _row(config: str, arch: Architecture, placement: Placement, run: Run, gpus: int, memory: int) -> dict[str, Any]:
+    def of(checkpointing: str) -> tuple[Run, Memory]:
+        other = replace(run, checkpointing=checkpointing)
+        return other, estimate(arch, placement, other)
+
+    n = need(config, arch, *of(run.checkpointing), gpus, memory)
+    # Checkpointing changes activations alone: if the recipe's does not fit, perhaps the next one does.
+    lighter = {name: of(name) for name in ("mla", "full")}
+    fitting = (name for name, other in lighter.items() if need(config, arch, *other, gpus, memory).total <= memory)
+    return {
+        **asdict(n),
+        "total": n.total,
+        "fits": n.total <= memory,
+        "fits_with": next(fitting, None) if n.total > memory else None,
+        "from_gpus": _from(config, arch, *lighter["full"], memory),
+    }
+
+
+def _ways(run: Run, placement: Placement) -> Iterable[tuple[str, str]]:
     """Configuration and state of the base: plain, or as the checkpoint has it or the recipe may ask for it."""
     quantised = []
     if placement.method in ("lora", "rslora"):
@@ -172,12 +164,12 @@ def _ways(run: Run, placement: Placement, arch: Architecture) -> Iterable[tuple[
             yield from ((config, base) for base in quantised)
 
 
-def _from(config: str, arch: Architecture, placement: Placement, run: Run, memory: int) -> int | None:
+def _from(config: str, arch: Architecture, run: Run, m: Memory, memory: int) -> int | None:
     """The fewest GPUs (by eights from eight on) that hold it; None if no number does."""
     for gpus in (1, 2, 4, *range(8, MOST + 1, 8)):
         if config != "ddp" and gpus == 1:
             continue
-        if need(config, arch, placement, run, gpus, memory).total <= memory:
+        if need(config, arch, run, m, gpus, memory).total <= memory:
             return gpus
     return None
 

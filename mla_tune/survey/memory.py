@@ -61,6 +61,11 @@ class Memory:
     transient: int
 
     @property
+    def working(self) -> int:
+        """The larger of the two working sets."""
+        return max(self.head, self.transient)
+
+    @property
     def total(self) -> int:
         return (
             self.process
@@ -69,7 +74,7 @@ class Memory:
             + self.gradients
             + self.optimizer
             + self.activations
-            + max(self.head, self.transient)
+            + self.working
         )
 
 

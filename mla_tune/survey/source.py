@@ -45,8 +45,13 @@ def load_config(model: str) -> tuple[dict[str, Any], str, Path | None]:
 
 def architecture_of(section: ModelSection) -> Architecture:
     """The architecture of a recipe's model: of its preset, or of its base (`embedded` where neither is given)."""
+    return described(section)[1]
+
+
+def described(section: ModelSection) -> tuple[dict[str, Any], Architecture]:
+    """A recipe's model: its config.json and its architecture."""
     config, where, _ = load_config(section.preset or section.base or "embedded")
-    return architecture(config, where)
+    return config, architecture(config, where)
 
 
 def _names() -> list[str]:

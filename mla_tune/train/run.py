@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mla_tune.adapter.placement import place
-from mla_tune.arch.registry import architecture
 from mla_tune.console import err
 from mla_tune.data.prepare import prepare
 from mla_tune.errors import InputError, Interrupted, WorkError
@@ -21,7 +20,7 @@ from mla_tune.recipe.schema import Recipe
 from mla_tune.report.process import this_process
 from mla_tune.report.run_report import write_report
 from mla_tune.resources import EMBEDDED_MODEL
-from mla_tune.survey.source import load_config
+from mla_tune.survey.source import described
 from mla_tune.train.checkpoints import newest_whole
 from mla_tune.train.folder import RunFolder, check_folder, environment, make_folder, write_recipe
 from mla_tune.train.job import Job
@@ -55,8 +54,7 @@ def train(
     check_trackers(recipe)
     name_projects()
     section = recipe.model
-    config, where, _ = load_config(section.preset or section.base or "embedded")
-    arch = architecture(config, where)
+    config, arch = described(section)
     placement = place(arch, recipe.adapter)
     kind = quantised_kind(section, config)
     check_quantised(recipe, kind)
@@ -95,7 +93,7 @@ def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
         )
     tell_idle_gpus(team.here, job.loaded.device)
 
-    def open_folder() -> str:
+    def open_folder() -> None:
         if not resume:
             make_folder(folder, recipe)
         elif difference:
@@ -103,15 +101,13 @@ def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
             write_recipe(folder, recipe)
         base = base_of(job.loaded, job.tokenizer, recipe, folder)
         _record_origin(job, base, resume, allow_changes)
-        return base
 
-    base = team.by_first(open_folder)
+    team.by_first(open_folder)
     if not folder.recipe.exists():
         raise InputError(f"output.dir: {folder.root} must lie on a file system that all machines of the run share")
     if not team.first:
         base_of(job.loaded, job.tokenizer, recipe, folder)
     job.run = team.same(job.run)
-    job.run["base_path"] = base
     return job
 
 
