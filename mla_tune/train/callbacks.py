@@ -21,7 +21,7 @@ from mla_tune.errors import CheckError
 from mla_tune.model.attach import attached
 from mla_tune.model.whole import whole_copies
 from mla_tune.train.spike import Spike
-from mla_tune.train.zero3 import is_handle, local_gradient
+from mla_tune.train.zero3 import gradient, is_handle
 
 
 class GradientCheck(TrainerCallback):
@@ -73,7 +73,7 @@ def _gradients(groups: list[list[Any]]) -> list[list[int]]:
     sharded = False
     for i, parameters in enumerate(groups):
         for parameter in parameters:
-            grad: Any = local_gradient(parameter) if is_handle(parameter) else parameter.grad
+            grad: Any = gradient(parameter)
             if grad is None:
                 continue
             sharded = sharded or is_handle(parameter)

@@ -16,7 +16,7 @@ from mla_tune.checkpoint.files import read_json_object, replacing, write_json
 from mla_tune.errors import FileError, InputError, MlaTuneError
 from mla_tune.recipe.load import dump, load_recipe
 from mla_tune.recipe.schema import Recipe
-from mla_tune.train.checkpoints import checkpoints
+from mla_tune.train.checkpoints import checkpoints, newest_whole
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
@@ -113,8 +113,13 @@ def mark_killed(folder: RunFolder) -> str:
         run = folder.read()
         if run.get("state") in ("running", "failed"):
             folder.write(run | {"state": "killed"})
-    last = folder.last_checkpoint()
-    return f"; the last checkpoint is {last}: go on with --resume" if last else "; there is no checkpoint yet"
+    return how_to_go_on(folder)
+
+
+def how_to_go_on(folder: RunFolder) -> str:
+    """The end of an error's sentence: where a run that broke off goes on from."""
+    last, _ = newest_whole(folder.checkpoints)
+    return f"; the last whole checkpoint is {last}: go on with --resume" if last else "; there is no checkpoint yet"
 
 
 def make_folder(folder: RunFolder, recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from mla_tune.report.run_report import write_report
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.source import described
 from mla_tune.train.checkpoints import newest_whole
-from mla_tune.train.folder import RunFolder, check_folder, environment, make_folder, write_recipe
+from mla_tune.train.folder import RunFolder, check_folder, environment, how_to_go_on, make_folder, write_recipe
 from mla_tune.train.job import Job
 from mla_tune.train.launch import worker
 from mla_tune.train.loop import work
@@ -61,7 +61,7 @@ def train(
     placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, bool(kind))
     refuse(recipe, placement, worker(), kind)
     team = join(recipe)
-    with lost_others_told(team, lambda: _go_on(recipe)):
+    with lost_others_told(team, lambda: how_to_go_on(RunFolder(Path(recipe.output.dir).expanduser()))):
         job = _begin(Job(recipe, placement, arch, team), resume, allow_changes)
         _do(job, callbacks)
     leave()
@@ -175,11 +175,6 @@ def _show(job: Job) -> None:
         write_report(job.folder.root, job.run)
     except (OSError, ValueError) as error:
         err.print(f"note: {job.folder.report} was not written: {error}", markup=False, soft_wrap=True)
-
-
-def _go_on(recipe: Recipe) -> str:
-    last, _ = newest_whole(RunFolder(Path(recipe.output.dir).expanduser()).checkpoints)
-    return f"; the last whole checkpoint is {last}: go on with --resume" if last else "; there is no checkpoint yet"
 
 
 def _disk_is_full(folder: RunFolder, error: OSError) -> WorkError:

@@ -22,7 +22,7 @@ from mla_tune.train.loss import KEYWORD
 from mla_tune.train.order import EvenSampler, SetEpoch, is_filler
 from mla_tune.train.processes import Team, gathered, set_up_sharding
 from mla_tune.train.spike import Spike, SpikeGuard
-from mla_tune.train.zero3 import is_handle, local_gradient
+from mla_tune.train.zero3 import gradient
 
 
 class CountingCollator:
@@ -289,11 +289,6 @@ class RoleTrainer(Trainer):
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-
-
-def gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """Of a sharded parameter the gradient's shard that is here."""
-    return local_gradient(parameter) if is_handle(parameter) else parameter.grad
 
 
 def _groups_of(optimizer: Any) -> list[dict[str, Any]]:

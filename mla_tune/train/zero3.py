@@ -57,6 +57,11 @@ def local_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     return safe_get_local_grad(parameter)
 
 
+def gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """A parameter's gradient; of a handle, and of one that fully_shard has, the shard that is here."""
+    return local_gradient(parameter) if is_handle(parameter) else parameter.grad
+
+
 def whole_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Trained parameters, whole, float32, on the CPU.  All processes call it."""
     from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
