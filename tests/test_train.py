@@ -117,7 +117,8 @@ def test_plain_peft_gives_the_logits_of_training(
         real(model, *args)
 
     monkeypatch.setattr(train_loop, "save_result", recording)
-    assert cli("train", "--recipe", recipe, *options(rows_file, tmp_path / "run")).code == 0
+    # sdpa: `recording` calls the model without the borders that packed attention needs
+    assert cli("train", "--recipe", recipe, *options(rows_file, tmp_path / "run", "model.attention=sdpa")).code == 0
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base", dtype=torch.float32).eval()
     with torch.no_grad():
         plain = base(input_ids=ids).logits
