@@ -132,8 +132,9 @@ def test_a_model_without_mla_is_named_for_what_it_is(config: Config, what: str) 
     ("config", "what"),
     [
         ({}, "no 'model_type'"),
-        ({"model_type": "axk9", "kv_lora_rank": 8}, "layout is not known yet; known: deepseek_v2"),
-        ({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2", "kv_lora_rank": 8}}, "wrapper"),
+        ({"model_type": "axk9", "kv_lora_rank": 8}, "layout is not known and it has no 'hidden_size'"),
+        ({"model_type": "kimi_vl9", "text_config": {"model_type": "kimi_k2", "kv_lora_rank": 8}}, "wrapper"),
+        ({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2", "kv_lora_rank": 8}}, "is missing"),
         ({**TINY["deepseek_v3"], "vocab_size": None}, "'vocab_size' is missing"),
         ({**TINY["deepseek_v3"], "q_lora_rank": 1.5}, "'q_lora_rank' is 1.5"),
         ({**TINY["deepseek_v3"], "hidden_size": True}, "'hidden_size' is True"),

@@ -43,7 +43,6 @@ def test_json_is_the_contract_and_alone_on_standard_output() -> None:
     document = json.loads(result.stdout)
     assert set(document) >= CONTRACT
     assert set(document["dims"]) == set("HPRVCLD")
-    assert set(document["kv_cache"]) == {"dtype", "latent_bytes_per_token", "expanded_bytes_per_token", "ratio"}
     assert all(set(layer) >= LAYER for layer in document["layers"])
     assert document["model_type"] == document["family"] == "deepseek_v3"
     assert document["num_layers"] == 61
@@ -54,6 +53,7 @@ def test_json_is_the_contract_and_alone_on_standard_output() -> None:
         "latent_bytes_per_token": 70_272,
         "expanded_bytes_per_token": 4_997_120,
         "ratio": 71.11,
+        "indexer_bytes_per_token": 0,
     }
     assert document["mtp_layers"] == 1
     assert document["quantization"] == "fp8"

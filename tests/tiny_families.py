@@ -190,6 +190,15 @@ FAMILIES: dict[str, Config] = {
         "projection_hidden_size": 16, "image_token_id": VOCABULARY, "video_token_id": VOCABULARY + 1,
         "vision_start_token_id": VOCABULARY + 2, "vision_end_token_id": VOCABULARY + 3, "tie_word_embeddings": False,
     },
+    "llava": {
+        "model_type": "llava",
+        "text_config": {**MLA, **EXPERTS, "model_type": "deepseek_v2", "first_k_dense_replace": 1},
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 16,
+        },
+        "image_token_index": VOCABULARY,
+    },
     "mistral3": {
         "model_type": "mistral3", "text_config": MISTRAL4, "vision_config": PIXTRAL, "image_token_index": VOCABULARY,
         "tie_word_embeddings": False,

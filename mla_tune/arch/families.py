@@ -1,22 +1,32 @@
 """The family table: one entry for each model type whose layout mla-tune knows.  Data only.
 
-An entry says where transformers puts the matrices of a decoder layer and which config.json keys give their sizes.
-`registry.architecture()` turns an entry and a config.json into sites.
+An entry says where transformers puts the matrices of a decoder layer, which config.json keys give their sizes, and how
+checkpoints name them.  `registry.architecture()` turns an entry and a config.json into sites; `schedules` has the rules
+that say what each layer is; models around a text model (vision, audio) are in `wrappers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from mla_tune.arch.naming import Naming
+from mla_tune.arch.parts import Part
+from mla_tune.arch.roles import Role
+
+#: Where a family's parts are: in the module of MLA, of linear attention or of an indexer, in a layer, in a layer with
+#: or without experts, in the decoder.
+Where = Literal["mla", "linear", "indexer", "layer", "sparse", "dense", "decoder"]
 
 
 @dataclass(frozen=True, slots=True)
 class MoELayout:
     """Mixture-of-experts block of a decoder layer.
 
-    `layers` names the rule for which layers have one: `first_k_dense` (config key `first_k_dense_replace`),
-    `mlp_layer_types` (a list, by default all but the first), or `all`.
+    `layers` names the rule for which layers have one (`schedules.SPARSE`).  `shared_width_key` is the width of one
+    shared expert where it is not that of a routed one.  `fused_on_disk`: published files hold all experts of a layer in
+    one tensor.
     """
 
     layers: str
@@ -29,6 +39,8 @@ class MoELayout:
     top_k_key: str = "num_experts_per_tok"
     width_key: str = "moe_intermediate_size"
     shared_key: str | None = "n_shared_experts"
+    shared_width_key: str | None = None
+    fused_on_disk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +48,18 @@ class Family:
     """One model type.
 
     `attention` and `dense_mlp` are paths inside a decoder layer.  `dense_beside_moe`: every layer has its dense MLPs,
-    and the MoE block beside them.  `norms` counts the D-wide norms of a layer.  `peft_remaps_experts`: PEFT rewrites
-    any target that ends in gate_proj, up_proj, down_proj or gate to the fused routed experts, so that dense and shared
-    MLPs have to be named as parameters.  `architecture` is the entry of `architectures` that tells a published file
-    without a model_type.  `defaults` are transformers' values for keys that a config.json may leave out.
+    and the MoE block beside them.  `norms` counts the D-wide norms of a layer.  `parts` are all other weights.
+    `peft_remaps_experts`: PEFT rewrites any target that ends in gate_proj, up_proj, down_proj or gate to the fused
+    routed experts, so that dense and shared MLPs have to be named as parameters.  `architecture` is the entry of
+    `architectures` that tells a published file without a model_type.  `defaults` are transformers' values for keys that
+    a config.json may leave out.
+
+    `query` names W_UQ where it is not q_b_proj, and its shape; `compresses_query` is False where the family has no
+    query compression whatever config.json says.  `kinds` names the rule for what attention each layer has
+    (`schedules.KINDS`), `indexers` that for which layers have an indexer, `layer_dims` that for layers with dimensions
+    of their own.  `borrows_key` is a list with, for each layer, the layer whose cache it reads.
+
+    `mtp`: published checkpoints hold MTP layers as further decoder layers, `model.layers.<num_hidden_layers + i>`.
     """
 
     model_type: str
@@ -55,9 +75,124 @@ class Family:
     aliases: tuple[str, ...] = ()
     architecture: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    query: tuple[str, tuple[str, str]] = ("q_b_proj", ("H*P+H*R", "L"))
+    compresses_query: bool = True
+    kinds: str = "mla"
+    indexers: str | None = None
+    layer_dims: str | None = None
+    borrows_key: str | None = None
+    parts: Mapping[Where, tuple[Part, ...]] = field(default_factory=dict)
+    naming: Naming = field(default_factory=Naming)
+    mtp: bool = False
+
+
+def _matrices(role: Role, **shapes: tuple[str, ...]) -> tuple[Part, ...]:
+    return tuple(Part(path.replace("__", "."), shape, role) for path, shape in shapes.items())
+
+
+#: DeepSeek Sparse Attention; X index heads of Y numbers each.
+_INDEXER = (
+    *_matrices(Role.INDEXER, wq_b=("X*Y", "L"), wk=("Y", "D"), weights_proj=("X", "D")),
+    Part("k_norm", ("2*Y",)),
+)
+#: Kimi Delta Attention (arXiv:2510.26692), K heads of Z numbers each, F taps of the short convolution.
+_KDA_ANY = _matrices(
+    Role.LINEAR_ATTENTION,
+    q_proj=("K*Z", "D"), k_proj=("K*Z", "D"), v_proj=("K*Z", "D"), conv1d=("3*K*Z", "F"),
+    b_proj=("K", "D"), o_proj=("D", "K*Z"),
+)  # fmt: skip
+_KDA_VECTORS = (Part("forget_gate.A_log", ("K",)), Part("forget_gate.dt_bias", ("K*Z",)), Part("o_norm", ("Z",)))
+_KDA = (
+    *_KDA_ANY,
+    *_matrices(
+        Role.LINEAR_ATTENTION,
+        forget_gate__f_a_proj=("Z", "D"), forget_gate__f_b_proj=("K*Z", "Z"),
+        g_a_proj=("Z", "D"), g_b_proj=("K*Z", "Z"),
+    ),
+    *_KDA_VECTORS,
+)  # fmt: skip
+#: q, k and v convolutions are three tensors on disk.
+_CONV = (("conv1d", ("q_conv1d", "k_conv1d", "v_conv1d")),)
+_FORGET = (r"\.forget_gate\.", ".")
+
+
+def _hyper(path: str, rows: str, scales: str) -> tuple[Part, ...]:
+    """A hyper-connection of S residual streams."""
+    return (
+        Part(f"{path}.fn", (rows, "S*D"), Role.HYPER_CONNECTION, is_parameter=True),
+        Part(f"{path}.base", (rows,)),
+        Part(f"{path}.scale", (scales,)),
+    )
 
 
 FAMILIES: tuple[Family, ...] = (
+    Family(
+        "axk1",
+        "A.X-K1",
+        moe=MoELayout("mlp_layer_types"),
+        parts={"sparse": (Part("mlp.post_mlp_layernorm", ("D",)),)},
+        defaults={"n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1},
+        naming=Naming((((r"\.mlp\.post_mlp_layernorm\b", ".post_mlp_layernorm"),),)),
+    ),
+    Family(
+        "axk2",
+        "A.X-K2",
+        moe=MoELayout("mlp_layer_types"),
+        query=("q_gate_proj", ("H*P+H*R+H*V", "2*L")),
+        indexers="all",
+        parts={
+            "indexer": _INDEXER,
+            "layer": _matrices(
+                Role.NORM_GATE, input_layernorm__mlp__fc1=("g", "D"), input_layernorm__mlp__fc2=("D", "g")
+            ),
+            "sparse": _matrices(
+                Role.NORM_GATE,
+                post_attention_layernorm__mlp__fc1=("g", "D"), post_attention_layernorm__mlp__fc2=("D", "g"),
+            ),
+        },
+        defaults={
+            "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "index_head_dim": 128,
+            "index_n_heads": 16, "gated_norm_rank": 16,
+        },
+        naming=Naming(
+            (
+                (
+                    (r"\.q_gate_proj\b", ".q_b_proj"),
+                    (r"layernorm\.mlp\.fc1\b", "layernorm.W_down"), (r"layernorm\.mlp\.fc2\b", "layernorm.W_up"),
+                ),
+            )
+        ),
+    ),
+    Family(
+        "bailing_hybrid",
+        "Ling 2.5 (Bailing hybrid)",
+        moe=MoELayout("mlp_layer_types", experts_key="num_local_experts"),
+        compresses_query=False,
+        kinds="bailing_hybrid",
+        parts={
+            "mla": (Part("g_proj", ("H", "D"), Role.ATTENTION_GATE),),
+            "linear": (
+                *_KDA_ANY,
+                *_matrices(Role.LINEAR_ATTENTION, forget_gate__f_proj=("K*Z", "D"), g_proj=("K*Z", "D")),
+                *_KDA_VECTORS,
+            ),
+        },
+        defaults={
+            "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 2, "num_local_experts": 512,
+            "head_dim": 128, "short_conv_kernel_size": 4, "layer_group_size": 6, "num_nextn_predict_layers": 1,
+        },
+        naming=Naming(
+            (
+                (
+                    (r"^(.*\.)?embed_tokens\b", r"\1word_embeddings"), (r"\.self_attn\.o_proj\b", ".self_attn.dense"),
+                    (r"\.self_attn\b", ".attention"), _FORGET,
+                    (r"\.gate\.e_score_correction_bias$", ".gate.expert_bias"),
+                ),
+            ),
+            splits=_CONV,
+        ),
+        mtp=True,
+    ),
     Family(
         "deepseek_v2",
         "DeepSeek-V2",
@@ -72,18 +207,137 @@ FAMILIES: tuple[Family, ...] = (
         peft_remaps_experts=True,
         aliases=("kimi_k2",),
         defaults={"first_k_dense_replace": 3, "n_shared_experts": 1, "num_experts_per_tok": 8},
+        mtp=True,
+    ),
+    Family(
+        "deepseek_v32",
+        "DeepSeek-V3.2",
+        moe=MoELayout("mlp_layer_types"),
+        peft_remaps_experts=True,
+        indexers="all",
+        parts={"indexer": _INDEXER},
+        defaults={
+            "first_k_dense_replace": 3, "n_shared_experts": 1, "num_experts_per_tok": 8, "index_head_dim": 128,
+            "index_n_heads": 64,
+        },
+        mtp=True,
+    ),
+    Family(
+        "dots3_note",
+        "dots3 Note",
+        moe=MoELayout("mlp_layer_types", shared_width_key="shared_experts_intermediate_size"),
+        aliases=("dots3_note_text",),
+        kinds="dots3_note",
+        indexers="indexed_attention",
+        layer_dims="sliding",
+        parts={
+            "mla": (Part("g_proj", ("H", "D"), Role.ATTENTION_GATE), Part("k_rope_only_layernorm", ("R",))),
+            "indexer": _INDEXER,
+        },
+        defaults={
+            "first_k_dense_replace": 1, "n_shared_experts": 1, "num_experts_per_tok": 8, "index_head_dim": 128,
+            "index_n_heads": 64, "shared_experts_intermediate_size": 1536,
+        },
     ),
     Family(
         "glm4_moe_lite",
         "GLM-4.7-Flash",
-        moe=MoELayout("mlp_layer_types"),
+        moe=MoELayout("mlp_layer_types_only"),
         peft_remaps_experts=True,
-        defaults={"n_shared_experts": 1, "num_experts_per_tok": 4},
+        defaults={"n_shared_experts": 1, "num_experts_per_tok": 4, "dense_layers": 1},
+        mtp=True,
     ),
     Family(
-        "minicpm3",
-        "MiniCPM3",
-        defaults={"tie_word_embeddings": True},
+        "glm5_next",
+        "GLM-5.3-Flash",
+        moe=MoELayout("mlp_layer_types_only"),
+        aliases=("glm5_next_text",),
+        kinds="glm5_next",
+        indexers="indexer_types",
+        parts={
+            "linear": _KDA,
+            "indexer": (
+                *_INDEXER,
+                Part("index_kpool_compress_gate", ("Y", "D"), Role.INDEXER, is_parameter=True),
+                Part("index_kpool_compress_ape", ("G", "Y"), Role.INDEXER, is_parameter=True),
+            ),
+            "layer": (*_hyper("attn_hc", "2*S+S*S", "3"), *_hyper("ffn_hc", "2*S+S*S", "3")),
+        },
+        defaults={
+            "n_shared_experts": 1, "num_experts_per_tok": 8, "dense_layers": 3, "qk_rope_head_dim": 0,
+            "index_head_dim": 128, "index_n_heads": 32, "index_kpool": 16, "hc_mult": 4, "linear_head_dim": 128,
+            "linear_num_heads": 64, "linear_conv_kernel_dim": 4,
+        },
+        naming=Naming(
+            ((_FORGET, (r"\.attn_hc\.(\w+)$", r".hc_attn_\1"), (r"\.ffn_hc\.(\w+)$", r".hc_ffn_\1")),), splits=_CONV
+        ),
+    ),
+    Family(
+        "glm_moe_dsa",
+        "GLM-5",
+        moe=MoELayout("mlp_layer_types"),
+        peft_remaps_experts=True,
+        indexers="indexer_types",
+        parts={"indexer": _INDEXER},
+        defaults={
+            "first_k_dense_replace": 3, "n_shared_experts": 1, "num_experts_per_tok": 8, "index_head_dim": 128,
+            "index_n_heads": 32,
+        },
+        mtp=True,
+    ),
+    Family(
+        "hy_v4",
+        "Hunyuan V4",
+        moe=MoELayout("mlp_layer_types_only", fused_on_disk=True),
+        indexers="hy_v4",
+        parts={
+            "mla": (Part("gate_proj", ("H*V", "D"), Role.ATTENTION_GATE), Part("sinks", ("H",))),
+            "indexer": _INDEXER,
+            "layer": (*_hyper("attn_hc", "2*S", "2"), *_hyper("ffn_hc", "2*S", "2")),
+            "decoder": (
+                Part("hc_head.hc_fn", ("S", "S*D"), Role.HYPER_CONNECTION, is_parameter=True),
+                Part("hc_head.hc_base", ("S",)),
+                Part("hc_head.hc_scale", ("1",)),
+            ),
+        },
+        defaults={
+            "n_shared_experts": 1, "num_experts_per_tok": 8, "dense_layers": 1, "index_head_dim": 128,
+            "index_n_heads": 16, "hc_mult": 4,
+        },
+        naming=Naming(
+            tuple(
+                (
+                    *mlp_gate,
+                    (r"\.self_attn\.gate_proj\b", ".self_attn.linear_gate"),
+                    (r"\.sinks$", ".learnable_sink_param"),
+                    (r"\.attn_hc\.(\w+)$", r".hc_pre.hc_attn_layer.hc_\1"),
+                    (r"\.ffn_hc\.(\w+)$", r".hc_pre.hc_mlp_layer.hc_\1"),
+                    (r"\.hc_head\.hc_(\w+)$", r".hc_pre.hc_head.hc_head_\1"),
+                )
+                # transformers writes the MLPs' gates under the name of the attention's
+                for mlp_gate in ((), ((r"\.gate_proj\b", ".linear_gate"),))
+            )
+        ),
+    ),
+    Family(
+        "kimi_linear",
+        "Kimi Linear",
+        moe=MoELayout("mlp_layer_types", experts_key="num_local_experts"),
+        kinds="kimi_linear",
+        parts={"linear": _KDA},
+        defaults={
+            "first_k_dense_replace": 1, "n_shared_experts": 1, "num_experts_per_tok": 8, "num_local_experts": 256,
+            "linear_head_dim": 128, "linear_num_heads": 32, "linear_conv_kernel_dim": 4,
+        },
+        naming=Naming(
+            (
+                (_FORGET, (r"\.mlp\.(experts|gate|shared_experts)\b", r".block_sparse_moe.\1")),
+                # as transformers writes it: the dense MLPs too
+                (_FORGET, (r"\.mlp\b", ".block_sparse_moe")),
+            ),
+            experts=("w1", "w3", "w2"),
+            splits=_CONV,
+        ),
     ),
     Family(
         "longcat_flash",
@@ -108,6 +362,62 @@ FAMILIES: tuple[Family, ...] = (
         architecture="LongcatFlashForCausalLM",
         defaults={"zero_expert_num": 256, "router_bias": False, "moe_topk": 12},
     ),
-)
+    Family(
+        "minicpm3",
+        "MiniCPM3",
+        defaults={"tie_word_embeddings": True},
+    ),
+    Family(
+        "mistral4",
+        "Mistral 4",
+        moe=MoELayout("first_k_dense", fused_on_disk=True),
+        defaults={"first_k_dense_replace": 0, "n_shared_experts": 1, "num_experts_per_tok": 4},
+    ),
+    Family(
+        "mistral_large4",
+        "Mistral Large 4",
+        moe=MoELayout("mlp_layer_types"),
+        aliases=("mistral_large4_text",),
+        compresses_query=False,
+        indexers="indexer_types",
+        layer_dims="no_rope",
+        borrows_key="kv_source_layers",
+        parts={
+            "mla": (Part("softmax_scaling", ("2*H",)),),
+            "indexer": (
+                *_matrices(Role.INDEXER, wq_b=("X*Y", "D"), wk=("Y", "D"), weights_proj=("X", "D")),
+                Part("k_norm", ("2*Y",)), Part("q_input_norm", ("2*D",)), Part("softmax_scaling", ("2*X",)),
+            ),
+        },
+        defaults={
+            "first_k_dense_replace": 1, "n_shared_experts": 1, "num_experts_per_tok": 4, "index_head_dim": 128,
+            "index_n_heads": 32,
+        },
+        naming=Naming(
+            (
+                (
+                    (r"^model\.language_model\.embed_tokens\b", "tok_embeddings"), (r"^lm_head\b", "output"),
+                    (r"^model\.language_model\.rotary_emb\.alpha$", "lerope.alpha"),
+                    (r"^model\.language_model\.", ""),
+                    (r"\.self_attn\.kv_a_proj_with_mqa\b", ".self_attn.wkv_a_with_mqa"),
+                    (r"\.self_attn\.kv_b_proj\b", ".self_attn.wkv_b"), (r"\.self_attn\.o_proj\b", ".self_attn.wo"),
+                    (r"\.self_attn\.q_proj\b", ".self_attn.wq"), (r"\.kv_a_layernorm\b", ".kv_a_norm"),
+                    (r"\.softmax_scaling\.scale$", ".ssmax_scaling.s"),
+                    (r"\.softmax_scaling\.bias$", ".ssmax_scaling.b"),
+                    (r"\.self_attn\b", ".attention"), (r"\.input_layernorm\b", ".attention_norm"),
+                    (r"\.post_attention_layernorm\b", ".ffn_norm"),
+                    (r"\.mlp\.(experts|gate|shared_experts)\b", r".\1"), (r"\.mlp\.", ".feed_forward."),
+                    (r"\.gate_proj\b", ".w1"), (r"\.down_proj\b", ".w2"), (r"\.up_proj\b", ".w3"),
+                ),
+            ),
+            experts=("w1", "w3", "w2"),
+        ),
+    ),
+    Family(
+        "youtu",
+        "Youtu-LLM",
+        defaults={"tie_word_embeddings": True},
+    ),
+)  # fmt: skip
 
 BY_TYPE: dict[str, Family] = {name: f for f in FAMILIES for name in (f.model_type, *f.aliases)}

@@ -2,92 +2,329 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from mla_tune.arch.detect import detected
 from mla_tune.arch.dims import MLADims
 from mla_tune.arch.families import BY_TYPE, FAMILIES, Family
-from mla_tune.arch.roles import Role
-from mla_tune.arch.site import Architecture, Site
+from mla_tune.arch.naming import Naming
+from mla_tune.arch.parts import Part, numbers, size
+from mla_tune.arch.roles import REASONS, Role
+from mla_tune.arch.schedules import INDEXERS, KINDS, LAYER_DIMS, SPARSE
+from mla_tune.arch.site import Architecture, Attention, Site
+from mla_tune.arch.wrappers import PREFIX, WRAPPERS, Wrapper, tower_parts, unwrapped
 from mla_tune.errors import InputError, NotMLAError
 
 Config = Mapping[str, Any]
+
+#: Other names of a key: transformers' own, and those of published files.
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "max_position_embeddings": ("model_max_length",),
+    "n_routed_experts": ("num_local_experts", "num_experts"),
+    "n_shared_experts": ("num_shared_experts",),
+    "num_experts_per_tok": ("num_experts_per_token",),
+    "num_local_experts": ("num_experts", "n_routed_experts"),
+    "num_nextn_predict_layers": ("num_mtp_layers",),
+    "shared_experts_intermediate_size": ("moe_shared_expert_intermediate_size",),
+}
+#: Keys that stand in a table of their own in published files.
+_LINEAR: dict[str, str] = {
+    "linear_head_dim": "head_dim",
+    "linear_num_heads": "num_heads",
+    "linear_conv_kernel_dim": "short_conv_kernel_size",
+}
 
 
 def architecture(config: Config, where: str = "config.json") -> Architecture:
     """The sites, dimensions and totals of the model that `config` (a parsed config.json) describes.
 
-    Totals count the main model as transformers instantiates it: MTP layers are not in it.
+    Totals count the main model as transformers instantiates it: MTP layers are not in it, nor is a tower whose layout
+    is not known (`Architecture.tower_counted`).
     Raises `NotMLAError` for a model without MLA and `InputError` for a family or key that is not known.
     """
-    family = _family(config, where)
-    c = _Keys(config, family, where)
-    D, vocab, layers = c.int("hidden_size"), c.int("vocab_size"), c.int(family.layers_key)
-    dims = _dims(c, D)
-    sites: list[Site] = []
-    attention_paths: list[str] = []
-    moe_layers = [i for i in range(layers) if _has_moe(family, c, i)]
-    for layer in range(layers):
-        base = f"model.layers.{layer}"
+    text, kind, wrapper = unwrapped(config)
+    family, warnings = _family(config, text, kind, where)
+    return _Builder(config, _Keys(text, family, where), family, wrapper, warnings).build()
+
+
+class _Builder:
+    """Lists the sites of one model, layer by layer."""
+
+    def __init__(
+        self, config: Config, keys: _Keys, family: Family, wrapper: Wrapper | None, warnings: tuple[str, ...]
+    ) -> None:
+        self.config, self.c, self.family, self.wrapper, self.warnings = config, keys, family, wrapper, warnings
+        self.prefix = PREFIX if wrapper else "model"
+        self.n = keys.int(family.layers_key)
+        self.D, self.vocab = keys.int("hidden_size"), keys.int("vocab_size")
+        self.naming = _naming(family, wrapper)
+        self.letters = {"D": self.D, **_letters(keys, family)}
+        self.kinds = self._list(KINDS[family.kinds])
+        self.indexers = self._list(INDEXERS[family.indexers]) if family.indexers else [False] * self.n
+        self.sparse = self._list(SPARSE[family.moe.layers]) if family.moe and self._experts() else [False] * self.n
+        own = LAYER_DIMS[family.layer_dims](keys, self.kinds) if family.layer_dims else [{}] * self.n
+        self.dims = [_dims(keys.with_(sizes), self.D) for sizes in own]
+        self.vectors = 0
+
+    def build(self) -> Architecture:
+        """Everything but MTP layers goes into the totals."""
+        sites: list[Site] = []
+        attention: list[Attention] = []
+        for layer in range(self.n):
+            sites += self._layer(layer, self.kinds[layer], self.sparse[layer], self.dims[layer])
+            attention += self._attentions(layer)
+        if not attention:
+            raise InputError(f"{self.c.where}: no layer of this {self.family.title} model has MLA")
+        sites += self._parts("decoder", self.prefix, None, self.letters)
+        tied = self._tied()
+        reason = "tied to the embedding: an adapter would change both" if tied else "large; not adapted by mla-tune"
+        head = Site("lm_head", Role.LM_HEAD, None, (self.vocab, self.D), attachable=False, reason=reason)
+        sites.append(self._placed(head))
+        sites += self._tower()
+        mtp_layers, mtp = self._mtp()
+        matrices = sum(s.params for s in sites if s.role != Role.LM_HEAD)
+        total = matrices + self.vectors + self.D + self.vocab * self.D * (1 if tied else 2)
+        top_k = idle = 0
+        moe = self.family.moe
+        if moe and any(self.sparse):
+            routed = sum(s.params for s in sites if s.is_experts)
+            top_k = self.c.int(moe.top_k_key)
+            idle = round(routed * (1 - top_k / self.c.int(moe.experts_key)))
+        main = next((a for a in attention if not a.window and a.dims.R), attention[0])
+        quantization = self.config.get("quantization_config") or self.c.config.get("quantization_config")
+        return Architecture(
+            model_type=_model_type(self.config) or self.family.model_type,
+            family=self.family,
+            num_layers=self.n,
+            dims=main.dims,
+            attention=tuple(attention),
+            sites=tuple(sites),
+            params_total=total,
+            vocab_size=self.vocab,
+            max_position_embeddings=int(self.c.get("max_position_embeddings", 0) or 0),
+            tied=tied,
+            mtp_layers=mtp_layers,
+            quantization=str(quantization.get("quant_method", "unknown")) if quantization else None,
+            active_params=total - idle,
+            experts_per_token=top_k,
+            prefix=self.prefix,
+            wrapper=self.wrapper,
+            naming=self.naming,
+            mtp_sites=tuple(mtp),
+            warnings=self.warnings,
+            letters=self.letters,
+        )
+
+    def _list(self, rule: Any) -> list[Any]:
+        found = rule(self.c, self.n)
+        if len(found) < self.n:
+            raise InputError(
+                f"{self.c.where}: a list that has an entry for each layer has {len(found)}, and there are {self.n}"
+            )
+        return found[: self.n]
+
+    def _experts(self) -> int:
+        assert self.family.moe is not None
+        return int(self.c.get(self.family.moe.experts_key) or 0)
+
+    def _tied(self) -> bool:
+        """transformers reads a wrapper's from the top level."""
+        if self.wrapper and self.c.config is not self.config:
+            found = self.config.get("tie_word_embeddings")
+            return self.wrapper.tied if found is None else bool(found)
+        return bool(self.c.get("tie_word_embeddings", False))
+
+    def _layer(self, layer: int, kind: str, sparse: bool, dims: MLADims) -> Iterator[Site]:
+        family, c = self.family, self.c
+        base = f"{self.prefix}.layers.{layer}"
+        letters = self.letters | _numbers(dims)
+        self.vectors += family.norms * self.D
         for name in family.attention:
-            attention_paths.append(f"{base}.{name}")
-            sites += _attention(f"{base}.{name}", layer, dims, bool(c.get("attention_bias", False)))
-        is_moe = layer in set(moe_layers)
-        if not is_moe or family.dense_beside_moe:
+            if kind == "linear":
+                yield from self._parts("linear", f"{base}.{name}", layer, letters)
+            else:
+                yield from self._attention(f"{base}.{name}", layer, dims, letters)
+        yield from self._parts("layer", base, layer, letters)
+        if not sparse or family.dense_beside_moe:
             width, bias = c.int(family.width_key), bool(c.get("mlp_bias", False))
             for name in family.dense_mlp:
-                roles = (Role.GATE, Role.UP, Role.DOWN)
-                sites += _mlp(f"{base}.{name}", layer, D, width, roles, bias)
-        if is_moe:
-            sites += _moe(base, layer, D, family, c)
-    tied = bool(c.get("tie_word_embeddings", False))
-    reason = "tied to the embedding: an adapter would change both" if tied else "large; not adapted by mla-tune"
-    sites.append(Site("lm_head", Role.LM_HEAD, None, (vocab, D), attachable=False, reason=reason))
+                yield from self._mlp(f"{base}.{name}", layer, width, (Role.GATE, Role.UP, Role.DOWN), bias)
+        if sparse:
+            yield from self._moe(base, layer)
+        yield from self._parts("sparse" if sparse else "dense", base, layer, letters)
 
-    norms_attention = (dims.L or 0) + dims.C
-    norms = layers * family.norms * D + len(attention_paths) * norms_attention + D
-    matrices = sum(s.params for s in sites if s.role != Role.LM_HEAD)
-    total = matrices + norms + vocab * D * (1 if tied else 2)
-    idle, top_k = 0, 0
-    if family.moe and moe_layers:
-        routed = sum(s.params for s in sites if s.is_experts)
-        top_k = c.int(family.moe.top_k_key)
-        idle = round(routed * (1 - top_k / c.int(family.moe.experts_key)))
-    quantization = config.get("quantization_config")
-    return Architecture(
-        model_type=_model_type(config) or family.model_type,
-        family=family,
-        num_layers=layers,
-        dims=dims,
-        attention_paths=tuple(attention_paths),
-        sites=tuple(sites),
-        params_total=total,
-        vocab_size=vocab,
-        max_position_embeddings=int(c.get("max_position_embeddings", 0) or 0),
-        tied=tied,
-        mtp_layers=int(c.get("num_nextn_predict_layers", 0) or 0),
-        quantization=str(quantization.get("quant_method", "unknown")) if quantization else None,
-        active_params=total - idle,
-        experts_per_token=top_k,
-    )
+    def _attentions(self, layer: int) -> Iterator[Attention]:
+        if self.kinds[layer] != "linear":
+            for name in self.family.attention:
+                yield Attention(
+                    f"{self.prefix}.layers.{layer}.{name}",
+                    layer,
+                    self.dims[layer],
+                    owns_cache=not self._borrows(layer),
+                    window=self.kinds[layer] == "sliding",
+                    indexer=self._has_indexer(layer),
+                )
 
+    def _borrows(self, layer: int) -> bool:
+        sources = self.c.get(self.family.borrows_key) if self.family.borrows_key else None
+        return bool(sources) and layer < self.n and sources[layer] != layer
 
-def _family(config: Config, where: str) -> Family:
-    model_type = _model_type(config)
-    if not model_type:
-        raise InputError(f"{where}: no 'model_type': not a Hugging Face model configuration")
-    text = config.get("text_config")
-    if isinstance(text, Mapping) and text.get("kv_lora_rank"):
-        raise InputError(
-            f"{where}: model_type '{model_type}' is a wrapper around an MLA text model ('{text.get('model_type')}'), "
-            f"and its layout is not known yet; known: {', '.join(sorted(BY_TYPE))}"
+    def _has_indexer(self, layer: int) -> bool:
+        if layer >= self.n:  # an MTP layer
+            return self.family.indexers is not None
+        return self.indexers[layer] and self.kinds[layer] == "mla"
+
+    def _attention(self, path: str, layer: int, d: MLADims, letters: Mapping[str, int]) -> Iterator[Site]:
+        bias = bool(self.c.get("attention_bias", False))
+        if d.L is None:
+            yield self._matrix(f"{path}.q_proj", Role.W_Q, layer, (d.H * (d.P + d.R), d.D))
+        else:
+            yield self._matrix(f"{path}.q_a_proj", Role.W_DQ, layer, (d.L, d.D), bias)
+            name, (rows, columns) = self.family.query
+            yield self._matrix(f"{path}.{name}", Role.W_UQ, layer, (size(rows, letters), size(columns, letters)))
+            self.vectors += d.L
+        if not self._borrows(layer):
+            yield self._matrix(f"{path}.kv_a_proj_with_mqa", Role.W_DKV, layer, (d.C + d.R, d.D), bias)
+            self.vectors += d.C
+        yield self._matrix(f"{path}.kv_b_proj", Role.W_UKV, layer, (d.H * (d.P + d.V), d.C))
+        yield self._matrix(f"{path}.o_proj", Role.W_O, layer, (d.D, d.H * d.V), bias)
+        yield from self._parts("mla", path, layer, letters)
+        if self._has_indexer(layer):
+            yield from self._parts("indexer", f"{path}.indexer", layer, letters)
+
+    def _mlp(
+        self, path: str, layer: int, width: int, roles: tuple[Role, Role, Role], bias: bool = False
+    ) -> Iterator[Site]:
+        gate, up, down = roles
+        yield self._matrix(f"{path}.gate_proj", gate, layer, (width, self.D), bias)
+        yield self._matrix(f"{path}.up_proj", up, layer, (width, self.D), bias)
+        yield self._matrix(f"{path}.down_proj", down, layer, (self.D, width), bias)
+
+    def _moe(self, base: str, layer: int) -> Iterator[Site]:
+        moe, c = self.family.moe, self.c
+        assert moe is not None
+        path, E, width = f"{base}.{moe.path}", c.int(moe.experts_key), c.int(moe.width_key)
+        outputs = E + (c.int(moe.identity_experts_key) if moe.identity_experts_key else 0)
+        yield replace(
+            self._matrix(
+                f"{path}.{moe.router}",
+                Role.ROUTER,
+                layer,
+                (outputs, self.D),
+                bias=bool(moe.router_bias_key and c.get(moe.router_bias_key)),
+            ),
+            attachable=False,
+            reason=moe.router_reason,
         )
-    if not config.get("kv_lora_rank"):
-        raise NotMLAError(f"{where}: {_what_it_is(config)}. mla-tune is for models with Multi-head Latent Attention")
-    if model_type not in BY_TYPE:
-        known = ", ".join(sorted(BY_TYPE))
-        raise InputError(f"{where}: model_type '{model_type}' has MLA, but its layout is not known yet; known: {known}")
-    return BY_TYPE[model_type]
+        for leaf, role, shape in (
+            ("gate_up_proj", Role.EXPERTS_GATE_UP, (2 * width, self.D)),
+            ("down_proj", Role.EXPERTS_DOWN, (self.D, width)),
+        ):
+            yield self._placed(Site(f"{path}.experts.{leaf}", role, layer, shape, E))
+        if moe.shared_key and c.get(moe.shared_key):
+            roles = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)
+            one = c.int(moe.shared_width_key) if moe.shared_width_key else width
+            bias = bool(c.get("mlp_bias", False))
+            yield from self._mlp(f"{path}.shared_experts", layer, one * c.int(moe.shared_key), roles, bias)
+
+    def _parts(self, where: Any, base: str, layer: int | None, letters: Mapping[str, int]) -> Iterator[Site]:
+        for part in self.family.parts.get(where, ()):
+            yield from self._part(part, f"{base}.{part.path}", layer, letters)
+
+    def _part(self, part: Part, path: str, layer: int | None, letters: Mapping[str, int]) -> Iterator[Site]:
+        if part.role is None or len(part.shape) == 1:
+            self.vectors += numbers(part, letters)
+            return
+        rows, columns = (size(e, letters) for e in part.shape)
+        site = Site(path, part.role, layer, (rows, columns), bias=part.bias, is_parameter=part.is_parameter)
+        yield self._placed(replace(site, attachable=False, reason=REASONS[part.role]))
+
+    def _tower(self) -> Iterator[Site]:
+        if self.wrapper:
+            parts, letters = tower_parts(self.wrapper, self.config, self.D)
+            for part, path in parts:
+                bias = part.bias or ("projector.linear" in path and bool(self.config.get("multimodal_projector_bias")))
+                yield from self._part(replace(part, bias=bias), path, None, letters)
+
+    def _mtp(self) -> tuple[int, list[Site]]:
+        """The number of MTP layers, and their sites where their layout is known."""
+        count = int(self.c.get("num_nextn_predict_layers", 0) or 0)
+        if not self.family.mtp or not count:
+            return count, []
+        vectors, sites = self.vectors, []
+        sparse = self.family.moe is not None and any(self.sparse)
+        for layer in range(self.n, self.n + count):
+            projection = f"{self.prefix}.layers.{layer}.eh_proj"
+            sites.append(self._matrix(projection, Role.MTP_PROJECTION, layer, (self.D, 2 * self.D)))
+            sites += self._layer(layer, "mla", sparse, _dims(self.c, self.D))
+        self.vectors = vectors
+        reason = REASONS[Role.MTP_PROJECTION]
+        return count, [replace(s, attachable=False, reason=reason, mtp=True) for s in sites]
+
+    def _matrix(self, path: str, role: Role, layer: int, shape: tuple[int, int], bias: bool = False) -> Site:
+        return self._placed(Site(path, role, layer, shape, bias=bias))
+
+    def _placed(self, site: Site) -> Site:
+        """With the place on disk that published checkpoints of the family have."""
+        path = self.naming.candidates(site.path)[0]
+        if not site.is_experts:
+            return replace(site, disk_path=path if path != site.path else "")
+        moe = self.family.moe
+        if moe is not None and moe.fused_on_disk:
+            return replace(site, disk="fused", disk_path=path if path != site.path else "")
+        gate, up, down = self.naming.experts
+        leaves = (gate, up) if site.role == Role.EXPERTS_GATE_UP else (down,)
+        return replace(site, disk="per_expert", disk_path=path.rpartition(".")[0], leaves=leaves)
+
+
+def _naming(family: Family, wrapper: Wrapper | None) -> Naming:
+    """The family's names and, after them, the wrapper's."""
+    around = wrapper.ways if wrapper else ((),)
+    return replace(family.naming, ways=tuple((*inner, *outer) for outer in around for inner in family.naming.ways))
+
+
+def _letters(c: _Keys, family: Family) -> dict[str, int]:
+    """Sizes of what only some families have, by the letters of `families`."""
+    letters: dict[str, int] = {}
+    if family.indexers:
+        letters |= {"X": c.int("index_n_heads"), "Y": c.int("index_head_dim")}
+    if "index_kpool" in family.defaults:
+        letters["G"] = c.int("index_kpool")
+    if "hc_mult" in family.defaults:
+        letters["S"] = c.int("hc_mult")
+    if "gated_norm_rank" in family.defaults:
+        letters["g"] = c.int("gated_norm_rank")
+    if "linear" in family.parts:
+        names = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
+        if c.get(names[0]) is None:  # bailing_hybrid, as it was published
+            names = ("num_attention_heads", "head_dim", "short_conv_kernel_size")
+        letters |= {letter: c.int(name) for letter, name in zip("KZF", names, strict=True)}
+    return letters
+
+
+def _numbers(d: MLADims) -> dict[str, int]:
+    return {"H": d.H, "P": d.P, "R": d.R, "V": d.V, "C": d.C, "L": d.L or 0}
+
+
+def _family(config: Config, text: Config, kind: str | None, where: str) -> tuple[Family, tuple[str, ...]]:
+    """The family of a text model, and warnings about it."""
+    kind = kind or _model_type(config)
+    if not kind:
+        raise InputError(f"{where}: no 'model_type': not a Hugging Face model configuration")
+    if not text.get("kv_lora_rank"):
+        inner = config.get("text_config")
+        if text is config and isinstance(inner, Mapping) and inner.get("kv_lora_rank"):
+            raise InputError(
+                f"{where}: model_type '{kind}' is a wrapper around an MLA text model ('{inner.get('model_type')}'), "
+                f"and its layout is not known; known: {', '.join(sorted(WRAPPERS))}"
+            )
+        what = _what_it_is(text, kind)
+        raise NotMLAError(f"{where}: {what}. mla-tune is for models with Multi-head Latent Attention")
+    if kind in BY_TYPE:
+        return BY_TYPE[kind], ()
+    return detected(text, kind, where)
 
 
 def _model_type(config: Config) -> str | None:
@@ -98,9 +335,9 @@ def _model_type(config: Config) -> str | None:
     return next((f.model_type for f in FAMILIES if f.architecture in names), None)
 
 
-def _what_it_is(config: Config) -> str:
+def _what_it_is(config: Config, kind: str) -> str:
     """A sentence on a model that has no MLA, from the keys that tell attention kinds apart."""
-    name = f"model_type '{_model_type(config)}' has no 'kv_lora_rank'"
+    name = f"model_type '{kind}' has no 'kv_lora_rank'"
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if not heads:
         return f"{name} and no attention heads that could be read"
@@ -116,9 +353,19 @@ class _Keys:
     def __init__(self, config: Config, family: Family, where: str) -> None:
         self.config, self.family, self.where = config, family, where
 
+    def with_(self, others: Config) -> _Keys:
+        """The same with other values for some keys."""
+        return _Keys({**self.config, **others}, self.family, self.where) if others else self
+
     def get(self, key: str, default: Any = None) -> Any:
-        value = self.config.get(key)
-        return self.family.defaults.get(key, default) if value is None else value
+        linear = self.config.get("linear_attn_config")
+        if key in _LINEAR and isinstance(linear, Mapping) and _LINEAR[key] in linear:
+            return linear[_LINEAR[key]]  # it wins, as in transformers
+        for name in (key, *_SYNONYMS.get(key, ())):
+            value = self.config.get(name)
+            if value is not None:
+                return value
+        return self.family.defaults.get(key, default)
 
     def int(self, key: str) -> int:
         value = self.get(key)
@@ -130,75 +377,9 @@ class _Keys:
 
 def _dims(c: _Keys, D: int) -> MLADims:
     H = c.int("num_attention_heads")
-    L = c.get("q_lora_rank")
+    L = c.get("q_lora_rank") if c.family.compresses_query else None
     V = c.get("v_head_dim") or D // H
     dims = MLADims(H, c.int("qk_nope_head_dim"), c.int("qk_rope_head_dim"), V, c.int("kv_lora_rank"), L, D)
     if L is not None:
         c.int("q_lora_rank")
     return dims
-
-
-def _has_moe(family: Family, c: _Keys, layer: int) -> bool:
-    if family.moe is None or not c.get(family.moe.experts_key):
-        return False
-    match family.moe.layers:
-        case "all":
-            return True
-        case "first_k_dense":
-            return layer >= c.int("first_k_dense_replace")
-        case "mlp_layer_types":
-            kinds = c.get("mlp_layer_types")
-            return layer > 0 if kinds is None else kinds[layer] == "sparse"
-        case rule:  # a fault in the family table
-            raise AssertionError(f"{family.model_type}: unknown rule {rule!r}")
-
-
-def _attention(path: str, layer: int, d: MLADims, bias: bool) -> list[Site]:
-    if d.L is None:
-        query = [Site(f"{path}.q_proj", Role.W_Q, layer, (d.H * (d.P + d.R), d.D))]
-    else:
-        query = [
-            Site(f"{path}.q_a_proj", Role.W_DQ, layer, (d.L, d.D), bias=bias),
-            Site(f"{path}.q_b_proj", Role.W_UQ, layer, (d.H * (d.P + d.R), d.L)),
-        ]
-    return [
-        *query,
-        Site(f"{path}.kv_a_proj_with_mqa", Role.W_DKV, layer, (d.C + d.R, d.D), bias=bias),
-        Site(f"{path}.kv_b_proj", Role.W_UKV, layer, (d.H * (d.P + d.V), d.C)),
-        Site(f"{path}.o_proj", Role.W_O, layer, (d.D, d.H * d.V), bias=bias),
-    ]
-
-
-def _mlp(path: str, layer: int, D: int, width: int, roles: tuple[Role, Role, Role], bias: bool = False) -> list[Site]:
-    gate, up, down = roles
-    return [
-        Site(f"{path}.gate_proj", gate, layer, (width, D), bias=bias),
-        Site(f"{path}.up_proj", up, layer, (width, D), bias=bias),
-        Site(f"{path}.down_proj", down, layer, (D, width), bias=bias),
-    ]
-
-
-def _moe(base: str, layer: int, D: int, family: Family, c: _Keys) -> list[Site]:
-    moe = family.moe
-    assert moe is not None
-    path, E, width = f"{base}.{moe.path}", c.int(moe.experts_key), c.int(moe.width_key)
-    outputs = E + (c.int(moe.identity_experts_key) if moe.identity_experts_key else 0)
-    router = Site(
-        f"{path}.{moe.router}",
-        Role.ROUTER,
-        layer,
-        (outputs, D),
-        bias=bool(moe.router_bias_key and c.get(moe.router_bias_key)),
-        attachable=False,
-        reason=moe.router_reason,
-    )
-    experts = [
-        Site(f"{path}.experts.gate_up_proj", Role.EXPERTS_GATE_UP, layer, (2 * width, D), E, disk="per_expert"),
-        Site(f"{path}.experts.down_proj", Role.EXPERTS_DOWN, layer, (D, width), E, disk="per_expert"),
-    ]
-    shared: list[Site] = []
-    if moe.shared_key and c.get(moe.shared_key):
-        roles = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)
-        bias = bool(c.get("mlp_bias", False))
-        shared = _mlp(f"{path}.shared_experts", layer, D, width * c.int(moe.shared_key), roles, bias)
-    return [router, *experts, *shared]

@@ -34,6 +34,13 @@ class Role(StrEnum):
     EXPERTS_DOWN = "experts_down"
     ROUTER = "router"
     LM_HEAD = "lm_head"
+    ATTENTION_GATE = "attention_gate"
+    INDEXER = "indexer"
+    LINEAR_ATTENTION = "linear_attention"
+    HYPER_CONNECTION = "hyper_connection"
+    NORM_GATE = "norm_gate"
+    MTP_PROJECTION = "mtp_projection"
+    TOWER = "tower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ class RoleFacts:
 
     `shape` in dimension letters, (out, in).  `cache` and `absorption` say what an adapter there does to the KV cache
     and to absorbed decoding.  `risk` is low, medium or high, `note` why.  `nemo` is the name of the module that
-    NVIDIA NeMo and Megatron-Core give this matrix.
+    NVIDIA NeMo and Megatron-Core give this matrix; empty where that was not looked up.
     """
 
     meaning: str
@@ -113,7 +120,46 @@ FACTS: dict[Role, RoleFacts] = {
         "output head", "(vocabulary, D)", "output_layer", "medium",
         "large, and often tied to the embedding", _KEEPS_CACHE, _NOT_INVOLVED,
     ),
+    Role.ATTENTION_GATE: RoleFacts(
+        "gate on the output of the attention's heads", "(H, D) or (HV, D)", "", "medium",
+        "closes or opens whole heads", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
+    Role.INDEXER: RoleFacts(
+        "indexer of sparse attention: which cached tokens a token attends to", "several", "", "high",
+        "chooses tokens, and no gradient passes through a choice", "has a cache of its own", _NOT_INVOLVED,
+    ),
+    Role.LINEAR_ATTENTION: RoleFacts(
+        "linear attention (KDA) of a hybrid model's other layers", "several", "", "medium",
+        "no MLA: a state of constant size instead of a cache", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
+    Role.HYPER_CONNECTION: RoleFacts(
+        "hyper-connection: mixes several residual streams", "several", "", "high",
+        "every layer's input and output pass through it", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
+    Role.NORM_GATE: RoleFacts(
+        "low-rank gate of a norm", "several", "", "high", "scales a whole layer's input", _KEEPS_CACHE,
+        _NOT_INVOLVED,
+    ),
+    Role.MTP_PROJECTION: RoleFacts(
+        "input of an MTP layer: [embedding D | hidden D]", "(D, 2D)", "", "high",
+        "all that an MTP layer knows passes through it", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
+    Role.TOWER: RoleFacts(
+        "vision or audio tower and its projector", "several", "", "medium",
+        "images and sounds only: text does not pass through it", _KEEPS_CACHE, _NOT_INVOLVED,
+    ),
 }  # fmt: skip
+
+#: Why mla-tune puts no adapter on a matrix of these roles.
+REASONS: dict[Role, str] = {
+    Role.ATTENTION_GATE: "attention gate: small, and it can close whole heads; not adapted by mla-tune",
+    Role.INDEXER: "indexer: runs without gradients, so an adapter there would never learn",
+    Role.LINEAR_ATTENTION: "linear attention (KDA): no MLA; not adapted by mla-tune",
+    Role.HYPER_CONNECTION: "hyper-connection: read directly, no layer that an adapter could wrap",
+    Role.NORM_GATE: "norm gate: scales a whole layer's input; not adapted by mla-tune",
+    Role.MTP_PROJECTION: "MTP layer: in the checkpoint, but transformers does not load it",
+    Role.TOWER: "tower: text does not pass through it; not adapted by mla-tune",
+}
 
 #: Group names that recipes may use beside single roles.  A group means those of its roles that the model has.
 GROUPS: dict[str, tuple[Role, ...]] = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mla_tune.arch.dims import MLADims
+from mla_tune.arch.dims import DTYPE_BYTES, MLADims
 from mla_tune.arch.families import Family
+from mla_tune.arch.naming import Naming
 from mla_tune.arch.roles import ADAPTABLE, Role
+from mla_tune.arch.wrappers import Wrapper
 
 #: How a matrix lies on disk: one key; one key an expert (gate and up apart); one fused 3-D key.
 DiskLayout = Literal["module", "per_expert", "fused"]
@@ -19,8 +21,12 @@ class Site:
     """One weight matrix of the model, or one fused stack of expert matrices.
 
     `path` is the path in transformers' module tree: of the module for a linear layer
-    (`model.layers.0.self_attn.o_proj`), of the parameter for fused experts (`model.layers.1.mlp.experts.down_proj`).
-    `shape` is (out, in) of one matrix, `count` the number of experts (1 elsewhere), `reason` why it can't be adapted.
+    (`model.layers.0.self_attn.o_proj`), of the parameter for fused experts (`model.layers.1.mlp.experts.down_proj`) and
+    where `is_parameter`.  `shape` is (out, in) of one matrix, `count` the number of experts (1 elsewhere), `reason` why
+    it can't be adapted.  `layer` is None outside of the decoder layers; `mtp` marks one of an MTP layer.
+
+    `disk`, `disk_path` and `leaves` say where it lies in a checkpoint: its path there, and the names of the matrices of
+    one expert.  `twins` are other paths under which a file may hold it once more.
     """
 
     path: str
@@ -32,6 +38,11 @@ class Site:
     attachable: bool = True
     reason: str = ""
     disk: DiskLayout = "module"
+    disk_path: str = ""
+    leaves: tuple[str, ...] = ()
+    twins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    is_parameter: bool = False
+    mtp: bool = False
 
     @property
     def params(self) -> int:
@@ -44,7 +55,7 @@ class Site:
     @property
     def parameter(self) -> str:
         """Name of the weight in transformers' `named_parameters()`."""
-        return self.path if self.is_experts else f"{self.path}.weight"
+        return self.path if self.is_experts or self.is_parameter else f"{self.path}.weight"
 
     def lora_params(self, rank: int) -> int:
         """Trainable numbers of a LoRA of this rank: A (r, in) and B (out, r), for each expert."""
@@ -53,28 +64,59 @@ class Site:
     @property
     def disk_parts(self) -> int:
         """Tensors on disk that one (out, in) matrix is cut into by rows: gate and up of an expert lie apart."""
-        return 2 if self.disk == "per_expert" and self.path.endswith(".gate_up_proj") else 1
+        return len(self.leaves) if self.disk == "per_expert" else 1
 
     def disk_keys(self) -> list[str]:
         """The checkpoint keys that hold this site's weight; for per-expert files gate and up of each expert in turn."""
+        return self._keys(self.disk_path or self.path, self.leaves)
+
+    def twin_keys(self) -> list[list[str]]:
+        """The keys of each further copy of the weight in the same checkpoint, in the order of `disk_keys`."""
+        return [self._keys(path, leaves) for path, leaves in self.twins]
+
+    def disk_key(self, leaf: str) -> str:
+        """The key of another tensor of this module: its `bias`."""
+        return f"{self.disk_path or self.path}.{leaf}"
+
+    def _keys(self, path: str, leaves: tuple[str, ...]) -> list[str]:
         if self.disk == "module":
-            return [f"{self.path}.weight"]
+            return [path if self.is_parameter else f"{path}.weight"]
         if self.disk == "fused":
-            return [self.path]
-        experts, leaf = self.path.rsplit(".", 1)
-        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
-        return [f"{experts}.{e}.{name}.weight" for e in range(self.count) for name in leaves]
+            return [path]
+        return [f"{path}.{e}.{leaf}.weight" for e in range(self.count) for leaf in leaves]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One MLA module.
+
+    `owns_cache`: it computes a latent and keeps it (Mistral Large 4 has layers that read another's).  `window`: it
+    attends to the last tokens only, so that its cache stops growing.  `indexer`: it has one of its own.
+    """
+
+    path: str
+    layer: int
+    dims: MLADims
+    owns_cache: bool = True
+    window: bool = False
+    indexer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """An MLA model as its config.json describes it: no weights, no torch."""
+    """An MLA model as its config.json describes it: no weights, no torch.
+
+    `sites` are all matrices, adaptable or not, `mtp_sites` those of MTP layers, which transformers doesn't load and no
+    total counts.  `dims` are those of the first module without a window and with rope, where modules differ.  `prefix`
+    is the path of the decoder.  `embedding` and `head` are parameters of the model.  `tower_counted` is False for a
+    wrapper whose vision or audio tower is not known: then totals are those of the text model.
+    """
 
     model_type: str
     family: Family
     num_layers: int
     dims: MLADims
-    attention_paths: tuple[str, ...]
+    attention: tuple[Attention, ...]
     sites: tuple[Site, ...]
     params_total: int
     vocab_size: int
@@ -84,6 +126,41 @@ class Architecture:
     quantization: str | None
     active_params: int
     experts_per_token: int
+    prefix: str = "model"
+    wrapper: Wrapper | None = None
+    naming: Naming = field(default_factory=Naming)
+    mtp_sites: tuple[Site, ...] = ()
+    warnings: tuple[str, ...] = ()
+    #: Sizes that only some families have: index heads X of Y numbers, KDA heads K of Z numbers with F taps.
+    letters: dict[str, int] = field(default_factory=dict, compare=False, hash=False)
+
+    @property
+    def attention_paths(self) -> tuple[str, ...]:
+        return tuple(a.path for a in self.attention)
+
+    @property
+    def title(self) -> str:
+        """Name of the model's family as people write it."""
+        if self.wrapper and self.wrapper.title != self.family.title:
+            return f"{self.wrapper.title} with {self.family.title}"
+        return self.family.title
+
+    @property
+    def embedding(self) -> str:
+        return f"{self.prefix}.embed_tokens.weight"
+
+    @property
+    def tower_counted(self) -> bool:
+        return self.wrapper is None or self.wrapper.tower is not None
+
+    def dims_at(self, path: str) -> MLADims:
+        """Dimensions of the MLA module at this path."""
+        return next(a.dims for a in self.attention if a.path == path)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all MLA modules have the same dimensions."""
+        return all(a.dims == self.dims for a in self.attention)
 
     def by_role(self, role: Role) -> list[Site]:
         return [s for s in self.sites if s.role == role]
@@ -95,9 +172,51 @@ class Architecture:
         return tuple(r for r in ADAPTABLE if r in present)
 
     def kv_bytes(self, dtype: str) -> tuple[int, int]:
-        """(latent, expanded) KV-cache bytes a token over all attention modules."""
-        n = len(self.attention_paths)
-        return n * self.dims.latent_bytes(dtype), n * self.dims.expanded_bytes(dtype)
+        """(latent, expanded) KV-cache bytes a token over all attention modules that keep one."""
+        own = [a.dims for a in self.attention if a.owns_cache]
+        return sum(d.latent_bytes(dtype) for d in own), sum(d.expanded_bytes(dtype) for d in own)
+
+    def indexer_bytes(self, dtype: str) -> int:
+        """Bytes a token that the indexers of sparse attention keep beside the KV cache: Y numbers each."""
+        return sum(a.indexer for a in self.attention) * self.letters.get("Y", 0) * DTYPE_BYTES[dtype]
+
+    def located(self, keys: Container[str]) -> Architecture:
+        """The same architecture with the sites where a checkpoint with these keys holds them."""
+        return replace(
+            self,
+            sites=tuple(locate(site, self.naming, keys) for site in self.sites),
+            mtp_sites=tuple(locate(site, self.naming, keys) for site in self.mtp_sites),
+        )
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
+
+
+def locate(site: Site, naming: Naming, keys: Container[str]) -> Site:
+    """`site` with the place in the checkpoint that these keys show; as it is where they show none.
+
+    A file that holds the weight more than once (under two of its names) gets the others as `twins`.
+    """
+    found: list[Site] = []
+    for path in naming.candidates(site.path):
+        for disk, leaves in _layouts(site, naming):
+            here = replace(
+                site, disk=disk, disk_path=path.rpartition(".")[0] if disk == "per_expert" else path, leaves=leaves
+            )
+            if here.disk_keys()[0] in keys:
+                found.append(here)
+    if not found:
+        return site
+    first = found[0]
+    twins = tuple((s.disk_path, s.leaves) for s in found[1:] if s.disk == first.disk)
+    return replace(first, twins=twins)
+
+
+def _layouts(site: Site, naming: Naming) -> list[tuple[DiskLayout, tuple[str, ...]]]:
+    if not site.is_experts:
+        return [("module", ())]
+    gate_up = site.role == Role.EXPERTS_GATE_UP
+    ways: list[tuple[DiskLayout, tuple[str, ...]]] = []
+    for gate, up, down in dict.fromkeys((naming.experts, Naming().experts)):
+        ways.append(("per_expert", (gate, up) if gate_up else (down,)))
+    return [*ways, ("fused", ())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -24,6 +25,10 @@ def command(
         Literal["roles", "layers", "all"],
         typer.Option(help="One row a role, a module of each block of equal layers, or a module."),
     ] = "roles",
+    check_weights: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Compare with the safetensors headers in DIR; exit 1 where they differ."),
+    ] = None,
 ) -> None:
     """Show a model's MLA dimensions, KV cache, every linear layer, and what an adapter there would do."""
     from mla_tune.arch.registry import architecture
@@ -44,9 +49,23 @@ def command(
     document = {"model": model, **survey(arch, rank or DEFAULT_RANK, placement=placement)}
     if recipe:
         document["recipe"] = recipe
+    if check_weights is not None:
+        from mla_tune.survey.weights import check_weights as compare
+
+        document["weights"] = compare(arch, check_weights)
     if as_json:
         print_json(document)
-        return
-    from mla_tune.report.inspect_table import render
+    else:
+        from mla_tune.report.inspect_table import render
 
-    render(document, depth, out)
+        render(document, depth, out)
+    if check_weights is not None:
+        from mla_tune.errors import CheckError
+        from mla_tune.survey.weights import lines
+
+        said = lines(document["weights"])
+        if not document["weights"]["holds"]:
+            raise CheckError("\n".join(said))
+        if not as_json:
+            for line in said:
+                out.print(line, markup=False, soft_wrap=True)

@@ -51,13 +51,13 @@ def render(document: dict[str, Any], depth: Depth, console: Console) -> None:
         console.print(line, soft_wrap=True)  # a long path breaks where the terminal ends, not before
     console.print()
     if depth == "roles":
-        console.print(_roles_table(layers, wide=console.width >= WIDE))
+        console.print(_roles_table(layers, document["mtp"], wide=console.width >= WIDE))
         console.print()
         console.print(_role_notes(layers))
         if console.width < WIDE:
             console.print(_nemo_line(layers))
     else:
-        console.print(_modules_table(_blocks(layers, collapse=depth == "layers")))
+        console.print(_modules_table(_blocks([*layers, *document["mtp"]], collapse=depth == "layers")))
     console.print()
     if "adapted" in document:
         console.print(_adapted_line(document))
@@ -69,9 +69,10 @@ def render(document: dict[str, Any], depth: Depth, console: Console) -> None:
 def _header(document: dict[str, Any]) -> Iterator[Text]:
     """Name, size, dimensions, KV cache: a line each, of less than 80 columns but for a long path."""
     layers, attentions, cache = document["num_layers"], document["attention_modules"], document["kv_cache"]
+    mla = document["mla_layers"]
     facts = [
         f"{layers} layer{'s' if layers != 1 else ''}"
-        + (f" of {attentions // layers} attentions" if attentions != layers else ""),
+        + (f", {mla} with MLA" if mla != layers else f" of {attentions // layers} attentions" * (attentions != layers)),
         f"{human_count(document['params_total'])} parameters",
         f"{human_count(document['params_active'])} active a token",
         *([document["quantization"]] if document["quantization"] else []),
@@ -80,19 +81,27 @@ def _header(document: dict[str, Any]) -> Iterator[Text]:
     name = document.get("model", document["model_type"])
     yield Text.assemble((name, "bold"), f"  family {document['title']}, model_type {document['model_type']}")
     yield Text(" · ".join(facts))
-    dims = "  ".join(f"{k} {'none' if v is None else v}" for k, v in document["dims"].items())
-    yield Text(f"{dims}  vocabulary {document['vocab_size']:,}")
+    yield Text(f"{_dims(document['dims'])}  vocabulary {document['vocab_size']:,}")
+    for other in document["other_dims"]:
+        differing = {k: v for k, v in document["dims"].items() if other[k] != v}
+        yield Text(f"{_dims({k: other[k] for k in differing})}  in {other['modules']} of the attention modules")
     yield Text(
         f"KV cache, {cache['dtype']}: {cache['latent_bytes_per_token']:,} bytes a token latent · "
         f"{cache['expanded_bytes_per_token']:,} expanded · {cache['ratio']:.1f} ×"
     )
+    if cache["indexer_bytes_per_token"]:
+        yield Text(f"  and {cache['indexer_bytes_per_token']:,} bytes a token of the indexers' keys")
+
+
+def _dims(dims: dict[str, int | None]) -> str:
+    return "  ".join(f"{k} {'none' if v is None else v}" for k, v in dims.items())
 
 
 def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0), header_style="bold")
 
 
-def _roles_table(layers: list[Layer], wide: bool) -> Table:
+def _roles_table(layers: list[Layer], mtp: list[Layer], wide: bool) -> Table:
     """One row a role: parameters and LoRA parameters are sums over its matrices."""
     table = _table()
     if wide:
@@ -120,6 +129,10 @@ def _roles_table(layers: list[Layer], wide: bool) -> Table:
             EFFECTS.get(role, "") if first["attachable"] else "not adapted",
             *([first["nemo"]] if wide else []),
         )
+    if mtp:
+        params = human_count(sum(s["params"] for s in mtp))
+        row = ("MTP layers", f"{len({s['layer'] for s in mtp})}", "several", params, "–", "", "not adapted")
+        table.add_row(*row, *([""] if wide else []))
     return table
 
 
@@ -139,16 +152,16 @@ def _blocks(layers: list[Layer], collapse: bool) -> list[_Block]:
         i, sites = item
         if i is None or not collapse:
             return (i,)
-        keys = ("role", "shape", "count", "selected", "rank")
+        keys = ("role", "shape", "count", "selected", "rank", "mtp")
         return tuple((_inside(s), *(str(s[k]) for k in keys)) for s in sites)
 
     blocks = []
     for _, run in groupby(per_layer, key=look):
         members = list(run)
+        kind = " of MTP" if members[0][1][0]["mtp"] else ""
         columns = zip(*(sites for _, sites in members), strict=True)
-        blocks.append(
-            _Block(_title(members[0][0], len(members)), [(_inside(column[0]), list(column)) for column in columns])
-        )
+        rows = [(_inside(column[0]), list(column)) for column in columns]
+        blocks.append(_Block(_title(members[0][0], len(members)) + kind, rows))
     return blocks
 
 
@@ -213,7 +226,8 @@ def _label(roles: list[Role]) -> str:
 def _nemo_line(layers: list[Layer]) -> Padding:
     names: dict[str, list[str]] = {}
     for role, sites in _by_role(layers).items():
-        names.setdefault(sites[0]["nemo"], []).append(role.value)
+        if sites[0]["nemo"]:
+            names.setdefault(sites[0]["nemo"], []).append(role.value)
     pairs = ", ".join(f"{'+'.join(roles)}={nemo}" for nemo, roles in names.items())
     return Padding(Text.assemble(("In NeMo and Megatron: ", "bold"), pairs), (1, 0, 0, 0))
 
@@ -230,7 +244,8 @@ def _adapted_line(document: dict[str, Any]) -> Text:
 
 
 def _legend(document: dict[str, Any], depth: Depth) -> str:
-    tables = "Count: modules × experts in each." if depth == "roles" else "Modules lie in model.layers.N."
+    where = f"Modules lie in {document['prefix']}.layers.N."
+    tables = "Count: modules × experts in each." if depth == "roles" else where
     ranks = sorted({s["rank"] for s in document["layers"] if s["selected"] is not False and s["rank"]})
     lora = f"LoRA: parameters at rank {', '.join(map(str, ranks))}." if ranks else "LoRA: none."
     letters = " · ".join(f"{k} {LETTERS[k]}" for k in document["dims"])
@@ -246,7 +261,7 @@ def _by_role(layers: list[Layer]) -> dict[Role, list[Layer]]:
 
 def _inside(site: Layer) -> str:
     """Path inside the decoder layer."""
-    return site["path"].removeprefix(f"model.layers.{site['layer']}.")
+    return site["path"].partition(f".layers.{site['layer']}.")[2] or site["path"]
 
 
 def _shape(shape: list[int]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mla_tune.arch.dims import DTYPE_BYTES
@@ -19,7 +21,8 @@ DEFAULT_RANK = 16
 def survey(
     arch: Architecture, rank: int = DEFAULT_RANK, dtype: str = "bfloat16", placement: Placement | None = None
 ) -> dict[str, Any]:
-    """The facts of `arch` as a JSON document; `layers` has one entry for each matrix or fused stack of experts.
+    """The facts of `arch` as a JSON document; `layers` has one entry for each matrix or fused stack of experts,
+    `mtp` those of MTP layers, where their layout is known.
 
     `rank` is the LoRA rank that `lora_params` is counted for, `dtype` that of the KV cache.  With a `placement` its
     own ranks are used, `selected` says which entries it adapts (else None), and `adapted` sums them up.
@@ -33,10 +36,13 @@ def survey(
     document: dict[str, Any] = {
         "model_type": arch.model_type,
         "family": arch.family.model_type,
-        "title": arch.family.title,
+        "title": arch.title,
+        "prefix": arch.prefix,
         "num_layers": arch.num_layers,
-        "attention_modules": len(arch.attention_paths),
-        "dims": {"H": d.H, "P": d.P, "R": d.R, "V": d.V, "C": d.C, "L": d.L, "D": d.D},
+        "mla_layers": len({a.layer for a in arch.attention}),
+        "attention_modules": len(arch.attention),
+        "dims": asdict(d),
+        "other_dims": _other_dims(arch),
         "vocab_size": arch.vocab_size,
         "max_position_embeddings": arch.max_position_embeddings,
         "params_total": arch.params_total,
@@ -49,10 +55,12 @@ def survey(
             "latent_bytes_per_token": latent,
             "expanded_bytes_per_token": expanded,
             "ratio": round(expanded / latent, 2),
+            "indexer_bytes_per_token": arch.indexer_bytes(dtype),
         },
         "rank": placement.rank if placement else rank,
         "notes": _notes(arch),
         "layers": [_layer(site, rank, ranks) for site in arch.sites],
+        "mtp": [_layer(site, rank, ranks) for site in arch.mtp_sites],
     }
     if placement:
         document["adapted"] = {
@@ -65,6 +73,12 @@ def survey(
     return document
 
 
+def _other_dims(arch: Architecture) -> list[dict[str, Any]]:
+    """Dimensions of modules that have others than `dims`, each with the number of modules."""
+    others = Counter(a.dims for a in arch.attention if a.dims != arch.dims)
+    return [{**asdict(dims), "modules": count} for dims, count in others.items()]
+
+
 def _layer(site: Site, rank: int, ranks: dict[str, int] | None) -> dict[str, Any]:
     """One entry of `layers`; `lora_params` is 0 where no adapter can sit."""
     facts = FACTS[site.role]
@@ -75,6 +89,7 @@ def _layer(site: Site, rank: int, ranks: dict[str, int] | None) -> dict[str, Any
         "layer": site.layer,
         "shape": list(site.shape),
         "count": site.count,
+        "mtp": site.mtp,
         "params": site.params,
         "lora_params": site.lora_params(used) if site.attachable else 0,
         "attachable": site.attachable,
@@ -91,13 +106,23 @@ def _layer(site: Site, rank: int, ranks: dict[str, int] | None) -> dict[str, Any
 
 def _notes(arch: Architecture) -> list[str]:
     """What the numbers leave out."""
-    notes = []
+    notes = list(arch.warnings)
     if arch.mtp_layers:
         plural = "s" if arch.mtp_layers > 1 else ""
         notes.append(
             f"{arch.mtp_layers} MTP layer{plural} in the checkpoint, says config.json: "
             "kept by merge-absorb, not adapted, not counted."
         )
+    if linear := arch.num_layers - len({a.layer for a in arch.attention}):
+        notes.append(
+            f"{linear} of {arch.num_layers} layers are linear attention (KDA): a state of constant size, no KV cache."
+        )
+    if windows := sum(a.window for a in arch.attention):
+        notes.append(f"{windows} attention modules see a window of tokens: their cache stops growing there.")
+    if borrowed := sum(not a.owns_cache for a in arch.attention):
+        notes.append(f"{borrowed} attention modules read the cache of an earlier layer and keep none.")
+    if not arch.tower_counted:
+        notes.append("Vision or audio towers are not counted: their layout is not known here.")
     moe = arch.family.moe
     if moe and moe.identity_experts_key:
         notes.append("Active parameters are the most a token can use: identity experts have no weights.")

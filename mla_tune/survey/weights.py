@@ -1,0 +1,115 @@
+"""`inspect --check-weights`: what config.json promises, compared with the headers of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mla_tune.arch.roles import Role
+from mla_tune.arch.site import Architecture, Site
+from mla_tune.checkpoint.index import Checkpoint
+
+#: Endings of what belongs to a quantised weight, beside its codes.
+_SCALES = ("_scale", "_scale_inv", "scale", "_scale_2", "input_scale", "_packed", "_shape", "qzeros", "g_idx", "absmax")
+#: Words in the keys of towers and of what joins them to the text model.
+_TOWERS = ("vision", "visual", "audio", "projector", "patch_merger", "language_adapter")
+#: How many tensors of a kind are named.
+SHOWN = 10
+
+
+def check_weights(arch: Architecture, folder: Path) -> dict[str, Any]:
+    """What the headers of `folder` say about each matrix of `arch`: a JSON document.
+
+    `found` counts matrices (an expert's are one) whose tensors are there in the shape that config.json gives, `missing`
+    and `wrong_shape` name those that aren't, `unexplained` matrices of the checkpoint that config.json says nothing of,
+    `mtp_layers` counts those whose tensors are there; what belongs to a tower is compared where it has its name in
+    transformers.  `holds`: nothing is missing or of another shape.  Codes that are packed
+    (fewer numbers than weights) are compared by their rows only.  Raises `FileError` and `InputError`.
+    """
+    checkpoint = Checkpoint.open(folder)
+    tensors = checkpoint.tensors
+    here = arch.located(tensors)
+    missing: list[str] = []
+    wrong: list[dict[str, Any]] = []
+    found, known, mtp = 0, set[str](), set[int]()
+    for site in (*here.sites, *here.mtp_sites):
+        absent = site.disk_keys()[0] not in tensors
+        if absent and (site.role == Role.TOWER or (site.path == "lm_head" and arch.tied)):
+            continue  # towers have other names in published files
+        copies = [] if site.mtp and absent else [site.disk_keys(), *site.twin_keys()]
+        for key in (k for keys in copies for k in keys):
+            known.add(key)
+            split = here.naming.tensors(f"{site.path}.weight", tensors) if key not in tensors else [key]
+            known.update(split)
+            if any(k not in tensors for k in split):
+                packed = [k for k in (f"{key}_packed", key.removesuffix("weight") + "qweight") if k in tensors]
+                found += len(packed)
+                known.update(packed)
+                missing += [] if packed else [key]
+                continue
+            shapes = [tensors[k].shape for k in split]
+            expected = _shape(site, len(split))
+            if any(prod(shape) != prod(expected) or shape[0] != expected[0] for shape in shapes):
+                wrong.append({"key": split[0], "config": list(expected), "checkpoint": list(shapes[0])})
+                continue
+            found += 1
+            if site.mtp and site.layer is not None:
+                mtp.add(site.layer)
+    ends = set(here.naming.candidates(arch.embedding))
+    unexplained = [
+        key
+        for key, ref in tensors.items()
+        if len(ref.shape) > 1 and min(ref.shape) > 1 and key not in known and key not in ends and not _beside(key)
+    ]
+    moe = arch.family.moe
+    if moe and moe.identity_experts_key:  # transformers writes matrices for them, which nothing reads
+        beyond = re.compile(r"\.experts\.(\d+)\.")
+        count = max(site.count for site in arch)
+        unexplained = [k for k in unexplained if not ((m := beyond.search(k)) and int(m[1]) >= count)]
+    mtp_named = [k for k in unexplained if any(f"layers.{arch.num_layers + i}." in k for i in range(arch.mtp_layers))]
+    return {
+        "folder": str(folder),
+        "holds": not missing and not wrong,
+        "found": found,
+        "missing": missing,
+        "wrong_shape": wrong,
+        "mtp_layers": len(mtp),
+        "unexplained": [k for k in unexplained if k not in mtp_named],
+        "tensors": len(tensors),
+    }
+
+
+def _shape(site: Site, pieces: int) -> tuple[int, ...]:
+    rows, columns = site.shape
+    if site.disk == "fused":
+        return (site.count, rows, columns)
+    return (rows // site.disk_parts // pieces, columns)
+
+
+def _beside(key: str) -> bool:
+    """Scales, and what belongs to a tower."""
+    return key.endswith(_SCALES) or any(word in key for word in _TOWERS)
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    said = [f"{found['folder']}: {found['found']:,} matrices are there in the shape that config.json gives"]
+    if found["mtp_layers"]:
+        said[0] += f", MTP layers among them: {found['mtp_layers']}"
+    said += _listed("missing", found["missing"])
+    shapes = [
+        f"{w['key']}: config.json gives {tuple(w['config'])}, the file has {tuple(w['checkpoint'])}"
+        for w in found["wrong_shape"]
+    ]
+    said += _listed("of another shape", shapes)
+    said += _listed("in the files and not in config.json", found["unexplained"])
+    return said
+
+
+def _listed(what: str, items: list[str]) -> list[str]:
+    if not items:
+        return []
+    more = [f"  … and {len(items) - SHOWN:,} more"] if len(items) > SHOWN else []
+    return [f"{len(items):,} {what}:", *(f"  {item}" for item in items[:SHOWN]), *more]
