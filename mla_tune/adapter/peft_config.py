@@ -43,7 +43,7 @@ def peft_config(arch: Architecture, placement: Placement, whole: list[str] | Non
         use_rslora=placement.method == "rslora",
         use_dora=placement.method == "dora",
         target_modules=_module_names(arch, modules),
-        target_parameters=sorted({_tail(s.parameter) for s in parameters}) or None,
+        target_parameters=sorted({_reached(arch, s) for s in parameters}) or None,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         bias="none",
@@ -61,8 +61,14 @@ def _module_names(arch: Architecture, sites: list[Site]) -> list[str]:
         everywhere[s.path.rpartition(".")[2]].add(s.path)
     names: list[str] = []
     for leaf, paths in planned.items():
-        names += [leaf] if paths == everywhere[leaf] else sorted(paths)
+        # Of a tower that is not known any module may have the same name.
+        names += [leaf] if paths == everywhere[leaf] and arch.tower_counted else sorted(paths)
     return names
+
+
+def _reached(arch: Architecture, site: Site) -> str:
+    """The name of a parameter for PEFT, which compares ends: towers have layers of their own."""
+    return site.parameter if arch.wrapper else _tail(site.parameter)
 
 
 def _tail(parameter: str) -> str:

@@ -116,7 +116,7 @@ def _resolve(arch: Architecture, adapter: AdapterSection) -> set[Role]:
             asked = not isinstance(adapter.targets, str) or (adapter.experts and name not in PRESETS[adapter.targets])
             if not found and asked:
                 raise PlacementError(
-                    f"adapter.targets: {arch.family.title} has nothing in the group '{name}' "
+                    f"adapter.targets: {arch.title} has nothing in the group '{name}' "
                     f"({', '.join(GROUPS[name])}). Roles of this model: {', '.join(arch.roles)}"
                 )
             roles |= found
@@ -134,7 +134,7 @@ def _absent(arch: Architecture, role: Role) -> str:
         why = " (it has no query compression: its query projection is W_Q)"
     elif role == Role.W_Q and arch.dims.L is not None:
         why = " (its query is compressed: W_DQ and W_UQ)"
-    return f"this {arch.family.title} model has no {role}{why}. Roles of this model: {', '.join(arch.roles)}"
+    return f"this {arch.title} model has no {role}{why}. Roles of this model: {', '.join(arch.roles)}"
 
 
 def _overrides(arch: Architecture, adapter: AdapterSection, roles: set[Role]) -> dict[Role, RoleOverride]:
@@ -156,7 +156,15 @@ def _overrides(arch: Architecture, adapter: AdapterSection, roles: set[Role]) ->
 
 
 def _refuse_impossible(arch: Architecture, adapter: AdapterSection, roles: set[Role]) -> None:
-    """DoRA and dropout, which PEFT can't do on parameters."""
+    """Roles whose adapters would be lost with the process; DoRA and dropout, which PEFT can't do on parameters."""
+    lost = [r for r in Role if r in roles and r in arch.family.not_reloaded]
+    if lost:
+        keeps = [r.value for r in arch.roles if r not in arch.family.not_reloaded]
+        raise PlacementError(
+            f"adapter.targets: adapters on {', '.join(lost)} of {arch.family.title} don't survive saving: PEFT "
+            "renames their keys when it loads them, finds no such module, and goes on with a warning. "
+            f"Adapt attention only (targets: attention-only), or some of {', '.join(keeps)}"
+        )
     through_parameters = {r for r in roles if reached_as_parameter(arch, r)}
     asked = "method: dora" if adapter.method == "dora" else f"dropout: {adapter.dropout:g}" if adapter.dropout else ""
     if not asked or not through_parameters:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mla_tune.arch.naming import Naming
 from mla_tune.arch.parts import Part
-from mla_tune.arch.roles import Role
+from mla_tune.arch.roles import GROUPS, Role
 
 #: Where a family's parts are: in the module of MLA, of linear attention or of an indexer, in a layer, in a layer with
 #: or without experts, in the decoder.
@@ -60,6 +60,8 @@ class Family:
     of their own.  `borrows_key` is a list with, for each layer, the layer whose cache it reads.
 
     `mtp`: published checkpoints hold MTP layers as further decoder layers, `model.layers.<num_hidden_layers + i>`.
+    `eager_only`: transformers has no other attention for it.  `not_reloaded` are roles whose adapters PEFT saves and
+    does not load again.
     """
 
     model_type: str
@@ -84,6 +86,18 @@ class Family:
     parts: Mapping[Where, tuple[Part, ...]] = field(default_factory=dict)
     naming: Naming = field(default_factory=Naming)
     mtp: bool = False
+    eager_only: bool = False
+    not_reloaded: tuple[Role, ...] = ()
+
+    @property
+    def carries_state(self) -> bool:
+        """Linear attention carries what it has seen from token to token, over the borders of packed samples too."""
+        return "linear" in self.parts
+
+    @property
+    def needs_mask(self) -> bool:
+        """Its attention can't do with the borders of samples alone: indexers choose keys by a mask."""
+        return self.indexers is not None or self.carries_state
 
 
 def _matrices(role: Role, **shapes: tuple[str, ...]) -> tuple[Part, ...]:
@@ -165,7 +179,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "bailing_hybrid",
-        "Ling 2.5 (Bailing hybrid)",
+        "Ling 2.5",
         moe=MoELayout("mlp_layer_types", experts_key="num_local_experts"),
         compresses_query=False,
         kinds="bailing_hybrid",
@@ -290,6 +304,7 @@ FAMILIES: tuple[Family, ...] = (
         "Hunyuan V4",
         moe=MoELayout("mlp_layer_types_only", fused_on_disk=True),
         indexers="hy_v4",
+        eager_only=True,
         parts={
             "mla": (Part("gate_proj", ("H*V", "D"), Role.ATTENTION_GATE), Part("sinks", ("H",))),
             "indexer": _INDEXER,
@@ -382,6 +397,7 @@ FAMILIES: tuple[Family, ...] = (
         indexers="indexer_types",
         layer_dims="no_rope",
         borrows_key="kv_source_layers",
+        not_reloaded=(*GROUPS["shared"], *GROUPS["experts"]),
         parts={
             "mla": (Part("softmax_scaling", ("2*H",)),),
             "indexer": (

@@ -36,11 +36,15 @@ def command(
     if recipe is None:
         raise InputError("--recipe is missing: a recipe file, or the name of a shipped recipe")
     from mla_tune.survey.plan import plan
+    from mla_tune.survey.source import architecture_of
+    from mla_tune.survey.suited import suited
 
-    loaded = load_recipe(recipe, list(set_ or []))
+    asked = load_recipe(recipe, list(set_ or []))
+    loaded, said = suited(asked, architecture_of(asked.model))
     summary, steps = _data(loaded) if data else (None, loaded.train.max_steps)
     gpu, dtype = _machine(loaded)
     document = plan(loaded, _placement(loaded), data=summary, steps=steps, gpu=gpu, dtype=dtype)
+    document["warnings"] += said
     if json:
         print_json(document)
         return

@@ -77,3 +77,17 @@ def check_attached(model: torch.nn.Module, placement: Placement) -> None:
         raise CheckError(
             f"the adapter that PEFT attached is not the one planned; nothing was trained:\n  {shown}{more}"
         )
+
+
+def freeze_unreached(model: torch.nn.Module, arch: Architecture) -> int:
+    """For training all weights: freeze those that text gives no gradient to, and count them.
+
+    Towers, through which text does not pass, and indexers, which transformers runs without gradients.
+    """
+    ours = (f"{arch.prefix}.", "lm_head.")
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        if not name.startswith(ours) or ".indexer." in name:
+            parameter.requires_grad_(False)
+            frozen += parameter.numel()
+    return frozen

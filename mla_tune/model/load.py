@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.registry import architecture
@@ -21,6 +21,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quant_config import FIELDS, quantisation_field
 from mla_tune.errors import CheckError, InputError
+from mla_tune.model.auto import auto_class, set_experts
 from mla_tune.model.frozen import EXPERTS, Matrix, register_experts
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
@@ -112,13 +113,13 @@ def load_model(
     dtype = pick_dtype(section.dtype, device)
     kwargs: dict[str, Any] = {
         "dtype": torch.float32 if full_precision else DTYPES[dtype],
-        "attn_implementation": "sdpa" if section.attention in ("auto", "packed") else section.attention,
+        "attn_implementation": _attention(section, arch),
         "experts_implementation": pick_experts(section.experts, arch, 4 if full_precision else DTYPE_BYTES[dtype]),
     }
     if section.preset:
         cfg = AutoConfig.for_model(**config)
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(cfg, **kwargs)
+        model = auto_class(cfg).from_config(cfg, **kwargs)
         base = None
     else:
         base = str(EMBEDDED_MODEL) if section.base in (None, "embedded") else str(folder or section.base)
@@ -136,8 +137,16 @@ def load_model(
     return Loaded(net, arch, base, device, dtype, _summary(net, kind) if kind else None)
 
 
+def _attention(section: ModelSection, arch: Architecture) -> str:
+    if section.attention in ("auto", "packed"):
+        return "eager" if arch.family.eager_only else "sdpa"
+    return section.attention
+
+
 def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **kwargs)
+    options = {k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs}
+    config = kwargs.get("config") or AutoConfig.from_pretrained(base, **options)
+    loaded: Any = auto_class(config).from_pretrained(base, output_loading_info=True, **kwargs)
     model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
@@ -202,14 +211,14 @@ def _quantised(
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, **{k: v for k, v in kwargs.items() if k != "revision"})
+            model = auto_class(config).from_config(config, **{k: v for k, v in kwargs.items() if k != "revision"})
         if kind == "nf4":
             nf4.put_empty(model, scheme.parameters, kwargs["dtype"])
         else:
             fp8.put_empty(model, scheme.layouts, scheme.where, kwargs["dtype"])
         if experts:
             register_experts()
-            model.set_experts_implementation(EXPERTS)
+            set_experts(model, EXPERTS)
         return model
     where = device if place else torch.device("cpu")
     model = _from_pretrained(base, config=config, quantization_config=scheme, device_map={"": where}, **kwargs)
@@ -220,7 +229,7 @@ def _quantised(
             module.config._is_quantized = False
     if experts:
         register_experts()
-        model.set_experts_implementation(EXPERTS)
+        set_experts(model, EXPERTS)
     return model
 
 
@@ -235,7 +244,11 @@ def check_sites(model: torch.nn.Module, arch: Architecture) -> None:
         if site.path == "lm_head" and arch.tied:
             continue
         have = shapes.get(site.parameter)
-        if have is None or have[-2:] != site.shape:
+        # What no adapter sits on may have more dimensions: convolutions, positions of an image.
+        same = have is not None and (
+            have[-2:] == site.shape or (not site.attachable and math.prod(have) == math.prod(site.shape))
+        )
+        if not same:
             wrong.append(f"{site.parameter}: expected {site.shape}, found {have or 'nothing'}")
     if wrong:
         shown = "\n  ".join(wrong[:5])

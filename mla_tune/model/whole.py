@@ -57,11 +57,13 @@ def with_whole(
 
 def _modules(config: Mapping[str, Any]) -> dict[str, int]:
     """Path → own parameters of each module; 0 of one that holds others, or stacked experts."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    plain = {k: v for k, v in config.items() if k not in FIELDS}
+    from mla_tune.model.auto import auto_class
+
+    built = AutoConfig.for_model(**{k: v for k, v in config.items() if k not in FIELDS})
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
+        model: Any = auto_class(built).from_config(built)
     found = {}
     for path, module in model.named_modules():
         own = list(module.parameters(recurse=False))

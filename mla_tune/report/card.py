@@ -48,6 +48,7 @@ def _text(root: Path, run: dict[str, Any]) -> str:
     found = run.get("base_hash") or {}
     digest = f", whose `base_hash` is `{found['sha256'][:16]}…`" if found.get("kind") in ("files", "headers") else ""
     name = root.resolve().name
+    auto = run.get("auto_class", "AutoModelForCausalLM")
     lines = [
         f"# {name}",
         "",
@@ -95,9 +96,9 @@ def _text(root: Path, run: dict[str, Any]) -> str:
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto}",
         "",
-        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "ADAPTER")',
+        f'model = PeftModel.from_pretrained({auto}.from_pretrained("BASE"), "ADAPTER")',
         "```",
         "",
         "Merge it into the base's own layout, prove the merge, and serve it as any other checkpoint:",

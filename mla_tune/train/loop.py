@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback
 
-from mla_tune.console import err
+from mla_tune.console import err, human_count
 from mla_tune.data.prepare import steps_of
 from mla_tune.errors import Interrupted, WorkError
-from mla_tune.model.attach import attach
+from mla_tune.model.attach import attach, freeze_unreached
 from mla_tune.model.initialise import initialise
 from mla_tune.report.card import card
 from mla_tune.survey.plan import role_rates
@@ -87,6 +87,9 @@ def _adapted(job: Job) -> tuple[torch.nn.Module, Ways]:
     if placement.method != "none":
         model = attach(model, loaded.arch, placement, recipe.train.seed)
         initialise(model, placement, recipe.train.seed)
+    elif frozen := freeze_unreached(model, loaded.arch):
+        what = "towers and indexers" if loaded.arch.wrapper else "indexers"
+        err.print(f"note: {human_count(frozen)} parameters of {what} stay frozen: text gives them no gradient")
     ways = prepare_model(model, loaded, recipe, job.data, job.run.get("chosen")) if team.first else None
     job.run["chosen"] = team.same(ways.chosen if ways else None)
     if ways is None:

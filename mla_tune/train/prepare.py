@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from mla_tune.data.collate import Collator
 from mla_tune.data.flat import FlatCollator
 from mla_tune.data.prepare import Prepared
+from mla_tune.model.auto import set_experts
 from mla_tune.model.load import DTYPES, Loaded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.train import packed
@@ -50,7 +51,7 @@ def prepare_model(
     base.set_attn_implementation(attention)
     experts = _experts(base, loaded, recipe, chosen, lines)
     if experts:
-        base.set_experts_implementation(experts)
+        set_experts(base, experts)
     score_by_chunks(base)
     if recipe.adapter.method != "none":
         by_factors(model)
@@ -119,7 +120,7 @@ def _compile(base: Any, checkpointed: bool) -> None:
     for module in base.modules():
         if isinstance(module, ParamWrapper) and "forward" not in vars(module):  # not by factors
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-    for layer in base.base_model.layers:
+    for layer in base.get_decoder().layers:
         # A checkpointed layer is a graph of its own to autograd; what it holds can be compiled, itself not.
         for module in layer.children() if checkpointed else [layer]:
             module.forward = torch.compile(module.forward, dynamic=True)

@@ -12,6 +12,7 @@ from mla_tune.adapter.placement import place
 from mla_tune.console import err
 from mla_tune.data.prepare import prepare
 from mla_tune.errors import InputError, Interrupted, WorkError
+from mla_tune.model.auto import auto_class
 from mla_tune.model.load import base_hash, load_model, quantised_kind, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.model.whole import with_whole
@@ -21,6 +22,7 @@ from mla_tune.report.process import this_process
 from mla_tune.report.run_report import write_report
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.survey.source import described
+from mla_tune.survey.suited import suited
 from mla_tune.train.checkpoints import newest_whole
 from mla_tune.train.folder import RunFolder, check_folder, environment, how_to_go_on, make_folder, write_recipe
 from mla_tune.train.job import Job
@@ -55,6 +57,9 @@ def train(
     name_projects()
     section = recipe.model
     config, arch = described(section)
+    recipe, said = suited(recipe, arch)
+    for line in [*arch.warnings, *said]:
+        err.print(f"note: {line}", markup=False, soft_wrap=True)
     placement = place(arch, recipe.adapter)
     kind = quantised_kind(section, config)
     check_quantised(recipe, kind)
@@ -133,6 +138,7 @@ def _record_origin(job: Job, base: str, resume: bool, allow_changes: bool) -> No
         "working_folder": str(Path.cwd()),
         "recipe": str(job.folder.recipe),
         "model_type": job.arch.model_type,
+        "auto_class": auto_class(job.loaded.model.config).__name__,
         "base": job.recipe.model.source,
         "base_path": base,
         **origin,

@@ -1,0 +1,36 @@
+"""What a recipe can't have on a certain family: what is changed is said, what was asked for by name is refused."""
+
+from __future__ import annotations
+
+from mla_tune.arch.site import Architecture
+from mla_tune.errors import InputError
+from mla_tune.recipe.schema import Recipe
+
+
+def suited(recipe: Recipe, arch: Architecture) -> tuple[Recipe, list[str]]:
+    """The recipe with what this family needs, and a sentence for each change.
+
+    Linear attention (KDA) carries a state from one sample of a packed row to the next, and transformers gives it no
+    borders: packing is off there, rows are padded.  Indexers choose keys by a mask, which attention on borders alone
+    does not make.  Raises `InputError` for an attention that was named and that the family can't have.
+    """
+    family, section, said = arch.family, recipe.model, []
+    what = f"model.attention: {section.attention}"
+    if family.eager_only and section.attention not in ("auto", "eager"):
+        raise InputError(f"{what}: {family.title} has eager attention only (transformers); leave it out, or eager")
+    if family.needs_mask and section.attention not in ("auto", "eager", "sdpa"):
+        why = "linear attention" if family.carries_state else "an indexer that chooses keys by a mask"
+        raise InputError(f"{what}: {family.title} has {why}, so it needs eager or sdpa")
+    changes: dict[str, dict[str, object]] = {}
+    if section.attention == "auto" and family.needs_mask:
+        changes["model"] = {"attention": "eager" if family.eager_only else "sdpa"}
+    if family.carries_state and recipe.train.packing:
+        changes["train"] = {"packing": False}
+        said.append(
+            f"train.packing: off, since the linear attention of {family.title} would carry its state from one sample "
+            "of a packed row into the next; rows hold one sample each"
+        )
+    if not changes:
+        return recipe, said
+    parts = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
+    return recipe.model_copy(update=parts), said
