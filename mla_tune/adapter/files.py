@@ -166,7 +166,7 @@ def open_adapter(folder: Path, arch: Architecture, base_keys: Mapping[str, Tenso
                 "of all at once can't be together"
             )
     for delta in deltas:
-        if delta.bias is not None and f"{delta.site.path}.bias" not in base_keys:
+        if delta.bias is not None and delta.site.disk_key("bias") not in base_keys:
             raise InputError(
                 f"{file}: '{delta.bias.key}' (lora_bias) needs the bias of {delta.site.path}, and the base model has "
                 "none: such an adapter can't be merged into it. Train without lora_bias, or keep the adapter unmerged"
@@ -268,7 +268,7 @@ def _check_complete(file: Path, adapter: Adapter, arch: Architecture, base_keys:
     if bias == "all":
         trained = [key for key in base_keys if key.endswith(".bias")]
     elif bias == "lora_only":
-        trained = [key for d in adapter.deltas if (key := f"{d.site.path}.bias") in base_keys]
+        trained = [key for d in adapter.deltas if (key := d.site.disk_key("bias")) in base_keys]
     if lost := [key for key in trained if key not in held and in_model(key, arch)]:
         # Older versions of PEFT looked for q_a_proj.bias with `lora_only`, and it lies in q_a_proj.base_layer.bias.
         raise InputError(
@@ -276,7 +276,7 @@ def _check_complete(file: Path, adapter: Adapter, arch: Architecture, base_keys:
             f"{_more(lost)}; older versions of PEFT lost them when saving. Take them from a full checkpoint of the "
             f'training, or, to merge with the biases of the base, set "bias": "none" in {CONFIG_FILE}'
         )
-    head = ["lm_head.weight"] if arch.tied else []
+    head = [arch.head_key] if arch.tied else []
     # PEFT takes every module whose path ends in the name, at no border between names: `norm` means all norms.
     lost = [
         key

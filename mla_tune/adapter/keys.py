@@ -29,7 +29,7 @@ from typing import NoReturn
 
 from mla_tune.adapter.settings import CONFIG_FILE, Names
 from mla_tune.arch.roles import Role
-from mla_tune.arch.site import Architecture, Site
+from mla_tune.arch.site import HEAD, Architecture, Site
 from mla_tune.checkpoint.index import TensorRef, nearest
 from mla_tune.errors import InputError
 
@@ -38,9 +38,7 @@ MAGNITUDE = "lora_magnitude_vector"
 _FACTOR = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?:(?P<part>lora_A\.weight|lora_B\.(?:weight|bias))|(?P<m>{MAGNITUDE})(\.weight)?)"
 )
-_ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
-_IN_MODEL = re.compile(r"(?:model\.(?:embed_tokens|norm|layers\.(?P<layer>\d+))|lm_head)\.")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
 _AGAIN = "save the adapter again with PeftModel.save_pretrained"
 
 
@@ -128,19 +126,20 @@ class KeyMap:
                 "has no LoRA in this file" if inside else f"has a LoRA, whose own tensors lie in '{module}.base_layer'"
             )
             refuse(f"would be ignored by PEFT: '{module}' {state}. To fix the file, {_AGAIN}")
-        key = f"{module}.{leaf}" if module else leaf
-        if key not in base and any(s.is_experts and f"{key}.".startswith(f"{s.path}.") for s in self.arch.sites):
+        name = f"{module}.{leaf}" if module else leaf
+        key = self.arch.naming.on_disk(name, base)
+        if key not in base and any(s.is_experts and f"{name}.".startswith(f"{s.path}.") for s in self.arch.sites):
             refuse("holds whole fused experts, which are not supported: train them with a LoRA on target_parameters")
-        twin = base.get(_EMBEDDING) if key == _HEAD and self.arch.tied else None
+        twin = base.get(self.arch.embedding_key) if name == HEAD and self.arch.tied else None
         target = base.get(key, twin)
         if target is None:
             known = nearest(ref.key, [PREFIX + k for k in base])
             refuse(f"fits no tensor of the base model{known}")
-        if not in_model(key, self.arch):
+        if not in_model(name, self.arch):
             refuse("belongs to a layer that transformers does not load (MTP): PEFT would ignore it")
         if ref.shape != target.shape:
             what = f"is {ref.shape}, but '{target.key}' of the base model is {target.shape}: "
-            if key in (_EMBEDDING, _HEAD) and ref.shape[1:] == target.shape[1:]:
+            if name in (self.arch.embedding, HEAD) and ref.shape[1:] == target.shape[1:]:
                 refuse(
                     f"{what}the vocabulary was resized for the training. Do the same to the base: load it, "
                     f"resize_token_embeddings({ref.shape[0]}), save_pretrained, and give that folder with --base"
@@ -173,7 +172,10 @@ def is_expert_key(key: str) -> bool:
     return _ONE_EXPERT.match(key) is not None
 
 
-def in_model(key: str, arch: Architecture) -> bool:
-    """Whether transformers' model has a tensor of this checkpoint key's place: MTP layers are on disk only."""
-    match = _IN_MODEL.match(key)
-    return match is not None and (match["layer"] is None or int(match["layer"]) < arch.num_layers)
+def in_model(name: str, arch: Architecture) -> bool:
+    """Whether transformers' model has a parameter of this name: MTP layers are on disk only."""
+    inside, _, rest = name.removeprefix(f"{arch.prefix}.").partition(".")
+    if inside != "layers" or not name.startswith(f"{arch.prefix}."):
+        return name == HEAD or name.startswith("model.")
+    number = rest.partition(".")[0]
+    return number.isdecimal() and int(number) < arch.num_layers

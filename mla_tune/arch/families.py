@@ -60,6 +60,8 @@ class Family:
     of their own.  `borrows_key` is a list with, for each layer, the layer whose cache it reads.
 
     `mtp`: published checkpoints hold MTP layers as further decoder layers, `model.layers.<num_hidden_layers + i>`.
+    `keeps_dtype` are endings of tensors on disk that stay as they are when others change their dtype: transformers
+    keeps them in float32 (`_keep_in_fp32_modules_strict`), because small steps of theirs matter.
     `eager_only`: transformers has no other attention for it.  `not_reloaded` are roles whose adapters PEFT saves and
     does not load again.
     """
@@ -86,6 +88,7 @@ class Family:
     parts: Mapping[Where, tuple[Part, ...]] = field(default_factory=dict)
     naming: Naming = field(default_factory=Naming)
     mtp: bool = False
+    keeps_dtype: tuple[str, ...] = ("e_score_correction_bias",)
     eager_only: bool = False
     not_reloaded: tuple[Role, ...] = ()
 
@@ -127,6 +130,7 @@ _KDA = (
 )  # fmt: skip
 #: q, k and v convolutions are three tensors on disk.
 _CONV = (("conv1d", ("q_conv1d", "k_conv1d", "v_conv1d")),)
+_KDA_FLOAT32 = ("A_log", "dt_bias", "conv1d.weight")
 _FORGET = (r"\.forget_gate\.", ".")
 
 
@@ -205,6 +209,7 @@ FAMILIES: tuple[Family, ...] = (
             ),
             splits=_CONV,
         ),
+        keeps_dtype=("expert_bias", *_KDA_FLOAT32),
         mtp=True,
     ),
     Family(
@@ -282,6 +287,9 @@ FAMILIES: tuple[Family, ...] = (
             "index_head_dim": 128, "index_n_heads": 32, "index_kpool": 16, "hc_mult": 4, "linear_head_dim": 128,
             "linear_num_heads": 64, "linear_conv_kernel_dim": 4,
         },
+        keeps_dtype=(
+            "e_score_correction_bias", "hc_attn_base", "hc_attn_scale", "hc_ffn_base", "hc_ffn_scale", *_KDA_FLOAT32,
+        ),
         naming=Naming(
             ((_FORGET, (r"\.attn_hc\.(\w+)$", r".hc_attn_\1"), (r"\.ffn_hc\.(\w+)$", r".hc_ffn_\1")),), splits=_CONV
         ),
@@ -305,6 +313,11 @@ FAMILIES: tuple[Family, ...] = (
         moe=MoELayout("mlp_layer_types_only", fused_on_disk=True),
         indexers="hy_v4",
         eager_only=True,
+        keeps_dtype=(
+            "e_score_correction_bias", "hc_fn", "hc_base", "hc_scale", "hc_head_fn", "hc_head_base", "hc_head_scale",
+            "learnable_sink_param", "lm_head.weight", "indexer.k_norm.weight", "indexer.k_norm.bias",
+            "indexer.weights_proj.weight",
+        ),
         parts={
             "mla": (Part("gate_proj", ("H*V", "D"), Role.ATTENTION_GATE), Part("sinks", ("H",))),
             "indexer": _INDEXER,
@@ -397,6 +410,7 @@ FAMILIES: tuple[Family, ...] = (
         indexers="indexer_types",
         layer_dims="no_rope",
         borrows_key="kv_source_layers",
+        keeps_dtype=("lerope.alpha", ".gate.weight"),
         not_reloaded=(*GROUPS["shared"], *GROUPS["experts"]),
         parts={
             "mla": (Part("softmax_scaling", ("2*H",)),),

@@ -13,7 +13,7 @@ from mla_tune.arch.naming import Naming
 from mla_tune.arch.parts import Part, numbers, size
 from mla_tune.arch.roles import REASONS, Role
 from mla_tune.arch.schedules import INDEXERS, KINDS, LAYER_DIMS, SPARSE
-from mla_tune.arch.site import Architecture, Attention, Site
+from mla_tune.arch.site import HEAD, Architecture, Attention, Site
 from mla_tune.arch.wrappers import PREFIX, WRAPPERS, Wrapper, tower_parts, unwrapped
 from mla_tune.errors import InputError, NotMLAError
 
@@ -114,6 +114,8 @@ class _Builder:
             naming=self.naming,
             mtp_sites=tuple(mtp),
             warnings=self.warnings,
+            embedding_key=self.naming.candidates(f"{self.prefix}.embed_tokens.weight")[0],
+            head_key=self.naming.candidates(HEAD)[0],
             letters=self.letters,
         )
 

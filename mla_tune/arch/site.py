@@ -16,6 +16,10 @@ from mla_tune.arch.wrappers import Wrapper
 DiskLayout = Literal["module", "per_expert", "fused"]
 
 
+#: The output head's weight in transformers' module tree.
+HEAD = "lm_head.weight"
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """One weight matrix of the model, or one fused stack of expert matrices.
@@ -131,6 +135,9 @@ class Architecture:
     naming: Naming = field(default_factory=Naming)
     mtp_sites: tuple[Site, ...] = ()
     warnings: tuple[str, ...] = ()
+    #: The keys of both ends of the model in a checkpoint.
+    embedding_key: str = ""
+    head_key: str = ""
     #: Sizes that only some families have: index heads X of Y numbers, KDA heads K of Z numbers with F taps.
     letters: dict[str, int] = field(default_factory=dict, compare=False, hash=False)
 
@@ -184,6 +191,8 @@ class Architecture:
         """The same architecture with the sites where a checkpoint with these keys holds them."""
         return replace(
             self,
+            embedding_key=self.naming.on_disk(self.embedding, keys),
+            head_key=self.naming.on_disk(HEAD, keys),
             sites=tuple(locate(site, self.naming, keys) for site in self.sites),
             mtp_sites=tuple(locate(site, self.naming, keys) for site in self.mtp_sites),
         )

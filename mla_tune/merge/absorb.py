@@ -35,7 +35,7 @@ from mla_tune.checkpoint.quant import Quantised, dequantise, read_scales
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import CheckError, InputError
 from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
-from mla_tune.mla.fold import LAYOUTS, Form, fold_output, fold_query, forms, latent_scales, split_heads
+from mla_tune.mla.fold import LAYOUTS, Form, costs, fold_output, fold_query, forms, latent_scales, split_heads
 
 #: Files of a shard set, finished ones.
 _SHARDS = "absorbed-*-of-*.safetensors"
@@ -123,7 +123,7 @@ def write_absorbed(
         bytes=plan.bytes,
         context=context,
         cost_module=forms(arch.dims, context),
-        cost=forms(arch.dims, context, modules),
+        cost=costs([a.dims for a in arch.attention], context),
         rounding=job.rounding,
     )
 
@@ -140,13 +140,14 @@ class _Job:
         exact: bool,
         progress: Callable[[int], None],
     ) -> None:
-        self.arch, self.dims, self.merged, self.plan = arch, arch.dims, merged, plan
+        self.arch, self.merged, self.plan = arch, merged, plan
+        self.dims = {a.path: a.dims for a in arch.attention}
         self.quantised, self.exact, self.progress = quantised, exact, progress
         self._lock = Lock()
         self.rounding: dict[str, float] = {}
         self._digests: dict[str, dict[str, str]] = {}
         # On one head of each module the rounding is measured: another head each time, so that none is never looked at.
-        self.measured = {path: i % self.dims.H for i, path in enumerate(plan.sources)}
+        self.measured = {path: i % self.dims[path].H for i, path in enumerate(plan.sources)}
 
     def float_type(self, dtype: str) -> type:
         """What a product is computed in: more than the `dtype` that it is rounded to has."""
@@ -171,13 +172,19 @@ class _Job:
             "format": "pt",
             "mode": self.plan.mode,
             "layout": LAYOUTS[self.plan.mode],
-            "dims": json.dumps(asdict(self.dims)),
+            "dims": json.dumps(self._dims(list(paths))),
             "source_sha256": json.dumps({k: v for source in sources for k, v in self.digests(source).items()}),
         }
         if self.plan.mode == "fold":
             about["stays"] = "the R rope rows of each head in q_b_proj (q_proj): they can't be folded"
-            about["latent_scales"] = json.dumps(latent_scales(self.arch.family.model_type, self.dims))
+            about["latent_scales"] = json.dumps(latent_scales(self.arch.family.model_type, self.arch.dims))
         return about
+
+    def _dims(self, paths: list[str]) -> dict[str, Any]:
+        """The dimensions of these modules; by path where they differ."""
+        if len({self.dims[path] for path in paths}) == 1:
+            return asdict(self.dims[paths[0]])
+        return {path: asdict(self.dims[path]) for path in paths}
 
     def write(self, key: str, writer: ShardWriter) -> None:
         path, _, name = key.rpartition(".")
@@ -185,7 +192,7 @@ class _Job:
 
     def _halves(self, path: str, key: str, writer: ShardWriter) -> None:
         """One of the two halves, a few heads at a time."""
-        d, name, dtype = self.dims, key.rpartition(".")[2], self.plan.layout[key][0]
+        d, name, dtype = self.dims[path], key.rpartition(".")[2], self.plan.layout[key][0]
         source = self.matrix(self.plan.sources[path][Role.W_UKV])
         at, rows = 0, d.P + d.V
         for first, last in _blocks(d.H, rows * d.C):
@@ -199,7 +206,7 @@ class _Job:
 
     def _query(self, path: str, key: str, writer: ShardWriter) -> None:
         """W_QK, head by head."""
-        d, sources, dtype = self.dims, self.plan.sources[path], self.plan.layout[key][0]
+        d, sources, dtype = self.dims[path], self.plan.sources[path], self.plan.layout[key][0]
         query = self.matrix(sources[Role.W_Q if d.L is None else Role.W_UQ])
         kv_b = self.matrix(sources[Role.W_UKV])
 
@@ -218,7 +225,7 @@ class _Job:
 
     def _output(self, path: str, key: str, writer: ShardWriter) -> None:
         """W_VO: o_proj is read once, a few rows of all heads at a time."""
-        d, sources, dtype = self.dims, self.plan.sources[path], self.plan.layout[key][0]
+        d, sources, dtype = self.dims[path], self.plan.sources[path], self.plan.layout[key][0]
         kv_b, o_proj = self.matrix(sources[Role.W_UKV]), self.matrix(sources[Role.W_O])
 
         def value(h: int, float_type: type) -> np.ndarray:

@@ -62,18 +62,18 @@ def plan_absorbed(
             sources[site.path.rpartition(".")[0]][site.role] = _checked(site, tensors, where)
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path, keys in sources.items():
-        if f"{path}.kv_b_proj.bias" in tensors:
-            raise InputError(
-                f"{where}: '{path}.kv_b_proj.bias' has no place in {LAYOUTS[mode]}: use --absorb none for this model"
-            )
+        bias = keys[Role.W_UKV].removesuffix("weight") + "bias"
+        if bias in tensors:
+            raise InputError(f"{where}: '{bias}' has no place in {LAYOUTS[mode]}: use --absorb none for this model")
         dtype = _dtype({tensors[key][0] for key in keys.values()})
-        layout |= {f"{path}.{name}": (dtype, shape) for name, shape in absorbed_shapes(arch.dims, mode).items()}
+        shapes = absorbed_shapes(arch.dims_at(path), mode)
+        layout |= {f"{path}.{name}": (dtype, shape) for name, shape in shapes.items()}
     return AbsorbedPlan(mode, layout, _shards(layout, max_shard_bytes), sources)
 
 
 def _checked(site: Site, tensors: Headers, where: str) -> str:
     """The key of a site's weight, which must be there and of the site's shape."""
-    (key,) = site.disk_keys()
+    key = site.disk_keys()[0]
     if key not in tensors:
         raise InputError(f"{where}: has no tensor '{key}'{nearest(key, tensors)}")
     dtype, shape = tensors[key]

@@ -13,7 +13,7 @@ from mla_tune.checkpoint.files import copy_file, sha256_of, write_json
 from mla_tune.checkpoint.index import INDEX_FILE
 from mla_tune.checkpoint.quant_config import edit_config
 from mla_tune.errors import FileError, InputError
-from mla_tune.merge.plan import HEAD, MergePlan
+from mla_tune.merge.plan import MergePlan
 from mla_tune.merge.staging import JOURNAL_FILE, STATE_FILE, Staging, partial_folder
 from mla_tune.mla.fold import LAYOUTS
 
@@ -71,7 +71,8 @@ def write_index_of(plan: MergePlan, folder: Path) -> None:
     if base.index is None and plan.absorbed is None:
         return
     files = {out.key: shard.name for shard in plan.shards for out in shard.tensors}
-    listed = [key for key in base.tensors if key in files] + [key for key in (HEAD,) if key not in base.tensors]
+    head = plan.architecture.head_key
+    listed = [key for key in base.tensors if key in files] + [key for key in (head,) if key not in base.tensors]
     document = dict(base.index or {})
     document["metadata"] = {**document.get("metadata", {}), "total_size": plan.model_bytes}
     document["weight_map"] = {key: files[key] for key in listed if key in files}

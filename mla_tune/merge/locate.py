@@ -81,7 +81,7 @@ def open_inputs(adapters: Sequence[tuple[Path, float]], base: Path | str | None,
     """`locate` the folders and open them; each adapter stands with its weight.  Raises `FileError` and `InputError`."""
     places = locate([path for path, _ in adapters], base, out)
     checkpoint = Checkpoint.open(places.base)
-    arch = architecture(checkpoint.config, str(places.base / "config.json"))
+    arch = architecture(checkpoint.config, str(places.base / "config.json")).located(checkpoint.tensors)
     opened = [
         (open_adapter(folder, arch, checkpoint.tensors), weight)
         for folder, (_, weight) in zip(places.adapters, adapters, strict=True)

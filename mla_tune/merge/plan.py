@@ -24,12 +24,8 @@ from mla_tune.errors import InputError
 from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
 from mla_tune.merge.options import DTYPES, Options
 
-#: Endings of tensors that stay as they are under another `--dtype`: transformers keeps them in float32
-#: (`_keep_in_fp32_modules_strict`), because their small steps decide which experts a token goes to.
-KEEP_DTYPE = ("e_score_correction_bias",)
 #: Families whose router is a Linear that is never called, only read: an adapter on it acts once merged, not before.
 _ROUTER_READ_DIRECTLY = frozenset({"longcat_flash"})
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +189,7 @@ class _Changes:
         for delta in adapter.deltas:
             self._refuse_unmergeable(adapter, delta)
             update = Update(delta, weight)
-            for out in _tensors(self.checkpoint, delta):
+            for out in _tensors(self.checkpoint, self.arch, delta):
                 known = self.outs.get(out.key)
                 # Whole tensors come first: an adapted output head may be saved as a whole beside its LoRA.
                 start = out if known is None else replace(out, source=known.source, updates=known.updates)
@@ -204,12 +200,13 @@ class _Changes:
             raise InputError(
                 f"{adapter.folder}: '{key}' is changed by two adapters, of which one replaces it as a whole"
             )
-        twin = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(key) if self.arch.tied else None
+        embedding, head = self.arch.embedding_key, self.arch.head_key
+        twin = {embedding: head, head: embedding}.get(key) if self.arch.tied else None
         if twin and adapter.settings.get("ensure_weight_tying"):
             if twin in self.replaced:  # one tensor, saved under both names
-                self.twins.append((self.outs[EMBEDDING].source, ref))
+                self.twins.append((self.outs[embedding].source, ref))
                 return
-            key = EMBEDDING
+            key = embedding
         elif twin and not self.options.untie:
             raise InputError(
                 f"{adapter.folder}: holds a whole '{key}', but the embedding and the output head are one tensor in "
@@ -217,7 +214,7 @@ class _Changes:
             )
         else:
             self.untied |= twin is not None
-        base = self.checkpoint[EMBEDDING if key == HEAD and self.arch.tied else key]
+        base = self.checkpoint[embedding if key == head and self.arch.tied else key]
         self.replaced[key] = adapter
         self.outs[key] = OutTensor(key, base.dtype, base.shape, ref)
 
@@ -251,17 +248,21 @@ def _check_weights(adapters: Sequence[tuple[Adapter, float]]) -> None:
             )
 
 
-def _tensors(checkpoint: Checkpoint, delta: AdapterDelta) -> list[OutTensor]:
-    """The tensors on disk that one update reaches, as the base has them; the bias of a LoRA bias is one of them."""
+def _tensors(checkpoint: Checkpoint, arch: Architecture, delta: AdapterDelta) -> list[OutTensor]:
+    """The tensors on disk that one update reaches, as the base has them; the bias of a LoRA bias is one of them.
+
+    A checkpoint may hold a weight under two of its names: each is merged, whichever a program reads.
+    """
     site = delta.site
-    keys = site.disk_keys()
     outs = []
-    if site.disk != "per_expert":
-        # A tied output head is not on disk.
-        ref = checkpoint.tensors.get(keys[0])
-        ref = checkpoint[EMBEDDING] if ref is None and site.role == Role.LM_HEAD else checkpoint[keys[0]]
-        outs.append(OutTensor(keys[0], ref.dtype, ref.shape, ref, site=site))
-    else:
+    for keys in (site.disk_keys(), *site.twin_keys()):
+        if site.disk != "per_expert":
+            # A tied output head is not on disk.
+            ref = checkpoint.tensors.get(keys[0])
+            tied = ref is None and site.role == Role.LM_HEAD
+            ref = checkpoint[arch.embedding_key if tied else keys[0]]
+            outs.append(OutTensor(keys[0], ref.dtype, ref.shape, ref, site=site))
+            continue
         rows = site.shape[0] // site.disk_parts
         for i, key in enumerate(keys):
             expert, part = divmod(i, site.disk_parts)
@@ -270,7 +271,7 @@ def _tensors(checkpoint: Checkpoint, delta: AdapterDelta) -> list[OutTensor]:
                 ref = checkpoint[key]
                 outs.append(OutTensor(key, ref.dtype, ref.shape, ref, site=site, first_row=part * rows, expert=expert))
     if delta.bias is not None:
-        ref = checkpoint[f"{site.path}.bias"]
+        ref = checkpoint[site.disk_key("bias")]
         outs.append(OutTensor(ref.key, ref.dtype, ref.shape, ref, site=site, is_bias=True))
     return outs
 
@@ -313,24 +314,31 @@ def _outs(
 ) -> list[OutTensor]:
     """The tensors of one file, in the base's order."""
     outs: list[OutTensor] = []
+    keeps = changes.arch.family.keeps_dtype
     for key, ref in shard.tensors.items():
         if key in dropped:
             continue
         weight = scales.get(key)
         if weight is not None and weight in changes.outs:
-            out = _finish(changes.outs[weight], checkpoint, options, quantised, raised)
+            out = _finish(changes.outs[weight], checkpoint, options, quantised, raised, keeps)
             outs.append(replace(out, key=key, dtype=ref.dtype, shape=ref.shape, scale_of=weight))
             continue
         out = changes.outs.get(key) or OutTensor(key, ref.dtype, ref.shape, ref)
-        outs.append(_finish(out, checkpoint, options, quantised, raised))
-        if key == EMBEDDING and changes.untied and HEAD not in checkpoint.tensors:
-            head = changes.outs.get(HEAD) or OutTensor(HEAD, ref.dtype, ref.shape, ref)
-            outs.append(_finish(head, checkpoint, options, quantised, raised))
+        outs.append(_finish(out, checkpoint, options, quantised, raised, keeps))
+        head_key = changes.arch.head_key
+        if key == changes.arch.embedding_key and changes.untied and head_key not in checkpoint.tensors:
+            head = changes.outs.get(head_key) or OutTensor(head_key, ref.dtype, ref.shape, ref)
+            outs.append(_finish(head, checkpoint, options, quantised, raised, keeps))
     return outs
 
 
 def _finish(
-    out: OutTensor, checkpoint: Checkpoint, options: Options, quantised: Mapping[str, Quantised], raised: set[str]
+    out: OutTensor,
+    checkpoint: Checkpoint,
+    options: Options,
+    quantised: Mapping[str, Quantised],
+    raised: set[str],
+    keeps: tuple[str, ...],
 ) -> OutTensor:
     """Check the tensor and decide how it is read and written."""
     if out.site is not None:
@@ -342,7 +350,7 @@ def _finish(
             dtype = "BF16" if options.dtype == "keep" else DTYPES[options.dtype]
             return replace(out, dtype=dtype, quant=quant)
         return replace(out, quant=quant, requantise=quant if out.updates else None)
-    if options.dtype == "keep" or out.dtype not in FLOATS or out.key.endswith(KEEP_DTYPE):
+    if options.dtype == "keep" or out.dtype not in FLOATS or out.key.endswith(keeps):
         return out
     return replace(out, dtype=DTYPES[options.dtype])
 

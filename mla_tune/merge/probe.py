@@ -25,7 +25,7 @@ from mla_tune.adapter.files import Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import WorkError
-from mla_tune.merge.probe_model import Streamed, build
+from mla_tune.merge.probe_model import NotComputed, Streamed, build
 from mla_tune.merge.probe_weights import Weights
 from mla_tune.mla.fold import absorbed_shapes
 
@@ -107,6 +107,7 @@ class Probe:
         self.tokens, self.seed, self.progress = tokens, seed, progress
         self.seconds = 0.0
         self._lock, self._stop = RLock(), Event()
+        self._stock = "eager" if arch.family.eager_only else "sdpa"
         self.ids = torch.randint(0, arch.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
         self.plain = self.tuned = None
         self.reason, self.done = "", False
@@ -121,8 +122,11 @@ class Probe:
         """Compute the logits of the base and of base + adapters."""
         with self._lock:
             if not self.done and self.dtype is not None:
-                with self._computing() as readers:
-                    self.plain, self.tuned, self.reason = self._unmerged(readers)
+                try:
+                    with self._computing() as readers:
+                        self.plain, self.tuned, self.reason = self._unmerged(readers)
+                except NotComputed as error:
+                    self.dtype, self.reason = None, str(error)
             self.done = True
 
     def stop(self) -> None:
@@ -192,7 +196,7 @@ class Probe:
         """(logits of the base, logits with the adapters, why there are none), logits (T, vocabulary) in float32."""
         from mla_tune.merge.probe_peft import PeftCannot, SideBySide, attach, summed_where_used, whole_stacks
 
-        streamed = self._streamed(self.base, "sdpa", readers, None if whole_stacks(self.adapters) else _CHUNK)
+        streamed = self._streamed(self.base, self._stock, readers, None if whole_stacks(self.adapters) else _CHUNK)
         try:
             model: Any = attach(streamed, self.adapters)
         except PeftCannot as error:
@@ -216,7 +220,7 @@ class Probe:
             streamed = self._streamed(merged, ATTENTION, readers, _CHUNK)
             absorb_attention(streamed.model, self.arch, absorbed, streamed.weights, streamed.dtype)
         else:
-            streamed = self._streamed(merged, "sdpa", readers, _CHUNK)
+            streamed = self._streamed(merged, self._stock, readers, _CHUNK)
         streamed.stream(ids)
         model: Any = streamed.model
         logits = model(input_ids=ids, use_cache=False).logits.float()
@@ -235,8 +239,9 @@ class Probe:
             elif site.is_experts:
                 numbers = (_readers() + 1) * max(_CHUNK // itemsize, numbers // site.count)
             layers[site.layer] = layers.get(site.layer, 0) + numbers * itemsize
-        shapes = absorbed_shapes(self.arch.dims, self.absorb).values() if self.absorb != "none" else ()
-        module = sum(prod(shape) for shape in shapes)
+        kinds = {a.dims for a in self.arch.attention} if self.absorb != "none" else set()
+        sizes = [sum(prod(shape) for shape in absorbed_shapes(d, self.absorb).values()) for d in kinds]
+        module = max(sizes, default=0)
         held = sum(ref.nbytes for adapter, _ in self.adapters for ref in adapter.refs())
         logits = self.tokens * self.arch.vocab_size * 4
         return max(layers.values()) + module * 2 * itemsize + held + 8 * logits + _BESIDE

@@ -71,8 +71,9 @@ class Absorbed:
         self.weights.read(self.refs[name], tensor)
         return tensor
 
-    def attend(self, query: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-        """query (1, H, T, P+R), mask (1, 1, T, T) → values (1, T, H, V); zeros where `fold` goes on to the output."""
+    def attend(self, query: torch.Tensor, mask: torch.Tensor, scale: float, sinks: torch.Tensor | None) -> torch.Tensor:
+        """query (1, H, T, P+R), mask (1, 1, T, T), sinks (H) → values (1, T, H, V); zeros where `fold` goes on to the
+        output."""
         q_nope, q_rope = query.split([self.dims.P, self.dims.R], dim=-1)
         if self.fold:
             q = torch.einsum("btq,hqc->bhtc", self.c_q, self._read("W_QK")) * getattr(
@@ -81,7 +82,7 @@ class Absorbed:
         else:
             q = torch.einsum("bhtp,hcp->bhtc", q_nope, self._read("W_UK"))
         scores = (q @ self.latent.mT + q_rope @ self.k_rope.mT) * scale + mask
-        summed = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ self.latent  # õ (1, H, T, C)
+        summed = _softmax(scores, sinks).to(query.dtype) @ self.latent  # õ (1, H, T, C)
         if self.fold:
             self.output = torch.einsum("bhtc,hdc->btd", summed, self._read("W_VO"))
             return query.new_zeros(*self.output.shape[:2], self.dims.H, self.dims.V)
@@ -95,11 +96,10 @@ def absorb_attention(
 
     `tensors` are by `<attention path>.<name>`.  Raises `CheckError` where one is missing or of another shape.
     """
-    d = arch.dims
     fold = any(key.endswith("W_QK") for key in tensors)
-    shapes = absorbed_shapes(d, "fold" if fold else "split")
     for path in arch.attention_paths:
-        refs = {}
+        refs, d = {}, arch.dims_at(path)
+        shapes = absorbed_shapes(d, "fold" if fold else "split")
         for name, shape in shapes.items():
             ref = tensors.get(f"{path}.{name}")
             if ref is None or ref.shape != shape:
@@ -117,11 +117,29 @@ def _attention(
     mask: torch.Tensor,
     *,
     scaling: float,
+    s_aux: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    first, _ = sdpa_attention_forward(module, query[:1], key, value, mask[:1], scaling=scaling, **kwargs)
-    second = getattr(module, _STATE).attend(query[1:], mask[1:], scaling)
+    if indices is not None:
+        # An indexer's choice (2, T, keys): transformers itself makes a mask of it for eager and sdpa attention only.
+        others = torch.ones(mask.shape[0], *mask.shape[2:], dtype=torch.bool).scatter(-1, indices.long(), False)
+        mask = mask.masked_fill(others[:, None], float("-inf"))
+    if s_aux is None:
+        first, _ = sdpa_attention_forward(module, query[:1], key, value, mask[:1], scaling=scaling, **kwargs)
+    else:  # sinks, which sdpa has no place for
+        scores = query[:1] @ key.mT * scaling + mask[:1]
+        first = (_softmax(scores, s_aux).to(value.dtype) @ value).transpose(1, 2)
+    second = getattr(module, _STATE).attend(query[1:], mask[1:], scaling, s_aux)
     return torch.cat((first, second)), None
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Over keys, scores (1, H, T, S), in float32; sinks (H) are one more score each, which no value belongs to."""
+    if sinks is None:
+        return scores.softmax(dim=-1, dtype=torch.float32)
+    column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat((scores, column), dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
 
 
 AttentionInterface.register(ATTENTION, _attention)

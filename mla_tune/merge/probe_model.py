@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import CheckError
 from mla_tune.merge.probe_weights import Memory, Slot, Weights, find_slots
+from mla_tune.model.auto import auto_class, set_experts
 
 #: Bytes of a matrix that is multiplied by some rows at a time.
 _ROWS = 1 << 24
@@ -36,12 +37,19 @@ def build(checkpoint: Checkpoint, arch: Architecture, attention: str) -> PreTrai
     """The model of config.json in float32 with parameters on the meta device and real buffers, as if not quantised."""
     left_out = ("quantization_config", "compression_config", "auto_map", "model_type")
     settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
-    config = CONFIG_MAPPING[arch.family.model_type].from_dict(settings)
+    # A published type may be an alias that transformers doesn't know.
+    kind = arch.model_type if arch.model_type in CONFIG_MAPPING else arch.family.model_type
+    if kind not in CONFIG_MAPPING:
+        raise NotComputed(f"transformers has no model of the type '{arch.model_type}'")
+    config = CONFIG_MAPPING[kind].from_dict(settings)
     with no_init_weights(), init_empty_weights(include_buffers=False), _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, experts_implementation="eager"
-        )
+        model = auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention)
+    set_experts(model, "eager")
     return model.eval()
+
+
+class NotComputed(Exception):
+    """Logits can't be had; the text says why."""
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -94,13 +102,12 @@ class Streamed:
         self.model, self.arch, self.weights = model, arch, weights
         self.dtype, self.reader, self.chunk = dtype, reader, chunk
         self.progress = progress
-        self.pieces = {path: Piece(path) for path in _piece_paths(model)}
+        self.pieces = {path: Piece(path) for path in _piece_paths(model, arch.prefix)}
         #: Which expert lies where in the stacks at hand.
         self.experts: list[tuple[int, int]] = []
         self._dense = Memory(dtype)
         self._chunk_memory = [Memory(dtype) for _ in range(1 if chunk is None else ahead + 1)]
-        stacks = {site.path: site for site in arch if site.is_experts}
-        for slot in find_slots(model, weights, stacks):
+        for slot in find_slots(model, weights, arch):
             path = next((p for p in self.pieces if slot.name.startswith(f"{p}.")), None)
             if path is None:
                 raise CheckError(f"'{slot.name}' of {type(model).__name__} is in no part of the model that is known")
@@ -177,17 +184,16 @@ class Streamed:
         memory = self._dense
         memory.reserve(slot.shape for slot in piece.slots if not slot.is_buffer)
         for slot in piece.slots:
-            (ref,) = slot.refs
-            if slot.is_buffer:
-                self.weights.read(ref, slot.value)
-                continue
-            tensor = memory.take(slot.shape)
+            tensor = slot.value if slot.is_buffer else memory.take(slot.shape)
             if isinstance(slot.module, nn.Embedding):
                 for row in rows:
-                    self.weights.read(ref, tensor[row], row, row + 1)
+                    self.weights.read(slot.refs[0], tensor[row], row, row + 1)
             else:
-                self.weights.read(ref, tensor)
-            slot.put(tensor)
+                parts = tensor.chunk(len(slot.refs)) if len(slot.refs) > 1 else (tensor,)
+                for ref, part in zip(slot.refs, parts, strict=True):
+                    self.weights.read(ref, part)
+            if not slot.is_buffer:
+                slot.put(tensor)
 
     def _wrap_experts(self, module: nn.Module, stack: list[Slot], sides: Sides | None) -> None:
         """Run the module for a few experts at a time, on those tokens that are sent to them."""
@@ -262,14 +268,14 @@ class Streamed:
         return tensors
 
 
-def _piece_paths(model: nn.Module) -> list[str]:
-    """The decoder layers, and beside them all that has weights."""
+def _piece_paths(model: nn.Module, decoder: str) -> list[str]:
+    """The decoder layers, and beside them all that has weights and that text passes through."""
     paths: list[str] = []
-    for name, child in model.named_children():
-        for inner, grandchild in child.named_children() if name == "model" else [("", child)]:
-            path = f"{name}.{inner}".removesuffix(".")
-            many = isinstance(grandchild, nn.ModuleList)
-            paths += [f"{path}.{i}" for i in range(len(grandchild))] if many else [path]
+    for name, child in model.get_submodule(decoder).named_children():
+        path = f"{decoder}.{name}"
+        many = isinstance(child, nn.ModuleList)
+        paths += [f"{path}.{i}" for i in range(len(child))] if many else [path]
+    paths += [name for name, _ in model.named_children() if not decoder.startswith(name)]
     return [path for path in paths if model.get_submodule(path).state_dict()]
 
 

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from mla_tune.arch.site import Architecture, Site
+from mla_tune.arch.site import HEAD, Architecture, Site
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, matrix_shape, nearest
 from mla_tune.errors import CheckError
 from mla_tune.merge.proof_values import TORCH, Reader, Values
 
 #: Numbers read and converted at once: they stay in a core's cache.
 _BLOCK = 1 << 19
-#: The two ends of tied embeddings: where a checkpoint has one of them, it is the other too.
-_TIED = {"lm_head.weight": "model.embed_tokens.weight", "model.embed_tokens.weight": "lm_head.weight"}
 
 
 class Weights:
     """Tensors of a checkpoint as numbers, read into tensors that are there already."""
 
     def __init__(self, checkpoint: Checkpoint, arch: Architecture) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint, self.naming = checkpoint, arch.naming
         self.values = Values(checkpoint)
         # Of this checkpoint, not of `arch`: a merged one may be untied.
-        default = arch.family.defaults.get("tie_word_embeddings", False)
-        self.tied = bool(checkpoint.config.get("tie_word_embeddings", default))
+        self.tied = bool(checkpoint.config.get("tie_word_embeddings", arch.tied))
+        #: Where a checkpoint has one end of tied embeddings, it is the other too.
+        self.ends = {arch.embedding: arch.head_key, HEAD: arch.embedding_key}
         self.reader = Reader()
 
     def find(self, name: str, site: Site | None) -> list[TensorRef]:
@@ -36,11 +35,9 @@ class Weights:
         Raises `CheckError` where one is missing.
         """
         tensors = self.checkpoint.tensors
-        if name in tensors:
-            return [tensors[name]]
-        if self.tied and _TIED.get(name) in tensors:
-            return [tensors[_TIED[name]]]
-        keys = site.disk_keys() if site is not None else [name]
+        keys = site.disk_keys() if site is not None else self.naming.tensors(name, tensors)
+        if self.tied and keys[0] not in tensors and self.ends.get(name) in tensors:
+            return [tensors[self.ends[name]]]
         missing = [key for key in keys if key not in tensors]
         if missing:
             more = f" and {len(missing) - 1:,} more of {site.path}" if site and len(missing) > 1 else ""
@@ -84,8 +81,8 @@ class Slot:
 
     @property
     def fused(self) -> bool:
-        """One tensor on disk holds the whole parameter, as it does for all but stacks of experts."""
-        return self.site is None or self.refs[0].key == self.name
+        """One tensor on disk holds the whole stack of experts."""
+        return self.site is not None and self.site.disk == "fused"
 
     @property
     def value(self) -> torch.Tensor:
@@ -101,10 +98,13 @@ class Slot:
         self.put(torch.empty(self.shape, device="meta"))
 
 
-def find_slots(model: nn.Module, weights: Weights, stacks: Mapping[str, Site]) -> Iterator[Slot]:
-    """Every parameter and persistent buffer, checked against the headers of the checkpoint."""
+def find_slots(model: nn.Module, weights: Weights, arch: Architecture) -> Iterator[Slot]:
+    """Every parameter and persistent buffer that text passes through, checked against the headers of the checkpoint."""
+    stacks = {site.path: site for site in arch if site.is_experts}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
+        if not name.startswith((f"{arch.prefix}.", "lm_head.")):
+            continue  # a tower
         path, _, leaf = name.rpartition(".")
         site = stacks.get(name)
         refs = weights.find(name, site)
@@ -116,7 +116,10 @@ def find_slots(model: nn.Module, weights: Weights, stacks: Mapping[str, Site]) -
 
 
 def _check_shape(slot: Slot, checkpoint: Checkpoint) -> None:
-    if slot.site is None or slot.fused:
+    if slot.site is None:
+        # Some convolutions are several tensors on disk, cut by rows.
+        expected = (slot.shape[0] // len(slot.refs), *slot.shape[1:]) if slot.shape else ()
+    elif slot.fused:
         expected = tuple(slot.shape)
     else:
         parts = len(slot.refs) // slot.site.count

@@ -49,10 +49,10 @@ class _Module:
     """One attention module and its absorbed tensors."""
 
     def __init__(self, arch: Architecture, values: Values, path: str, tensors: Mapping[str, TensorRef]) -> None:
-        self.values, self.path, self.dims = values, path, arch.dims
+        self.values, self.path, self.dims = values, path, arch.dims_at(path)
         self.here = {key.rpartition(".")[2]: ref for key, ref in tensors.items() if key.rpartition(".")[0] == path}
         self.fold = "W_QK" in self.here or "W_VO" in self.here
-        query = Role.W_Q if arch.dims.L is None else Role.W_UQ
+        query = Role.W_Q if self.dims.L is None else Role.W_UQ
         roles = (Role.W_UKV, query, Role.W_O) if self.fold else (Role.W_UKV,)
         sites = {site.role: site for site in arch if site.path.rpartition(".")[0] == path and site.role in roles}
         self.sources = [values.checkpoint[sites[role].disk_keys()[0]] for role in roles]

@@ -15,11 +15,14 @@ from mla_tune.checkpoint.quant import Quantised
 from mla_tune.checkpoint.quant_config import quantisation_field
 from mla_tune.errors import InputError
 from mla_tune.merge.options import DTYPES
-from mla_tune.merge.plan import EMBEDDING, HEAD, KEEP_DTYPE
 from mla_tune.merge.proof_values import PRECISION, Values
 
 #: Layers that engines (vLLM) make one of: the other part of a weight with this ending.
-_FUSED_WITH = {"q_a_proj.weight": "kv_a_proj_with_mqa.weight", "gate_proj.weight": "up_proj.weight"}
+_FUSED_WITH = {
+    "q_a_proj.weight": "kv_a_proj_with_mqa.weight",
+    "gate_proj.weight": "up_proj.weight",
+    "w1.weight": "w3.weight",
+}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\..*")
 
 
@@ -66,11 +69,11 @@ def expectations(
             what = "whole tensors" if adapter.saved else "a DoRA"
             raise InputError(f"{adapter.folder}: holds {what}, which is merged alone and with the weight 1 only")
         for saved in adapter.saved:
-            tied = arch.tied and saved.key == HEAD and adapter.settings.get("ensure_weight_tying")
-            result[EMBEDDING if tied else saved.key] = Expected(saved.ref)
+            tied = arch.tied and saved.key == arch.head_key and adapter.settings.get("ensure_weight_tying")
+            result[arch.embedding_key if tied else saved.key] = Expected(saved.ref)
         for delta in adapter.deltas:
             for key, is_bias in _touched(delta):
-                ref = base.tensors.get(key) or base[EMBEDDING if key == HEAD and arch.tied else key]
+                ref = base.tensors.get(key) or base[arch.embedding_key if key == arch.head_key and arch.tied else key]
                 known = result.get(key, Expected(ref))
                 result[key] = Expected(known.source, (*known.updates, (delta, weight)), delta.site, is_bias)
     return result
@@ -78,17 +81,17 @@ def expectations(
 
 def _touched(delta: AdapterDelta) -> Iterator[tuple[str, bool]]:
     """(key, whether it is the bias) of each tensor that one update reaches."""
-    for key in delta.site.disk_keys():
-        if delta.expert is not None and delta.site.disk == "per_expert":
+    site = delta.site
+    for key in (*site.disk_keys(), *(key for copy in site.twin_keys() for key in copy)):
+        if delta.expert is not None and site.disk == "per_expert":
             if f".experts.{delta.expert}." not in key:
                 continue
-            if delta.rows is not None and not key.endswith(
-                "gate_proj.weight" if delta.rows[0] == 0 else "up_proj.weight"
-            ):
+            gate, *up = site.leaves
+            if delta.rows is not None and not key.endswith(f".{gate if delta.rows[0] == 0 else up[0]}.weight"):
                 continue
         yield key, False
     if delta.bias is not None:
-        yield f"{delta.site.path}.bias", True
+        yield site.disk_key("bias"), True
 
 
 class Layout:
@@ -99,8 +102,8 @@ class Layout:
     ) -> None:
         self.base, self.merged, self.arch, self.expected, self.rules = base, merged, arch, expected, rules
         self.raised = base.quantised.keys() - merged.quantised.keys()
-        self.experts = {site.path.rpartition(".")[0]: site.count for site in arch if site.is_experts}
-        self.untied = not merged.checkpoint.config.get("tie_word_embeddings", arch.tied)
+        self.experts = {site.disk_path: site.count for site in arch if site.disk == "per_expert"}
+        self.untied = not _tied(merged.checkpoint.config, arch)
 
     def failures(self) -> list[Failure]:
         return [
@@ -114,12 +117,13 @@ class Layout:
         if key in self.expected:
             return self.expected[key]
         ref = self.base.checkpoint.tensors.get(key)
-        if ref is None and key == HEAD and self.arch.tied:
+        embedding = self.arch.embedding_key
+        if ref is None and key == self.arch.head_key and self.arch.tied:
             # A head that is written out starts as the embedding, and where both stay tied it is the embedding.
             return (
-                self.expected.get(EMBEDDING)
-                if not self.untied and EMBEDDING in self.expected
-                else (Expected(self.base.checkpoint[EMBEDDING]))
+                self.expected.get(embedding)
+                if not self.untied and embedding in self.expected
+                else (Expected(self.base.checkpoint[embedding]))
             )
         return None if ref is None else Expected(ref)
 
@@ -148,8 +152,9 @@ class Layout:
         for key in self.expected:
             if key not in base and key not in merged:
                 yield key, "is changed by the adapter and missing in the output"
-        if HEAD in self.expected and HEAD not in base and HEAD in merged and not self.untied:
-            yield HEAD, "is changed by the adapter, but config.json still ties it to the embedding"
+        head = self.arch.head_key
+        if head in self.expected and head not in base and head in merged and not self.untied:
+            yield head, "is changed by the adapter, but config.json still ties it to the embedding"
 
     def _dtypes(self) -> Iterator[tuple[str, str]]:
         merged = self.merged.checkpoint.tensors
@@ -157,7 +162,8 @@ class Layout:
             expected = self.source(key)
             if expected is None:
                 continue
-            base = self.base.checkpoint.tensors.get(key, self.base.checkpoint.tensors.get(EMBEDDING, ref))
+            tensors = self.base.checkpoint.tensors
+            base = tensors.get(key, tensors.get(self.arch.embedding_key, ref))
             right = self._dtype(key, base)
             if self.rules.strict and ref.dtype != right:
                 yield key, f"is {ref.dtype}, and {right} is right"
@@ -169,7 +175,10 @@ class Layout:
         wanted = DTYPES.get(self.rules.dtype)
         if key in self.base.quantised:
             return wanted or ("BF16" if key in self.raised else base.dtype)
-        return wanted if wanted and base.dtype in PRECISION and not key.endswith(KEEP_DTYPE) else base.dtype
+        return wanted if wanted and base.dtype in PRECISION and not self._keeps(key) else base.dtype
+
+    def _keeps(self, key: str) -> bool:
+        return key.endswith(self.arch.family.keeps_dtype)
 
     def _quantised(self) -> Iterator[tuple[str, str]]:
         """Whether config.json of the output describes the FP8 weights that are there, and no other."""
@@ -213,6 +222,13 @@ class Layout:
         size = ((merged.index or {}).get("metadata") or {}).get("total_size")
         if size is not None and size != merged.nbytes:
             yield INDEX_FILE, f"total_size is {size:,}, and the tensors have {merged.nbytes:,} bytes"
+
+
+def _tied(config: dict, arch: Architecture) -> bool:
+    """What config.json of the output says, or leaves to the base's."""
+    text = config.get("text_config") or {}
+    inner = text.get("tie_word_embeddings", arch.tied) if arch.wrapper is None else arch.tied
+    return bool(config.get("tie_word_embeddings", inner))
 
 
 def _matrices(arch: Architecture) -> set[tuple[str, tuple[int, int], int]]:

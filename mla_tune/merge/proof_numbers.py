@@ -383,4 +383,4 @@ def _place(key: str, site: Site | None) -> tuple[int, int | None]:
     match = re.search(r"\.experts\.(\d+)\.(\w+)\.weight$", key)
     if match is None or site is None or not site.is_experts:
         return 0, None
-    return (site.shape[0] // 2 if match[2] == "up_proj" else 0), int(match[1])
+    return (site.shape[0] // 2 if match[2] in ("up_proj", "w3") else 0), int(match[1])

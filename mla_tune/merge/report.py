@@ -12,7 +12,7 @@ from mla_tune.arch.roles import Role
 from mla_tune.console import human_count
 from mla_tune.merge.apply import KEPT_FACTORS, PIECE_BYTES, Survival
 from mla_tune.merge.plan import MergePlan, OutTensor
-from mla_tune.mla.fold import forms
+from mla_tune.mla.fold import costs
 
 #: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).
 _PROCESS_BYTES, _WORKER_BYTES = 60_000_000, 8_000_000
@@ -173,7 +173,7 @@ def notes(plan: MergePlan) -> list[str]:
 
 def _fold_cost(plan: MergePlan) -> str:
     """What folding costs against splitting, over all attention modules."""
-    by_name = {f.name: f for f in forms(plan.architecture.dims, _CONTEXT, len(plan.architecture.attention_paths))}
+    by_name = {f.name: f for f in costs([a.dims for a in plan.architecture.attention], _CONTEXT)}
     split, fold = by_name["split"], by_name["fold"]
     return (
         f"fold: {human_count(fold.params)} parameters where split has {human_count(split.params)} "

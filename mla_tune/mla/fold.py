@@ -14,7 +14,8 @@ needed for them.  Absorption is DeepSeek-V2's (arXiv:2405.04434, section 2.1.2 a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -92,6 +93,20 @@ def forms(d: MLADims, context: int, modules: int = 1) -> tuple[Form, ...]:
     return tuple(Form(name, modules * q, modules * o, 2 * modules * n, modules * c) for name, q, o, n, c in rows)
 
 
+def costs(modules: Sequence[MLADims], context: int) -> tuple[Form, ...]:
+    """`forms` of all modules of a model together, which may have different dimensions."""
+    total: list[Form] = []
+    for dims, count in Counter(modules).items():
+        found = forms(dims, context, count)
+        total = [_sum(a, b) for a, b in zip(total, found, strict=True)] if total else list(found)
+    return tuple(total)
+
+
+def _sum(a: Form, b: Form) -> Form:
+    numbers = ("query_params", "output_params", "flops", "cache")
+    return Form(a.name, *(getattr(a, n) + getattr(b, n) for n in numbers))
+
+
 @dataclass(frozen=True, slots=True)
 class FoldFacts:
     """Why `fold` is exact in one family: what stands between its factors.  `scaled_latents`: the query and the normed
@@ -106,6 +121,7 @@ _PLAIN = (
 )
 #: Families whose attention in transformers 5.23 was read for it (`modeling_*.py`, the module with `expand_kv`).
 FOLD_FACTS: Mapping[str, FoldFacts] = {
+    "axk1": FoldFacts(_PLAIN),
     "deepseek_v2": FoldFacts(_PLAIN),
     "deepseek_v3": FoldFacts(_PLAIN),
     "glm4_moe_lite": FoldFacts(_PLAIN),
@@ -114,6 +130,7 @@ FOLD_FACTS: Mapping[str, FoldFacts] = {
         "as deepseek_v3, but for a number on the query and one on the latent: numbers pass through products",
         scaled_latents=True,
     ),
+    "youtu": FoldFacts(_PLAIN),
 }
 
 

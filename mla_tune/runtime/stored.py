@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from mla_tune.arch.registry import architecture
 from mla_tune.checkpoint.absorbed import ABSORBED_FILE, absorbed_shards, sources_of
 from mla_tune.checkpoint.arrays import sha256
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
@@ -61,7 +62,8 @@ def find_stored(model: nn.Module, modules: dict[str, Any]) -> tuple[dict[str, St
         shards = absorbed_shards(folder)
         if not shards:
             return {}, ""
-        tensors = Checkpoint.open(folder).tensors
+        checkpoint = Checkpoint.open(folder)
+        tensors, naming = checkpoint.tensors, architecture(checkpoint.config, str(folder)).naming
         found = {}
         for path, module in modules.items():
             refs = [s.tensors[key] for key in (f"{path}.W_UK", f"{path}.W_UV") for s in shards if key in s.tensors]
@@ -72,7 +74,7 @@ def find_stored(model: nn.Module, modules: dict[str, Any]) -> tuple[dict[str, St
                 for shard in shards
                 if f"{path}.W_UK" in shard.tensors
                 for key, digest in sources_of(shard).items()
-                if key.startswith(f"{path}.kv_b_proj.")
+                if key.startswith(tuple(f"{name}." for name in naming.candidates(f"{path}.kv_b_proj")))
             }
             if not made_of or any(key not in tensors or sha256(tensors[key]) != d for key, d in made_of.items()):
                 return found, f"{folder / ABSORBED_FILE} was made from another kv_b_proj than {path} has"
