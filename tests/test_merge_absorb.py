@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mla_tune.arch.dims import MLADims
 from mla_tune.arch.registry import architecture
-from mla_tune.arch.site import Architecture
+from mla_tune.arch.site import Architecture, Attention
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quant import quantised_weights
 from mla_tune.errors import CheckError, InputError
@@ -406,7 +406,7 @@ def test_memory_does_not_follow_the_size(tmp_path: Path, monkeypatch: pytest.Mon
     shapes = {"q_b_proj": (d.H * 40, 64), "kv_b_proj": (d.H * 64, d.C), "o_proj": (d.D, d.H * d.V)}
     arch = replace(
         arch,
-        attention_paths=(ATTENTION,),
+        attention=(Attention(ATTENTION, 0, d),),
         sites=tuple(
             replace(s, shape=shapes[s.path.rpartition(".")[2]])
             for s in arch.sites
@@ -485,7 +485,7 @@ def test_other_families_and_modes_are_refused(base_of: Any) -> None:
     arch, merged = opened(base_of())
     headers = {key: (ref.dtype, ref.shape) for key, ref in merged.tensors.items()}
     other = replace(arch, model_type="hy_v4", family=replace(arch.family, model_type="hy_v4"))
-    with pytest.raises(InputError, match="exact for model_type 'hy_v4' is not known; known for deepseek_v2"):
+    with pytest.raises(InputError, match="exact for model_type 'hy_v4' is not known; known for axk1"):
         plan_absorbed(other, headers, "fold")
     assert plan_absorbed(other, headers, "split").bytes > 0
     with pytest.raises(InputError, match="--absorb melt: allowed are split, fold and none"):

@@ -39,6 +39,8 @@ _FACTOR = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?:(?P<part>lora_A\.weight|lora_B\.(?:weight|bias))|(?P<m>{MAGNITUDE})(\.weight)?)"
 )
 _ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
+#: What a decoder has beside its layers.
+_BESIDE_LAYERS = ("embed_tokens", "norm", "rotary_emb", "hc_head")
 _AGAIN = "save the adapter again with PeftModel.save_pretrained"
 
 
@@ -174,8 +176,10 @@ def is_expert_key(key: str) -> bool:
 
 def in_model(name: str, arch: Architecture) -> bool:
     """Whether transformers' model has a parameter of this name: MTP layers are on disk only."""
+    if not name.startswith(f"{arch.prefix}."):
+        return name.startswith("lm_head.") or (arch.wrapper is not None and name.startswith("model."))
     inside, _, rest = name.removeprefix(f"{arch.prefix}.").partition(".")
-    if inside != "layers" or not name.startswith(f"{arch.prefix}."):
-        return name == HEAD or name.startswith("model.")
+    if inside != "layers":
+        return inside in _BESIDE_LAYERS
     number = rest.partition(".")[0]
     return number.isdecimal() and int(number) < arch.num_layers

@@ -188,9 +188,11 @@ class Probe:
         self, checkpoint: Checkpoint, attention: str, readers: tuple[Executor, int], chunk: int | None
     ) -> Streamed:
         assert self.dtype is not None
-        weights = Weights(checkpoint, self.arch)
-        model = build(checkpoint, self.arch, attention)
-        return Streamed(model, self.arch, weights, _DTYPES[self.dtype], *readers, chunk, self._passed)
+        # Of this checkpoint: experts may lie otherwise in another program's output.
+        arch = self.arch.located(checkpoint.tensors)
+        weights = Weights(checkpoint, arch)
+        model = build(checkpoint, arch, attention)
+        return Streamed(model, arch, weights, _DTYPES[self.dtype], *readers, chunk, self._passed)
 
     def _unmerged(self, readers: tuple[Executor, int]) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
         """(logits of the base, logits with the adapters, why there are none), logits (T, vocabulary) in float32."""
