@@ -252,3 +252,19 @@ def test_all_weights_but_those_that_text_does_not_reach(cli, name: str, tmp_path
     for key in before:
         frozen = ".indexer." in key or any(word in key for word in towers) or key.endswith(("correction_bias", "alpha"))
         assert (key in same) == frozen, key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plan_tells_what_train_would_do(cli, name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES[name]))
+    recipe = "attention-only" if name in LOST else "safe"
+    sets = [f"model.base={tmp_path}", "train.max_length=64", "model.device=cpu"]
+    done = cli("plan", "--recipe", recipe, "--no-data", "--json", *(x for s in sets for x in ("--set", s)))
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert set(document["adapted"]) == {p.site.parameter for p in planned(name, recipe).sites}
+    assert document["memory"]["total"] > document["memory"]["weights"] > 4 * document["params_total"] - 1
+    arch = architecture(FAMILIES[name])
+    beyond = any(arch.by_role(r) for r in (Role.LINEAR_ATTENTION, Role.INDEXER, Role.HYPER_CONNECTION))
+    assert any("is not estimated" in w for w in document["warnings"]) == beyond
+    assert any("train.packing: off" in w for w in document["warnings"]) == (name in KDA)

@@ -127,10 +127,10 @@ def adapter_folder(path: Path) -> Path:
     raise FileError(f"{path}: {what}: give a PEFT adapter folder or a run folder of mla-tune train")
 
 
-def open_adapter(folder: Path, arch: Architecture, base_keys: Mapping[str, TensorRef]) -> Adapter:
+def open_adapter(folder: Path, arch: Architecture, base_keys: Mapping[str, TensorRef], mtp: bool = False) -> Adapter:
     """Map every tensor of the adapter to a site of `arch` or to a tensor of the base, from headers alone.
 
-    `base_keys` are the base's tensors by key (`Checkpoint.tensors`).
+    `base_keys` are the base's tensors by key (`Checkpoint.tensors`); `mtp`: sites of MTP layers are sites too.
 
     Raises `FileError` for files that are missing or damaged, `InputError` for settings that are not supported, pickles,
     a key that fits nothing in the base, a site with a part missing, trained tensors that the settings speak of and the
@@ -139,7 +139,7 @@ def open_adapter(folder: Path, arch: Architecture, base_keys: Mapping[str, Tenso
     settings = read_settings(folder)
     names = Names(folder / CONFIG_FILE, settings)
     file = _weights_file(folder)
-    keys = KeyMap(arch, names)
+    keys = KeyMap(arch, names, mtp)
     parts: dict[str, tuple[Place, dict[str, TensorRef]]] = {}
     whole: list[TensorRef] = []
     tensors = read_shard(file).tensors
@@ -157,7 +157,7 @@ def open_adapter(folder: Path, arch: Architecture, base_keys: Mapping[str, Tenso
     if not tensors:
         raise InputError(f"{file}: the adapter holds no tensor")
     deltas = [_delta(file, stem, place, found, names, arch) for stem, (place, found) in parts.items()]
-    order = {site.path: i for i, site in enumerate(arch.sites)}
+    order = {site.path: i for i, site in enumerate((*arch.sites, *arch.mtp_sites))}
     deltas.sort(key=lambda d: (order[d.site.path], -1 if d.expert is None else d.expert, d.rows or (0, 0)))
     for one, other in pairwise(deltas):
         if one.site == other.site and one.expert is None:
@@ -247,7 +247,8 @@ def _experts(site: Site, arch: Architecture, held: int) -> int:
     """
     if not site.is_experts:
         return 1
-    outputs = [router.shape[0] for router in arch.by_role(Role.ROUTER) if router.layer == site.layer]
+    routers = (s for s in (*arch.sites, *arch.mtp_sites) if s.role == Role.ROUTER and s.layer == site.layer)
+    outputs = [router.shape[0] for router in routers]
     return held if held in outputs else site.count
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from mla_tune.adapter.settings import CONFIG_FILE, Names
+from mla_tune.arch.naming import Naming
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import HEAD, Architecture, Site
 from mla_tune.checkpoint.index import TensorRef, nearest
@@ -60,23 +61,32 @@ class Place:
 
 
 class KeyMap:
-    """Translates adapter keys for one architecture and one adapter_config.json."""
+    """Translates adapter keys for one architecture and one adapter_config.json; `mtp`: those of MTP layers too."""
 
-    def __init__(self, arch: Architecture, names: Names) -> None:
+    def __init__(self, arch: Architecture, names: Names, mtp: bool = False) -> None:
         self.arch = arch
         self.stems: dict[str, Place] = {}
         self._experts: dict[str, dict[str, Site]] = {}
-        for site in arch.sites:
+        sites = [*arch.sites, *(arch.mtp_sites if mtp else ())]
+        for site in sites:
             if not site.is_experts:
                 name = site.parameter if names.is_parameter(site.parameter) else site.path
                 self.stems[site.path] = Place(site, name, site.shape)
-        for up in arch.by_role(Role.EXPERTS_GATE_UP):
+        downs = {s.path: s for s in sites if s.role == Role.EXPERTS_DOWN}
+        for up in (s for s in sites if s.role == Role.EXPERTS_GATE_UP):
             container = up.path.rpartition(".")[0]
-            down = next(s for s in arch.by_role(Role.EXPERTS_DOWN) if s.path == f"{container}.down_proj")
-            self._experts[container] = {"gate_proj": up, "up_proj": up, "down_proj": down}
+            down = downs[f"{container}.down_proj"]
+            for path in arch.naming.candidates(container):
+                for gate_leaf, up_leaf, down_leaf in (arch.naming.experts, Naming().experts):
+                    leaves = {gate_leaf: up, up_leaf: up, down_leaf: down}
+                    self._experts[path] = {**leaves, **self._experts.get(path, {})}
             adapted = [s for s in (up, down) if names.is_parameter(s.parameter)]
             for depth, site in enumerate(reversed(adapted)):
                 self.stems[container + ".base_layer" * depth] = Place(site, site.parameter, site.shape)
+        # Code of the checkpoint's own (`trust_remote_code`) has modules of the names on disk.
+        for site in sites:
+            for path in () if site.is_experts else arch.naming.candidates(site.path):
+                self.stems.setdefault(path, Place(site, path, site.shape))
 
     def place(self, stem: str) -> Place | None:
         """The place of a stem; None where the model has no such matrix."""
@@ -91,7 +101,7 @@ class KeyMap:
         out, inner = site.shape
         if site.role == Role.EXPERTS_DOWN:
             return Place(site, stem, site.shape, expert)
-        rows = (0, out // 2) if match["leaf"] == "gate_proj" else (out // 2, out)
+        rows = (0, out // 2) if match["leaf"] in ("gate_proj", "w1") else (out // 2, out)
         return Place(site, stem, (out // 2, inner), expert, rows)
 
     def factor(self, where: str, key: str) -> tuple[str, str, Place]:
@@ -150,6 +160,10 @@ class KeyMap:
         return key
 
     def _hint(self, key: str) -> str:
+        layer = re.search(r"\.layers\.(\d+)\.", key)
+        if layer and self.arch.mtp_layers and int(layer[1]) >= self.arch.num_layers:
+            how = "give --mtp to merge it too" if self.arch.mtp_sites else "whose layout is not known here"
+            return f": it is on an MTP layer, {how}"
         if not key.startswith(PREFIX):
             return f": keys of a PEFT adapter begin with '{PREFIX}'. To fix the file, {_AGAIN}"
         if match := re.search(r"\.lora_(?:[AB]|magnitude_vector)\.(?!weight$|bias$)([^.]+)", key):
@@ -162,7 +176,7 @@ class KeyMap:
         if match := _ONE_EXPERT.search(key):
             sites = self._experts.get(match["experts"].removeprefix(PREFIX))
             if sites:
-                count = sites["down_proj"].count
+                count = next(iter(sites.values())).count
                 return f": the experts of '{match['experts'].removeprefix(PREFIX)}' are 0 to {count - 1}"
         if re.search(r"\.experts\.(base_layer\.)?lora_", key):
             return f": target_parameters in {CONFIG_FILE} does not say which of the experts' weights it adapts"

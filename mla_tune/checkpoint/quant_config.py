@@ -164,11 +164,11 @@ def raise_together(arch: Architecture, checkpoint: Checkpoint, touched: Collecti
     """The FP8 weights that leave FP8 when those among `touched` do.
 
     vLLM makes one layer, of one precision, of q_a_proj and kv_a_proj_with_mqa, of gate_proj and up_proj, and of all
-    routed experts of a block.  Keys of `touched` that are not FP8 are left out; MTP layers are not in `arch`.
+    routed experts of a block.  Keys of `touched` that are not FP8 are left out.
     """
     codes = {key for key, ref in checkpoint.tensors.items() if ref.dtype == CODES}
     layers: dict[tuple[str, str], set[str]] = {}
-    for site in arch:
+    for site in (*arch.sites, *arch.mtp_sites):
         if site.role in _FUSED:
             layer = layers.setdefault((site.path.rpartition(".")[0], _FUSED[site.role]), set())
             # Experts may lie on disk one by one or as one stack.

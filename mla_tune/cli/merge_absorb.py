@@ -63,6 +63,10 @@ def command(
     link: Annotated[
         bool, typer.Option("--link/--no-link", help="Share files that don't change with the base, or copy them.")
     ] = True,
+    mtp: Annotated[
+        bool,
+        typer.Option("--mtp", help="Merge what adapters hold of MTP layers too; without it they stay as they are."),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reopen the output and prove it against base and adapter.")
     ] = True,
@@ -85,7 +89,7 @@ def command(
     from mla_tune.merge.run import merge_absorb, plan_only
 
     named = weighted(adapter, adapters or [])
-    options = Options(absorb, dtype, fp8, exact, rounding, seed, untie, link)
+    options = Options(absorb, dtype, fp8, exact, rounding, seed, untie, link, mtp)
     if dry_run:
         plan = plan_only(named, base, out, options=options, verify=verify, workers=workers)
         print_json(plan.to_json()) if as_json else _print_plan(plan)

@@ -176,7 +176,8 @@ def verify(
         raise FileError(
             f"{out / MANIFEST_FILE}: the base was {manifest['base']}, which is gone: name its folder with --base"
         )
-    inputs = open_inputs(named, manifest.get("base") if base is None else base, out)
+    mtp = bool(manifest["options"]["mtp"]) if manifest else True
+    inputs = open_inputs(named, manifest.get("base") if base is None else base, out, mtp)
     places, opened = inputs.places, inputs.adapters
     for adapter, _ in opened:
         adapter.check_finite()

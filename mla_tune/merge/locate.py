@@ -77,13 +77,16 @@ class Inputs:
     adapters: list[tuple[Adapter, float]]
 
 
-def open_inputs(adapters: Sequence[tuple[Path, float]], base: Path | str | None, out: Path | None) -> Inputs:
-    """`locate` the folders and open them; each adapter stands with its weight.  Raises `FileError` and `InputError`."""
+def open_inputs(
+    adapters: Sequence[tuple[Path, float]], base: Path | str | None, out: Path | None, mtp: bool = False
+) -> Inputs:
+    """`locate` the folders and open them; each adapter stands with its weight.  `mtp`: adapters may be on MTP layers.
+    Raises `FileError` and `InputError`."""
     places = locate([path for path, _ in adapters], base, out)
     checkpoint = Checkpoint.open(places.base)
     arch = architecture(checkpoint.config, str(places.base / "config.json")).located(checkpoint.tensors)
     opened = [
-        (open_adapter(folder, arch, checkpoint.tensors), weight)
+        (open_adapter(folder, arch, checkpoint.tensors, mtp), weight)
         for folder, (_, weight) in zip(places.adapters, adapters, strict=True)
     ]
     return Inputs(places, checkpoint, arch, opened)

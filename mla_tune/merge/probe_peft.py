@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from mla_tune.adapter.files import Adapter
+from mla_tune.checkpoint.index import TensorRef
 from mla_tune.merge.probe_model import Streamed, placeholders
 from mla_tune.merge.probe_weights import Slot
 
@@ -77,9 +78,17 @@ def _check_complete(
     state = model.state_dict(keep_vars=True)
     for (adapter, _), name in zip(adapters, names, strict=True):
         parts = [p for key, p in state.items() if name in key.split(".")]
-        held, stored = sum(p.numel() for p in parts) + trained, sum(prod(ref.shape) for ref in adapter.refs())
+        held, stored = sum(p.numel() for p in parts) + trained, sum(prod(ref.shape) for ref in _of_the_model(adapter))
         if held != stored or any(p.is_meta for p in parts):
             raise PeftCannot(f"{adapter.folder}: of {stored:,} trained numbers PEFT takes up {held:,}")
+
+
+def _of_the_model(adapter: Adapter) -> Iterator[TensorRef]:
+    """The adapter's tensors but those of MTP layers, which transformers' model doesn't have."""
+    for delta in adapter.deltas:
+        if not delta.site.mtp:
+            yield from delta.refs()
+    yield from (saved.ref for saved in adapter.saved)
 
 
 class SideBySide:

@@ -69,8 +69,9 @@ def main() -> None:
 
     try:
         job = pipes.next()
-        inputs = open_inputs([(Path(p), weight) for p, weight in job["adapters"]], job["base"], Path(job["out"]))
-        proof = MergeProof(inputs, Options(**job["options"]), with_probe, job["workers"], pipes.progress)
+        adapters, options = [(Path(p), weight) for p, weight in job["adapters"]], Options(**job["options"])
+        inputs = open_inputs(adapters, job["base"], Path(job["out"]), options.mtp)
+        proof = MergeProof(inputs, options, with_probe, job["workers"], pipes.progress)
         proof.begin()
         output = pipes.next()
         found = proof.finish(Path(output["folder"]), output["hashed"])

@@ -162,6 +162,14 @@ def notes(plan: MergePlan) -> list[str]:
     requantised = sum(out.requantise is not None and out.scale_of is None for s in plan.shards for out in s.tensors)
     if requantised:
         lines.append(f"{requantised:,} FP8 weights are quantised anew: look at 'kept', FP8 erases small changes")
+    if plan.options.mtp:
+        count = len({out.key for out in plan.changed if out.site is not None and out.site.mtp})
+        lines.append(
+            f"{count} matrices of MTP layers are merged: proven as all others, but transformers computes no logits of "
+            "them, so their effect was not compared"
+            if count
+            else "--mtp: no adapter has a key of an MTP layer"
+        )
     if plan.untied:
         lines.append("the output head is a tensor of its own now: tie_word_embeddings is false in config.json")
     if plan.absorbed is not None and plan.absorbed.mode == "fold":

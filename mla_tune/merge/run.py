@@ -46,8 +46,9 @@ def plan_only(
 ) -> PlanReport:
     """What `merge_absorb` would do with these arguments, from headers alone.  Raises what it would raise before it
     writes, but for an output that is in the way."""
-    inputs = open_inputs(adapters, base, out)
-    places, plan = inputs.places, plan_merge(inputs.base, inputs.arch, inputs.adapters, options or Options())
+    options = options or Options()
+    inputs = open_inputs(adapters, base, out, options.mtp)
+    places, plan = inputs.places, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
     return plan_report(plan, str(places.out.absolute()), workers or default_workers(), verify=verify)
 
 
@@ -84,7 +85,7 @@ def merge_absorb(
     options = options or Options()
     prover = (prover or start(probe)) if verify else None
     try:
-        inputs = open_inputs(weighted, base, out)
+        inputs = open_inputs(weighted, base, out, options.mtp)
         plan = plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
         if prover:
             prover.begin(inputs, options, workers, progress)

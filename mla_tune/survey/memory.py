@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mla_tune.adapter.placement import Placement, reached_as_parameter
-from mla_tune.arch.dims import DTYPE_BYTES
+from mla_tune.arch.dims import DTYPE_BYTES, MLADims
 from mla_tune.arch.roles import ADAPTABLE, GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
 
@@ -130,14 +130,14 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int,
 
     per_token = 0
     weights = 0
-    for path in [p for p in arch.attention_paths if p.startswith(f"model.layers.{layer}.")]:
-        here = {s.role: s for s in sites if s.path.startswith(path + ".")}
+    for attention in [a for a in arch.attention if a.layer == layer]:
+        d, here = attention.dims, {s.role: s for s in sites if s.path.rpartition(".")[0] == attention.path}
         if layer == first and not any(trains(here.get(role)) for role in BEFORE_SCORES):
             # Nothing trained lies before these scores: autograd begins at W_O's input.
-            per_token += arch.dims.H * arch.dims.V * low if trains(here.get(Role.W_O)) else 0
+            per_token += d.H * d.V * low if trains(here.get(Role.W_O)) else 0
         else:
             count = _recomputed_attention_bytes if recomputed else _attention_bytes
-            per_token += count(arch, here, trains, run, low)
+            per_token += count(d, here, trains, run, low)
     dense = {s.path.rpartition(".")[0] for s in sites if s.role == Role.GATE}
     shared = {s.path.rpartition(".")[0] for s in sites if s.role == Role.SHARED_GATE}
     for block in dense | shared:
@@ -170,9 +170,8 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int,
     return per_token * tokens + weights
 
 
-def _attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Run, low: int) -> int:
+def _attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: Run, low: int) -> int:
     """Bytes a token of one attention module."""
-    d = arch.dims
     q = d.H * (d.P + d.R)
     kept = (d.C + d.R + (d.L or 0)) * low  # inputs of the two latent norms
     inputs = (Role.W_DQ, Role.W_Q, Role.W_DKV)
@@ -197,9 +196,8 @@ def _attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Ru
     return kept
 
 
-def _recomputed_attention_bytes(arch: Architecture, here: dict[Role, Site], trains, run: Run, low: int) -> int:
+def _recomputed_attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: Run, low: int) -> int:
     """Bytes a token of one attention module whose norms and up-projections are computed again."""
-    d = arch.dims
     # The latents, from which queries, keys and values are made again.
     kept = (d.C + d.R + (d.L or 0)) * low
     equal = d.P + d.R == d.V

@@ -47,10 +47,23 @@ def serving_notes(arch: Architecture, placement: Placement) -> list[str]:
     return notes
 
 
+def _not_estimated(arch: Architecture) -> list[str]:
+    """What of this family the memory estimate leaves out."""
+    names = {
+        Role.LINEAR_ATTENTION: "linear attention",
+        Role.INDEXER: "indexers",
+        Role.HYPER_CONNECTION: "hyper-connections",
+    }
+    present = [name for role, name in names.items() if arch.by_role(role)]
+    return [f"memory: what {' and '.join(present)} keep for the backward pass is not estimated"] if present else []
+
+
 def run_of(recipe: Recipe, arch: Architecture, dtype: str, gpu: bool) -> Run:
     """What the recipe's memory depends on; the base stays quantised where the checkpoint or the recipe says so."""
     t, section = recipe.train, recipe.model
-    attention = "packed" if section.attention == "auto" else section.attention
+    attention = section.attention
+    if attention == "auto":
+        attention = ("eager" if arch.family.eager_only else "sdpa") if arch.family.needs_mask else "packed"
     quantised = (
         None if section.preset else arch.quantization or (section.quantize if section.quantize != "none" else None)
     )
@@ -126,5 +139,5 @@ def plan(
             "total": memory.total,
             "measured_as": "allocated on the GPU" if gpu else "resident, of the process",
         },
-        "warnings": [*warnings(recipe), *serving_notes(arch, placement)],
+        "warnings": [*warnings(recipe), *_not_estimated(arch), *serving_notes(arch, placement)],
     }
