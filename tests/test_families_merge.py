@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.registry import architecture
 from mla_tune.mla.fold import FOLD_FACTS
+from tests.test_adapter_kinds import Tree
 from tests.test_families_train import LOST, adapted, logits, planned
 from tests.tiny_families import FAMILIES, tiny
 
@@ -254,3 +256,28 @@ def test_the_config_of_a_wrapper_stays(cli, tmp_path: Path) -> None:
     assert config.get_text_config().kv_lora_rank == 28
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert next(again.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_trained_on_the_checkpoints_own_code(cli, name: str, tmp_path: Path) -> None:
+    """`trust_remote_code` models and the tools around them (LLaMA-Factory, ms-swift, axolotl) have a Linear for each
+    matrix on disk, each expert apart, under its name there: so has `Tree`, which PEFT adapts and merges by itself."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    tiny(name).save_pretrained(base)
+    before = load_file(base / WEIGHTS)
+    arch = architecture(FAMILIES[name]).located(before)
+    paths = [k.removesuffix(".weight") for s in arch if s.attachable and s.disk != "fused" for k in s.disk_keys()]
+    exactly = "|".join(map(re.escape, paths))  # a list would mean the tower's layers too
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=exactly, init_lora_weights=False, use_rslora=True)
+    tree: Any = get_peft_model(Tree(base), config)  # type: ignore[arg-type]
+    tree.save_pretrained(tmp_path / "adapter")
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2 * len(paths)
+    expected = tree.merge_and_unload().state_dict()
+    options = ("--base", base, "--out", out, "--absorb", "none", "--exact", "--json")
+    done = cli("merge-absorb", tmp_path / "adapter", *options)
+    assert done.code == 0, done.err
+    after = load_file(out / WEIGHTS)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {f"{path}.weight" for path in paths}
+    for key in changed:
+        assert (after[key] - expected[key]).abs().max() < 2e-6, key
