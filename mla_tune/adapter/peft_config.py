@@ -43,7 +43,7 @@ def peft_config(arch: Architecture, placement: Placement, whole: list[str] | Non
         use_rslora=placement.method == "rslora",
         use_dora=placement.method == "dora",
         target_modules=_module_names(arch, modules),
-        target_parameters=sorted({_reached(arch, s) for s in parameters}) or None,
+        target_parameters=_parameter_names(arch, parameters) or None,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         bias="none",
@@ -66,9 +66,19 @@ def _module_names(arch: Architecture, sites: list[Site]) -> list[str]:
     return names
 
 
-def _reached(arch: Architecture, site: Site) -> str:
-    """The name of a parameter for PEFT, which compares ends: towers have layers of their own."""
-    return site.parameter if arch.wrapper else _tail(site.parameter)
+def _parameter_names(arch: Architecture, sites: list[Site]) -> list[str]:
+    """Names of parameters for PEFT, which compares ends: those below a layer where they mean exactly the planned ones,
+    full names where they would mean more.  Towers have layers of their own."""
+    planned: dict[str, set[str]] = defaultdict(set)
+    for s in sites:
+        planned[_tail(s.parameter)].add(s.parameter)
+    everywhere: dict[str, set[str]] = defaultdict(set)
+    for s in arch.sites:
+        everywhere[_tail(s.parameter)].add(s.parameter)
+    names: list[str] = []
+    for tail, parameters in planned.items():
+        names += [tail] if parameters == everywhere[tail] and not arch.wrapper else sorted(parameters)
+    return sorted(names)
 
 
 def _tail(parameter: str) -> str:

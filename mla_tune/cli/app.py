@@ -31,6 +31,7 @@ VERBS = {
     "train": "train",
     "runs": "runs",
     "merge-absorb": "merge_absorb",
+    "import-adapter": "import_adapter",
     "verify": "verify",
     "serve-check": "serve_check",
     "generate": "generate",
