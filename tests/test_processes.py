@@ -90,7 +90,9 @@ def assert_same_run(out: Path, wanted: Path, within: float = 1e-5) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=2e-4, msg=name)
+        # Of the tensor, not of each number: Adam's first steps are ±1 whatever the gradient, so one that is nearly zero
+        # may go either way.
+        assert (ours[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
 @pytest.fixture(scope="module")

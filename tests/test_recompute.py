@@ -19,7 +19,7 @@ from mla_tune.train import packed
 from mla_tune.train.loss import score_by_chunks
 from mla_tune.train.norms import lean_norms
 from mla_tune.train.recompute import recompute_mla
-from tests.test_packed_attention import NAMES, batch_for, rows_of
+from tests.test_packed_attention import PAIRS, batch_for, rows_of
 from tests.tiny_families import FAMILIES, MLA, mla_modules, tiny
 
 LORA = ["q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -55,8 +55,7 @@ def kept_bytes(net: Any, batch: dict[str, Any]) -> int:
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
-@pytest.mark.parametrize("attention", [packed.NAME, "sdpa", "eager"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "attention"), PAIRS)
 def test_gradients_of_recomputed_mla_are_the_stock_ones(name: str, attention: str) -> None:
     batch = batch_for(attention, rows_of(name))
     stock = adapted(name, attention)

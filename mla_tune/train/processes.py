@@ -154,10 +154,15 @@ def join(recipe: Recipe) -> Team:
 
 
 def leave() -> None:
-    """After a run that went well: wait for the others, then take the group apart."""
+    """After a run that went well: wait for the others, then take the group apart.
+
+    Not one of gloo: a launched process ends right after (`launch.end_worker`), and under load taking gloo's threads
+    apart has aborted processes whose work was done.
+    """
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        if dist.get_backend() != "gloo":
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
