@@ -105,7 +105,7 @@ def test_errors_are_messages_with_exit_code_2(tmp_path: Path) -> None:
     llama = tmp_path / "config.json"
     llama.write_text('{"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8}')
     for args, what in (
-        (["deepsek-v3"], "did you mean 'deepseek-v3'? Shipped: deepseek-v2,"),
+        (["deepsek-v3"], "did you mean 'deepseek-v3'? Shipped: a.x-k1, a.x-k2-light, deepseek-v2,"),
         ([str(tmp_path)], "grouped-query attention with 32 query and 8 key/value heads"),
         ([str(tmp_path / "none")], "no such file or folder"),
         (["tiny", "--recipe", "saef"], "did you mean 'safe'"),

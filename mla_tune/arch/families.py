@@ -183,7 +183,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "bailing_hybrid",
-        "Ling 2.5",
+        "Ling (Bailing hybrid)",
         moe=MoELayout("mlp_layer_types", experts_key="num_local_experts"),
         compresses_query=False,
         kinds="bailing_hybrid",
@@ -446,6 +446,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "youtu",
         "Youtu-LLM",
+        aliases=("youtu_llm",),
         defaults={"tie_word_embeddings": True},
     ),
 )  # fmt: skip

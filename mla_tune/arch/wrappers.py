@@ -202,6 +202,8 @@ def tower_parts(wrapper: Wrapper, config: Config, D: int) -> tuple[list[tuple[Pa
 
     def value(key: str) -> int:
         found = config.get(key[1:]) if key.startswith(".") else vision.get(key)
+        if found is None:  # as Kimi K2.5 was published
+            found = next((vision[n] for n in (f"vt_{key}", f"init_{key}") if n in vision), None)
         found = tower.defaults.get(key) if found is None else found
         if key == ".n_features":
             layers = config.get("vision_feature_layer", -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -40,6 +41,8 @@ EFFECTS = {
 
 RISK_STYLE = {"low": "green", "medium": "yellow", "high": "red"}
 HIT = "●"
+#: Letters of a module's name that fit into 80 columns.
+_NAME = 28
 #: From this width on the table has room for the names in NeMo; below it they follow as a line.
 WIDE = 108
 
@@ -57,7 +60,8 @@ def render(document: dict[str, Any], depth: Depth, console: Console) -> None:
         if console.width < WIDE:
             console.print(_nemo_line(layers))
     else:
-        console.print(_modules_table(_blocks([*layers, *document["mtp"]], collapse=depth == "layers")))
+        blocks = _blocks([*layers, *document["mtp"]], collapse=depth == "layers")
+        console.print(_modules_table(blocks, wide=console.width >= WIDE))
     console.print()
     if "adapted" in document:
         console.print(_adapted_line(document))
@@ -171,7 +175,7 @@ def _title(first: int | None, n: int) -> str:
     return f"layer {first}" if n == 1 else f"layers {first}–{first + n - 1} × {n}"
 
 
-def _modules_table(blocks: Iterable[_Block]) -> Table:
+def _modules_table(blocks: Iterable[_Block], wide: bool) -> Table:
     """One row a module of each block; parameters are sums over the block's layers."""
     table = _table()
     table.add_column("Module", no_wrap=True)
@@ -185,8 +189,18 @@ def _modules_table(blocks: Iterable[_Block]) -> Table:
             first = sites[0]
             shape = f"{first['count']}×{_shape(first['shape'])}" if first["count"] > 1 else _shape(first["shape"])
             params = human_count(sum(s["params"] for s in sites))
-            table.add_row(_marked(name, sites), first["role"], shape, params, _lora(sites))
+            table.add_row(_marked(name if wide else _in_lines(name), sites), first["role"], shape, params, _lora(sites))
     return table
+
+
+def _in_lines(name: str) -> str:
+    """A long path in several lines, broken at its dots."""
+    lines = [""]
+    for part in re.findall(r"[^.]+\.?", name):
+        if lines[-1].strip() and len(lines[-1]) + len(part) > _NAME:
+            lines.append("    ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _role_notes(layers: list[Layer]) -> Table:
