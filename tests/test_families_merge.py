@@ -15,14 +15,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.registry import architecture
 from mla_tune.mla.fold import FOLD_FACTS
 from tests.test_adapter_kinds import Tree
 from tests.test_families_train import LOST, adapted, logits, planned
-from tests.tiny_families import FAMILIES, tiny
+from tests.tiny_families import FAMILIES, auto_class, tiny
 
 WEIGHTS = "model.safetensors"
 
@@ -38,10 +38,7 @@ def trained(name: str, folder: Path) -> tuple[Any, Placement]:
 
 def loaded(folder: Path, name: str) -> Any:
     """By stock transformers, nothing missing and nothing left over."""
-    auto: Any = AutoModelForImageTextToText
-    if "text_config" not in FAMILIES[name] and name != "mistral4":
-        auto = AutoModelForCausalLM
-    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = auto_class(name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     return model.eval()

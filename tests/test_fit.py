@@ -160,3 +160,21 @@ def test_modules_that_are_trained_whole_count(cli: Callable[..., Any]) -> None:
     plain = by_config(json.loads(cli(*common, *base).out))
     whole = by_config(json.loads(cli(*common, *base, "--set", "adapter.modules_to_save=[lm_head]").out))
     assert whole["ddp", "bfloat16"]["trained"] - plain["ddp", "bfloat16"]["trained"] == 20 * 102400 * 2048
+
+
+@pytest.mark.parametrize(
+    ("sets", "left_out"),
+    [
+        (["adapter.method=dora"], {"fsdp2", "zero3"}),
+        (["adapter.init=pissa"], {"fsdp2", "zero3"}),
+        (["train.compile=true"], {"fsdp2", "zero3"}),
+        ([], set()),
+    ],
+)
+def test_what_train_refuses_is_not_offered(sets: list[str], left_out: set[str]) -> None:
+    recipe = load_recipe("attention-only", ["model.base=deepseek-v2-lite", *sets])
+    found = fit(recipe, 8, 80 * 10**9)
+    assert set(found["left_out"]) == left_out
+    assert {row["config"] for row in found["configs"]} == {"ddp", "fsdp2", "zero3"} - left_out
+    for wrong in found["left_out"].values():
+        assert sets[0].replace("=", ": ") in wrong[0]

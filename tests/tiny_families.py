@@ -94,6 +94,15 @@ MISTRAL4: Config = {
 }  # fmt: skip
 DEEPSEEK_V3: Config = {**MLA, **EXPERTS, **GROUPS, "model_type": "deepseek_v3", "first_k_dense_replace": 1}
 
+# Sliding layers have sizes of their own; a full layer's rotary fraction is R / head_dim.
+DOTS3: Config = {
+    **MLA, **EXPERTS, **GROUPS, **INDEXER, "model_type": "dots3_note_text", "num_hidden_layers": 4,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "layer_types": ["indexed_attention", "sliding_attention", "sliding_attention", "indexed_attention"],
+    "sliding_window": WINDOW, "head_dim": 26, "shared_experts_intermediate_size": 24,
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 38, "swa_kv_lora_rank": 30,
+    "swa_head_dim": 22, "swa_qk_nope_head_dim": 18, "swa_v_head_dim": 10,
+}  # fmt: skip
 # name → config.json, as AutoConfig reads it
 FAMILIES: dict[str, Config] = {
     "axk1": {**MLA, **EXPERTS, **GROUPS, **DENSE_FIRST, "model_type": "axk1"},
@@ -113,14 +122,19 @@ FAMILIES: dict[str, Config] = {
     },
     "deepseek_v3": {**DEEPSEEK_V3, "rope_parameters": YARN},
     "deepseek_v32": {**MLA, **EXPERTS, **GROUPS, **DENSE_FIRST, **INDEXER, "model_type": "deepseek_v32"},
-    # Sliding layers have sizes of their own; a full layer's rotary fraction is R / head_dim.
-    "dots3_note": {
-        **MLA, **EXPERTS, **GROUPS, **INDEXER, "model_type": "dots3_note_text", "num_hidden_layers": 4,
-        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-        "layer_types": ["indexed_attention", "sliding_attention", "sliding_attention", "indexed_attention"],
-        "sliding_window": WINDOW, "head_dim": 26, "shared_experts_intermediate_size": 24,
-        "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 38, "swa_kv_lora_rank": 30,
-        "swa_head_dim": 22, "swa_qk_nope_head_dim": 18, "swa_v_head_dim": 10,
+    "dots3_note": DOTS3,
+    # With its towers, of which transformers' causal LM loads nothing.
+    "dots3_note_towers": {
+        "model_type": "dots3_note", "text_config": DOTS3,
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "patch_size": 4, "mlp_layer_types": ["dense", "dense"], "adapter_in_dim": 16, "adapter_out_dim": 48,
+        },
+        "audio_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "feature_size": 16, "downsample_hidden_size": 8, "adapter_input_size": 16, "adapter_out_dim": 48,
+        },
+        **{f"{kind}_token_id": VOCABULARY + n for n, kind in enumerate(("image", "video", "audio"))},
     },
     "glm4_moe_lite": {**MLA, **EXPERTS, **ONE_GROUP, **DENSE_FIRST, "model_type": "glm4_moe_lite"},
     "glm5_next": {
@@ -226,12 +240,16 @@ def build(name: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """The family's model as transformers initialises it."""
     # A copy, because a config keeps and edits the dictionaries that it is made of.
     config = AutoConfig.for_model(**deepcopy(FAMILIES[name]))
-    # AutoModelForCausalLM rejects the wrappers, and mistral4 too.
-    wrapped = "text_config" in FAMILIES[name] or name == "mistral4"
-    auto = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+    auto = auto_class(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_config(config, dtype=dtype)
+
+
+def auto_class(name: str) -> Any:
+    """AutoModelForCausalLM rejects the wrappers but one, and mistral4 too."""
+    wrapped = "text_config" in FAMILIES[name] and name != "dots3_note_towers"
+    return AutoModelForImageTextToText if wrapped or name == "mistral4" else AutoModelForCausalLM
 
 
 @torch.no_grad()

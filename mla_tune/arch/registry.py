@@ -14,7 +14,7 @@ from mla_tune.arch.parts import Part, numbers, size
 from mla_tune.arch.roles import REASONS, Role
 from mla_tune.arch.schedules import INDEXERS, KINDS, LAYER_DIMS, SPARSE
 from mla_tune.arch.site import HEAD, Architecture, Attention, Site
-from mla_tune.arch.wrappers import PREFIX, WRAPPERS, Wrapper, tower_parts, unwrapped
+from mla_tune.arch.wrappers import WRAPPERS, Wrapper, tower_parts, unwrapped
 from mla_tune.errors import InputError, NotMLAError
 
 Config = Mapping[str, Any]
@@ -56,7 +56,7 @@ class _Builder:
         self, config: Config, keys: _Keys, family: Family, wrapper: Wrapper | None, warnings: tuple[str, ...]
     ) -> None:
         self.config, self.c, self.family, self.wrapper, self.warnings = config, keys, family, wrapper, warnings
-        self.prefix = PREFIX if wrapper else "model"
+        self.prefix = wrapper.prefix if wrapper else "model"
         self.n = keys.int(family.layers_key)
         self.D, self.vocab = keys.int("hidden_size"), keys.int("vocab_size")
         self.naming = _naming(family, wrapper)

@@ -38,7 +38,8 @@ class Wrapper:
 
     `text` is the text model's type where config.json leaves it out.  `flat`: published files have the text model's keys
     at the top level.  `ways` are names on disk (`arch.naming`) of the whole model's parameters, besides the family's.
-    `tied` is transformers' default for `tie_word_embeddings`, which is read from the top level.
+    `tied` is transformers' default for `tie_word_embeddings`, which is read from the top level.  `prefix` is the path
+    of the text model in what transformers loads: a causal LM, or where there is none the model with its towers.
     """
 
     model_type: str
@@ -48,9 +49,7 @@ class Wrapper:
     flat: bool = False
     tied: bool = False
     ways: tuple[Renames, ...] = ((),)
-
-
-PREFIX = "model.language_model"
+    prefix: str = "model.language_model"
 
 
 def _m(path: str, *shape: str, bias: bool = False, is_parameter: bool = False) -> Part:
@@ -155,8 +154,8 @@ _KIMI_TOWER: Renames = (
 WRAPPERS: dict[str, Wrapper] = {
     w.model_type: w
     for w in (
-        Wrapper("dots3_note", "dots3 Note", None, "dots3_note_text", flat=True,
-                ways=(((r"^model\.language_model\.", "model."),),)),
+        # Loaded as a causal LM: the text model alone.
+        Wrapper("dots3_note", "dots3 Note", None, "dots3_note_text", flat=True, prefix="model"),
         Wrapper("glm5_next", "GLM-5.3-Flash", _GLM5, "glm5_next_text", flat=True),
         Wrapper("kimi_k25", "Kimi K2.5", _KIMI, "deepseek_v3", tied=True,
                 ways=(

@@ -3,6 +3,7 @@ errors and `inspect` answer at once."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib import import_module
@@ -62,6 +63,8 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point: a message for an error of the user's or of the work, never a traceback (`--debug` shows it)."""
+    # PEFT imports bitsandbytes, which says so wherever the package `kernels`, of no use here, is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(prog_name="mla-tune")
     except MlaTuneError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import os
 import warnings
@@ -59,8 +58,6 @@ def quiet() -> None:
     """Keep transformers' own chatter off standard error: mla-tune says itself what it does."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # Where `kernels` is not installed bitsandbytes says so whenever it is imported, by PEFT too.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for module in ("transformers", "accelerate", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not torch.cuda.is_available():

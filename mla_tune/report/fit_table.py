@@ -32,6 +32,8 @@ def print_fit(fit: dict[str, Any]) -> None:
     for row in fit["configs"]:
         table.add_row(row["config"], row["base"], *(_gb(row[c]) for c in COLUMNS), _fits(row))
     out.print(table)
+    for config, wrong in fit["left_out"].items():
+        out.print(f"{config} is not tried together with {'; '.join(wrong)}", soft_wrap=True)
     if fit["published"]:
         out.print(f"published in {fit['published'].upper()}: the other rows are for its weights in bfloat16")
     out.print(f"→ {fit['advice']}", soft_wrap=True)

@@ -22,6 +22,7 @@ from mla_tune.recipe.schema import Recipe
 from mla_tune.survey.memory import QUANTISED, Memory, Run, estimate
 from mla_tune.survey.plan import run_of
 from mla_tune.survey.source import architecture_of
+from mla_tune.survey.suited import not_sharded
 
 #: Bytes that the CUDA context, communication buffers and kernels' workspaces take on a GPU, and the share of it that
 #: the allocator loses between blocks.
@@ -115,8 +116,11 @@ def fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[st
     arch = architecture_of(recipe.model)
     dtype = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
     run = run_of(recipe, arch, dtype, gpu=True)
+    left_out = {c: wrong for c in ("fsdp2", "zero3") if (wrong := not_sharded(recipe, placement, c, None))}
     rows = [
-        _row(config, arch, placement, replace(run, base=base), gpus, memory) for config, base in _ways(run, placement)
+        _row(config, arch, placement, replace(run, base=base), gpus, memory)
+        for config, base in _ways(run, placement)
+        if config not in left_out
     ]
     return {
         "model": recipe.model.source,
@@ -130,6 +134,7 @@ def fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[st
         "checkpointing": run.checkpointing,
         "published": arch.quantization,
         "configs": rows,
+        "left_out": left_out,
         "advice": _advice(rows, gpus),
     }
 

@@ -1,7 +1,8 @@
-"""What a recipe can't have on a certain family: what is changed is said, what was asked for by name is refused."""
+"""What a recipe can't have on a certain family, and what it can't have where a model is sharded."""
 
 from __future__ import annotations
 
+from mla_tune.adapter.placement import RESIDUAL, Placement
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
@@ -34,3 +35,22 @@ def suited(recipe: Recipe, arch: Architecture) -> tuple[Recipe, list[str]]:
         return recipe, said
     parts = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
     return recipe.model_copy(update=parts), said
+
+
+def not_sharded(recipe: Recipe, placement: Placement, sharding: str, quantised: str | None) -> list[str]:
+    """What of a recipe was not tried where `sharding` (fsdp2 or zero3) cuts the model up; `quantised`: how the base's
+    weights stay quantised, None for plain ones."""
+    wrong = []
+    if recipe.train.compile:
+        wrong.append("train.compile: true")
+    if quantised and sharding == "zero3":
+        wrong.append(f"a quantised base ({quantised})")
+    if recipe.model.dtype == "float16":
+        wrong.append("model.dtype: float16")
+    if placement.init in RESIDUAL:
+        wrong.append(f"adapter.init: {placement.init}, which reads all weights in every process")
+    if placement.whole:
+        wrong.append("adapter.modules_to_save")
+    if placement.method == "dora":
+        wrong.append("adapter.method: dora")
+    return wrong

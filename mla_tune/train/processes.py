@@ -22,6 +22,7 @@ from mla_tune.errors import InputError, MlaTuneError, WorkError
 from mla_tune.model.frozen import let_shard
 from mla_tune.model.load import pick_device
 from mla_tune.recipe.schema import Recipe
+from mla_tune.survey.suited import not_sharded
 from mla_tune.train.launch import Worker, worker
 from mla_tune.train.zero3 import is_handle, use_gloo_alone, whole_parameters
 
@@ -60,19 +61,7 @@ def refuse(recipe: Recipe, placement: Placement, here: Worker, quantised: str | 
         )
     if not sharded:
         return
-    wrong = []
-    if recipe.train.compile:
-        wrong.append("train.compile: true")
-    if quantised and here.sharding == "zero3":
-        wrong.append(f"a quantised base ({quantised})")
-    if recipe.model.dtype == "float16":
-        wrong.append("model.dtype: float16")
-    if placement.init in ("pissa", "olora"):
-        wrong.append(f"adapter.init: {placement.init}, which reads all weights in every process")
-    if placement.whole:
-        wrong.append("adapter.modules_to_save")
-    if placement.method == "dora":
-        wrong.append("adapter.method: dora")
+    wrong = not_sharded(recipe, placement, here.sharding or "", quantised)
     if wrong:
         raise InputError(f"{sharded} is not tried together with {'; '.join(wrong)}; use --launch ddp, or change that")
 
