@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.registry import architecture
 from mla_tune.mla.fold import FOLD_FACTS
+from tests.fp8_helpers import make_fp8
 from tests.test_adapter_kinds import Tree
 from tests.test_families_train import LOST, adapted, logits, planned
 from tests.tiny_families import FAMILIES, auto_class, tiny
@@ -278,3 +279,67 @@ def test_adapters_trained_on_the_checkpoints_own_code(cli, name: str, tmp_path: 
     assert changed == {f"{path}.weight" for path in paths}
     for key in changed:
         assert (after[key] - expected[key]).abs().max() < 2e-6, key
+
+
+def test_an_unknown_type_that_is_read_as_a_relative(cli, tmp_path: Path) -> None:
+    """Merged and proven number by number; logits can't be had, and that is said."""
+    model, _ = trained("deepseek_v2", tmp_path)
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"model_type": "deepseek_v2_next"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    done = cli("merge-absorb", tmp_path / "adapter", "--base", tmp_path / "base", "--out", out, "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert not report["proof"]["failed"]
+    assert report["probe"]["ran"] is False
+    assert "transformers has no model of the type 'deepseek_v2_next'" in report["probe"]["reason"]
+    assert any("'deepseek_v2_next' is not known" in note for note in report["notes"])
+    (out / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v2"}))
+    with torch.no_grad():
+        assert (logits(loaded(out, "deepseek_v2")) - logits(model)).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("fp8", ["bf16", "keep"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v32", "glm_moe_dsa", "bailing_hybrid", "kimi_linear", "kimi_k25", "dots3_note", "axk1"]
+)
+def test_fp8_bases(cli, name: str, fp8: str, tmp_path: Path) -> None:
+    """Block FP8 in the family's own names: what is changed is written as bfloat16, or as FP8 with fresh scales.  The
+    oracle dequantises in torch and adds B·A."""
+    trained(name, tmp_path)
+    make_fp8(tmp_path / "base", tmp_path / "fp8", block=(16, 16))
+    out = tmp_path / "out"
+    done = cli("merge-absorb", tmp_path / "adapter", "--base", tmp_path / "fp8", "--out", out, "--fp8", fp8, "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["probe"]["ran"], report["probe"]["reason"]
+    if fp8 == "bf16":  # codes of 3 bits send some tokens to other experts: there the numbers alone are compared
+        assert report["probe"]["merged"]["max_error"] < 0.05 * report["probe"]["merged"]["largest"]
+    before, after = load_file(tmp_path / "fp8" / WEIGHTS), load_file(out / WEIGHTS)
+    plain = load_file(tmp_path / "base" / WEIGHTS)
+    merged = tmp_path / "plain"
+    options = ("--base", tmp_path / "base", "--out", merged, "--absorb", "none", "--no-probe")
+    assert cli("merge-absorb", tmp_path / "adapter", *options).code == 0
+    wanted = load_file(merged / WEIGHTS)
+    coded = [k for k, t in before.items() if t.dtype == torch.float8_e4m3fn]
+    assert len(coded) > 10
+    for key in coded:
+        change = wanted[key] - plain[key]
+        if not change.any():
+            assert torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) or fp8 == "bf16"
+            continue
+        exact = dequantised(before, key, 16) + change
+        if fp8 == "bf16":
+            assert after[key].dtype == torch.bfloat16
+            assert (after[key].float() - exact).abs().max() <= exact.abs().max() * 2**-8
+        else:
+            assert after[key].dtype == torch.float8_e4m3fn
+            assert (dequantised(after, key, 16) - exact).abs().max() <= exact.abs().max() * 2**-4
+    assert cli("verify", out).code == 0
+
+
+def dequantised(tensors: dict[str, torch.Tensor], key: str, block: int) -> torch.Tensor:
+    scale = tensors[f"{key}_scale_inv"]
+    wide = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    rows, columns = tensors[key].shape
+    return tensors[key].float() * wide[:rows, :columns]

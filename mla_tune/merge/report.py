@@ -150,7 +150,7 @@ def adapter_reports(plan: MergePlan) -> list[AdapterReport]:
 
 def notes(plan: MergePlan) -> list[str]:
     """What a user has to know about this output, a sentence each."""
-    lines = []
+    lines = list(plan.architecture.warnings)
     changed = {out.key for out in plan.changed}
     if plan.raised and plan.options.dtype == "keep":
         beside = len(plan.raised - changed)

@@ -167,7 +167,7 @@ def model_items(checkpoint: Checkpoint, arch: Architecture) -> list[Item]:
         for name in ("topk_method", "scoring_func"):
             value = str(config.get(name) or "missing")
             items.append(Item("config", name, {"value": value}, detail=value))
-    missing = [p for p in arch.attention_paths if f"{p}.kv_b_proj.weight" not in keys]
+    missing = [p for p in arch.attention_paths if arch.naming.on_disk(f"{p}.kv_b_proj.weight", keys) not in keys]
     kv_b = "fused" if not missing else "missing"
     items.append(Item("layout", "kv_b_proj", {"value": kv_b}, len(arch.attention_paths) - len(missing), kv_b))
     items += _extra_files(checkpoint)
