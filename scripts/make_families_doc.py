@@ -18,6 +18,7 @@ from mla_tune.arch.wrappers import WRAPPERS
 from mla_tune.console import human_count
 from mla_tune.mla.fold import FOLD_FACTS
 from mla_tune.resources import CONFIGS, model_names
+from mla_tune.survey.source import ALIASES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 HEAD = """# Model families
@@ -136,6 +137,7 @@ def page() -> str:
             f"| `{name}` | {arch.title} | {human_count(arch.params_total)} | {human_count(arch.active_params)} "
             f"| {latent:,} | {expanded:,} | {expanded / latent:.1f} | {f'{indexers:,}' if indexers else '–'} |"
         )
+    lines += ["", "The same shapes have " + ", ".join(f"`{a}` ({name})" for a, name in sorted(ALIASES.items())) + "."]
     return "\n".join(lines) + "\n"
 
 

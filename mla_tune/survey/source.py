@@ -15,8 +15,15 @@ from mla_tune.resources import CONFIGS, EMBEDDED_MODEL, model_names, preset_name
 if TYPE_CHECKING:  # pydantic takes a tenth of a second, which `inspect` need not spend
     from mla_tune.recipe.schema import ModelSection
 
-#: Names for published models whose config.json equals that of a shipped one.
-ALIASES = {"deepseek-r1": "deepseek-v3"}
+#: Names for published models whose config.json has the shapes of a shipped one.
+ALIASES = {
+    "deepseek-r1": "deepseek-v3",
+    "deepseek-v3.1": "deepseek-v3",
+    "deepseek-v2.5": "deepseek-v2",
+    "deepseek-coder-v2": "deepseek-v2",
+    "deepseek-coder-v2-lite": "deepseek-v2-lite",
+    "kimi-k2.6": "kimi-k2.5",
+}
 
 
 def load_config(model: str) -> tuple[dict[str, Any], str, Path | None]:
