@@ -7,8 +7,11 @@ import os
 from mla_tune.cli.app import main
 
 if __name__ == "__main__":
-    main()
-    if "RANK" in os.environ:
-        from mla_tune.train.launch import end_worker
+    try:
+        main()
+    except SystemExit as leaving:  # typer leaves so when all went well, too
+        if "RANK" in os.environ and not leaving.code:
+            from mla_tune.train.launch import end_worker
 
-        end_worker()
+            end_worker()
+        raise

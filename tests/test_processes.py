@@ -309,6 +309,23 @@ def test_a_killed_worker_ends_the_job_and_resume_goes_on(
     assert last == seen[-1], "the checkpoint is of the step at which all stopped"
 
 
+@pytest.mark.parametrize(("launched", "leaves"), [(True, "at once"), (False, "the usual way")])
+def test_a_launched_process_leaves_without_the_interpreters_way_out(
+    launched: bool, leaves: str, tmp_path: Path
+) -> None:
+    """There threads of communication libraries could still abort it."""
+    told = "import atexit\natexit.register(lambda: print('the usual way'))\n"
+    (tmp_path / "sitecustomize.py").write_text(told)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    if launched:
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-m", "mla_tune", "inspect", "embedded"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "DeepSeek-V3" in done.stdout
+    assert ("the usual way" in done.stdout) == (leaves == "the usual way")
+
+
 def test_what_all_find_wrong_is_said_once(rows: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text(rows.read_text() + '{"prompt": \n')

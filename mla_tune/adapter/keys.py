@@ -161,7 +161,8 @@ class KeyMap:
 
     def _hint(self, key: str) -> str:
         layer = re.search(r"\.layers\.(\d+)\.", key)
-        if layer and self.arch.mtp_layers and int(layer[1]) >= self.arch.num_layers:
+        mtp = range(self.arch.num_layers, self.arch.num_layers + self.arch.mtp_layers)
+        if layer and int(layer[1]) in mtp:
             how = "give --mtp to merge it too" if self.arch.mtp_sites else "whose layout is not known here"
             return f": it is on an MTP layer, {how}"
         if not key.startswith(PREFIX):

@@ -143,15 +143,10 @@ def join(recipe: Recipe) -> Team:
 
 
 def leave() -> None:
-    """After a run that went well: wait for the others, then take the group apart.
-
-    Not one of gloo: a launched process ends right after (`launch.end_worker`), and under load taking gloo's threads
-    apart has aborted processes whose work was done.
-    """
+    """After a run that went well: wait for the others, then take the group apart."""
     if dist.is_initialized():
         dist.barrier()
-        if dist.get_backend() != "gloo":
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
