@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from mla_tune.arch.config import Config, Keys, dims_of, letters_of, numbers_of
 from mla_tune.arch.detect import detected
 from mla_tune.arch.dims import MLADims
 from mla_tune.arch.families import BY_TYPE, FAMILIES, Family
@@ -17,25 +18,6 @@ from mla_tune.arch.site import HEAD, Architecture, Attention, Site
 from mla_tune.arch.wrappers import WRAPPERS, Wrapper, tower_parts, unwrapped
 from mla_tune.errors import InputError, NotMLAError
 
-Config = Mapping[str, Any]
-
-#: Other names of a key: transformers' own, and those of published files.
-_SYNONYMS: dict[str, tuple[str, ...]] = {
-    "max_position_embeddings": ("model_max_length",),
-    "n_routed_experts": ("num_local_experts", "num_experts"),
-    "n_shared_experts": ("num_shared_experts",),
-    "num_experts_per_tok": ("num_experts_per_token",),
-    "num_local_experts": ("num_experts", "n_routed_experts"),
-    "num_nextn_predict_layers": ("num_mtp_layers",),
-    "shared_experts_intermediate_size": ("moe_shared_expert_intermediate_size",),
-}
-#: Keys that stand in a table of their own in published files.
-_LINEAR: dict[str, str] = {
-    "linear_head_dim": "head_dim",
-    "linear_num_heads": "num_heads",
-    "linear_conv_kernel_dim": "short_conv_kernel_size",
-}
-
 
 def architecture(config: Config, where: str = "config.json") -> Architecture:
     """The sites, dimensions and totals of the model that `config` (a parsed config.json) describes.
@@ -46,26 +28,26 @@ def architecture(config: Config, where: str = "config.json") -> Architecture:
     """
     text, kind, wrapper = unwrapped(config)
     family, warnings = _family(config, text, kind, where)
-    return _Builder(config, _Keys(text, family, where), family, wrapper, warnings).build()
+    return _Builder(config, Keys(text, family, where), family, wrapper, warnings).build()
 
 
 class _Builder:
     """Lists the sites of one model, layer by layer."""
 
     def __init__(
-        self, config: Config, keys: _Keys, family: Family, wrapper: Wrapper | None, warnings: tuple[str, ...]
+        self, config: Config, keys: Keys, family: Family, wrapper: Wrapper | None, warnings: tuple[str, ...]
     ) -> None:
         self.config, self.c, self.family, self.wrapper, self.warnings = config, keys, family, wrapper, warnings
         self.prefix = wrapper.prefix if wrapper else "model"
         self.n = keys.int(family.layers_key)
         self.D, self.vocab = keys.int("hidden_size"), keys.int("vocab_size")
         self.naming = _naming(family, wrapper)
-        self.letters = {"D": self.D, **_letters(keys, family)}
+        self.letters = {"D": self.D, **letters_of(keys, family)}
         self.kinds = self._list(KINDS[family.kinds])
         self.indexers = self._list(INDEXERS[family.indexers]) if family.indexers else [False] * self.n
         self.sparse = self._list(SPARSE[family.moe.layers]) if family.moe and self._experts() else [False] * self.n
         own = LAYER_DIMS[family.layer_dims](keys, self.kinds) if family.layer_dims else [{}] * self.n
-        self.dims = [_dims(keys.with_(sizes), self.D) for sizes in own]
+        self.dims = [dims_of(keys.with_(sizes), self.D) for sizes in own]
         self.vectors = 0
 
     def build(self) -> Architecture:
@@ -141,7 +123,7 @@ class _Builder:
     def _layer(self, layer: int, kind: str, sparse: bool, dims: MLADims) -> Iterator[Site]:
         family, c = self.family, self.c
         base = f"{self.prefix}.layers.{layer}"
-        letters = self.letters | _numbers(dims)
+        letters = self.letters | numbers_of(dims)
         self.vectors += family.norms * self.D
         for name in family.attention:
             if kind == "linear":
@@ -260,7 +242,7 @@ class _Builder:
         for layer in range(self.n, self.n + count):
             projection = f"{self.prefix}.layers.{layer}.eh_proj"
             sites.append(self._matrix(projection, Role.MTP_PROJECTION, layer, (self.D, 2 * self.D)))
-            sites += self._layer(layer, "mla", sparse, _dims(self.c, self.D))
+            sites += self._layer(layer, "mla", sparse, dims_of(self.c, self.D))
         self.vectors = vectors
         reason = REASONS[Role.MTP_PROJECTION]
         return count, [replace(s, attachable=False, reason=reason, mtp=True) for s in sites]
@@ -285,29 +267,6 @@ def _naming(family: Family, wrapper: Wrapper | None) -> Naming:
     """The family's names and, after them, the wrapper's."""
     around = wrapper.ways if wrapper else ((),)
     return replace(family.naming, ways=tuple((*inner, *outer) for outer in around for inner in family.naming.ways))
-
-
-def _letters(c: _Keys, family: Family) -> dict[str, int]:
-    """Sizes of what only some families have, by the letters of `families`."""
-    letters: dict[str, int] = {}
-    if family.indexers:
-        letters |= {"X": c.int("index_n_heads"), "Y": c.int("index_head_dim")}
-    if "index_kpool" in family.defaults:
-        letters["G"] = c.int("index_kpool")
-    if "hc_mult" in family.defaults:
-        letters["S"] = c.int("hc_mult")
-    if "gated_norm_rank" in family.defaults:
-        letters["g"] = c.int("gated_norm_rank")
-    if "linear" in family.parts:
-        names = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
-        if c.get(names[0]) is None:  # bailing_hybrid, as it was published
-            names = ("num_attention_heads", "head_dim", "short_conv_kernel_size")
-        letters |= {letter: c.int(name) for letter, name in zip("KZF", names, strict=True)}
-    return letters
-
-
-def _numbers(d: MLADims) -> dict[str, int]:
-    return {"H": d.H, "P": d.P, "R": d.R, "V": d.V, "C": d.C, "L": d.L or 0}
 
 
 def _family(config: Config, text: Config, kind: str | None, where: str) -> tuple[Family, tuple[str, ...]]:
@@ -347,41 +306,3 @@ def _what_it_is(config: Config, kind: str) -> str:
         return f"{name}: multi-head attention with {heads} heads"
     kind = "multi-query" if groups == 1 else "grouped-query"
     return f"{name}: {kind} attention with {heads} query and {groups} key/value heads"
-
-
-class _Keys:
-    """Reads config keys with the family's defaults; a missing or non-numeric key is an error that names it."""
-
-    def __init__(self, config: Config, family: Family, where: str) -> None:
-        self.config, self.family, self.where = config, family, where
-
-    def with_(self, others: Config) -> _Keys:
-        """The same with other values for some keys."""
-        return _Keys({**self.config, **others}, self.family, self.where) if others else self
-
-    def get(self, key: str, default: Any = None) -> Any:
-        linear = self.config.get("linear_attn_config")
-        if key in _LINEAR and isinstance(linear, Mapping) and _LINEAR[key] in linear:
-            return linear[_LINEAR[key]]  # it wins, as in transformers
-        for name in (key, *_SYNONYMS.get(key, ())):
-            value = self.config.get(name)
-            if value is not None:
-                return value
-        return self.family.defaults.get(key, default)
-
-    def int(self, key: str) -> int:
-        value = self.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            got = "missing" if value is None else f"{value!r}"
-            raise InputError(f"{self.where}: '{key}' is {got}; {self.family.title} needs a whole number there")
-        return value
-
-
-def _dims(c: _Keys, D: int) -> MLADims:
-    H = c.int("num_attention_heads")
-    L = c.get("q_lora_rank") if c.family.compresses_query else None
-    V = c.get("v_head_dim") or D // H
-    dims = MLADims(H, c.int("qk_nope_head_dim"), c.int("qk_rope_head_dim"), V, c.int("kv_lora_rank"), L, D)
-    if L is not None:
-        c.int("q_lora_rank")
-    return dims

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class Keys(Protocol):
-    """A config.json with its family's defaults (`registry.Keys`)."""
+    """A config.json with its family's defaults (`config.Keys`)."""
 
     def get(self, key: str, default: Any = None) -> Any: ...
 
