@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from typing import Any
 
@@ -34,3 +35,8 @@ def human_count(n: float) -> str:
         if abs(n) >= size:
             return f"{n / size:,.2f}".rstrip("0").rstrip(".") + f" {unit}"
     return f"{n:,.0f}"
+
+
+def hush_imports() -> None:
+    """PEFT imports bitsandbytes, which says so wherever the package `kernels`, of no use here, is missing."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -3,7 +3,6 @@ errors and `inspect` answer at once."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from importlib import import_module
@@ -13,6 +12,7 @@ import typer
 
 from mla_tune import __version__
 from mla_tune.cli import bench
+from mla_tune.console import hush_imports
 from mla_tune.errors import Interrupted, MlaTuneError, RecipeError
 
 app = typer.Typer(
@@ -63,8 +63,7 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point: a message for an error of the user's or of the work, never a traceback (`--debug` shows it)."""
-    # PEFT imports bitsandbytes, which says so wherever the package `kernels`, of no use here, is missing.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    hush_imports()
     try:
         app(prog_name="mla-tune")
     except MlaTuneError as error:

@@ -14,6 +14,8 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any, TextIO
 
+from mla_tune.console import hush_imports
+
 #: Seconds between two messages of one stage.
 _PAUSE = 0.1
 
@@ -51,6 +53,7 @@ class Pipes:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that merges, and so this one
+    hush_imports()
     pipes = Pipes()
     # All that is made now lives as long as the process: looking for what can be freed costs a fifth of the time.
     gc.disable()
