@@ -19,6 +19,7 @@ LENGTH = 16
 MODULES = dict.fromkeys(FAMILIES, 3) | {
     "bailing_hybrid": 2,
     "dots3_note": 4,
+    "dots3_note_towers": 4,
     "glm5_next": 4,
     "glm_moe_dsa": 4,
     "hy_v4": 4,
@@ -31,6 +32,7 @@ INDEXERS = {
     "axk2": 3,
     "deepseek_v32": 3,
     "dots3_note": 2,
+    "dots3_note_towers": 2,
     "glm5_next": 2,
     "glm_moe_dsa": 2,
     "hy_v4": 2,
