@@ -157,7 +157,7 @@ def open_adapter(folder: Path, arch: Architecture, base_keys: Mapping[str, Tenso
     if not tensors:
         raise InputError(f"{file}: the adapter holds no tensor")
     deltas = [_delta(file, stem, place, found, names, arch) for stem, (place, found) in parts.items()]
-    order = {site.path: i for i, site in enumerate((*arch.sites, *arch.mtp_sites))}
+    order = {site.path: i for i, site in enumerate(arch.stored_sites)}
     deltas.sort(key=lambda d: (order[d.site.path], -1 if d.expert is None else d.expert, d.rows or (0, 0)))
     for one, other in pairwise(deltas):
         if one.site == other.site and one.expert is None:
@@ -247,7 +247,7 @@ def _experts(site: Site, arch: Architecture, held: int) -> int:
     """
     if not site.is_experts:
         return 1
-    routers = (s for s in (*arch.sites, *arch.mtp_sites) if s.role == Role.ROUTER and s.layer == site.layer)
+    routers = (s for s in arch.stored_sites if s.role == Role.ROUTER and s.layer == site.layer)
     outputs = [router.shape[0] for router in routers]
     return held if held in outputs else site.count
 

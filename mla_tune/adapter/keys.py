@@ -67,7 +67,7 @@ class KeyMap:
         self.arch = arch
         self.stems: dict[str, Place] = {}
         self._experts: dict[str, dict[str, Site]] = {}
-        sites = [*arch.sites, *(arch.mtp_sites if mtp else ())]
+        sites = arch.stored_sites if mtp else arch.sites
         for site in sites:
             if not site.is_experts:
                 name = site.parameter if names.is_parameter(site.parameter) else site.path

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mla_tune.arch.roles import Role
+from mla_tune.arch.roles import ADAPTABLE, FACTS, GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
 
 _KEY = re.compile(
@@ -26,19 +26,11 @@ _KEY = re.compile(
 #: Parts of other names that belong to the same parts of a model, and that have no meaning here.
 _IGNORED = ("._extra_state", ".layer_norm_weight", ".layer_norm_bias")
 
-_ATTENTION: dict[str, Role] = {
-    "linear_q_proj": Role.W_Q,
-    "linear_q_down_proj": Role.W_DQ,
-    "linear_q_up_proj": Role.W_UQ,
-    "linear_kv_down_proj": Role.W_DKV,
-    "linear_kv_up_proj": Role.W_UKV,
-    "linear_proj": Role.W_O,
-}
-_MLP: dict[str, dict[str, tuple[Role, ...]]] = {
-    "mlp": {"linear_fc1": (Role.GATE, Role.UP), "linear_fc2": (Role.DOWN,)},
-    "mlp.shared_experts": {"linear_fc1": (Role.SHARED_GATE, Role.SHARED_UP), "linear_fc2": (Role.SHARED_DOWN,)},
-    "mlp.experts": {"linear_fc1": (Role.EXPERTS_GATE_UP,), "linear_fc2": (Role.EXPERTS_DOWN,)},
-}
+#: Name inside a layer → roles: `mlp.linear_fc1` is gate and up, in this order.
+_ROLES: dict[str, tuple[Role, ...]] = {}
+for _role in ADAPTABLE:
+    _name = f"{'self_attention' if _role in GROUPS['attention'] else 'mlp'}.{FACTS[_role].nemo}"
+    _ROLES[_name] = (*_ROLES.get(_name, ()), _role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +49,7 @@ class Names:
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
         self._sites: dict[tuple[int, Role], Site] = {}
-        for site in (*arch.sites, *arch.mtp_sites):
+        for site in arch.stored_sites:
             if site.layer is not None:
                 # LongCat-Flash has two attentions a layer, which these names can't tell apart.
                 self._sites.setdefault((site.layer, site.role), site)
@@ -72,11 +64,7 @@ class Names:
             return "is no name of a LoRA that NeMo, Megatron-Bridge or Automodel write for an MLA model"
         layer = int(match["layer"]) + (self.arch.num_layers if match["where"] == "mtp" else 0)
         block = "mlp.experts" if match["block"].startswith("mlp.experts") else match["block"]
-        roles = (
-            (_ATTENTION[match["name"]],)
-            if block == "self_attention" and match["name"] in _ATTENTION
-            else _MLP.get(block, {}).get(match["name"], ())
-        )
+        roles = _ROLES.get(f"{block}.{match['name']}", ())
         if not roles:
             return f"'{match['name']}' is no matrix of MLA or of its MLPs"
         sites = [self._sites.get((layer, role)) for role in roles]

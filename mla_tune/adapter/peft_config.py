@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 from peft import LoraConfig
 
@@ -52,33 +53,38 @@ def peft_config(arch: Architecture, placement: Placement, whole: list[str] | Non
 
 
 def _module_names(arch: Architecture, sites: list[Site]) -> list[str]:
-    """Leaf names (`o_proj`) where a name means exactly the planned modules, full paths where it would mean more."""
-    planned: dict[str, set[str]] = defaultdict(set)
-    for s in sites:
-        planned[s.path.rpartition(".")[2]].add(s.path)
-    everywhere: dict[str, set[str]] = defaultdict(set)
-    for s in arch.sites:
-        everywhere[s.path.rpartition(".")[2]].add(s.path)
-    names: list[str] = []
-    for leaf, paths in planned.items():
-        # Of a tower that is not known any module may have the same name.
-        names += [leaf] if paths == everywhere[leaf] and arch.tower_counted else sorted(paths)
-    return names
+    """Leaf names (`o_proj`) where a name means exactly the planned modules, full paths where it would mean more; always
+    these beside a tower that is not known, whose modules may have the same names."""
+
+    def leaf(site: Site) -> tuple[str, str]:
+        return site.path.rpartition(".")[2], site.path
+
+    return _names(map(leaf, sites), map(leaf, arch.sites), arch.tower_counted)
 
 
 def _parameter_names(arch: Architecture, sites: list[Site]) -> list[str]:
-    """Names of parameters for PEFT, which compares ends: those below a layer where they mean exactly the planned ones,
-    full names where they would mean more.  Towers have layers of their own."""
-    planned: dict[str, set[str]] = defaultdict(set)
-    for s in sites:
-        planned[_tail(s.parameter)].add(s.parameter)
-    everywhere: dict[str, set[str]] = defaultdict(set)
-    for s in arch.sites:
-        everywhere[_tail(s.parameter)].add(s.parameter)
+    """Names of parameters, likewise: those below a layer, or full ones; these always beside a tower, which has layers
+    of its own."""
+
+    def tail(site: Site) -> tuple[str, str]:
+        return _tail(site.parameter), site.parameter
+
+    return sorted(_names(map(tail, sites), map(tail, arch.sites), arch.wrapper is None))
+
+
+def _names(planned: Iterable[tuple[str, str]], everywhere: Iterable[tuple[str, str]], short: bool) -> list[str]:
+    """Of (end of a name, full name): the ends that mean exactly what is planned (if `short` ones may be), else full
+    names.  PEFT compares ends."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for end, full in planned:
+        wanted[end].add(full)
+    meant: dict[str, set[str]] = defaultdict(set)
+    for end, full in everywhere:
+        meant[end].add(full)
     names: list[str] = []
-    for tail, parameters in planned.items():
-        names += [tail] if parameters == everywhere[tail] and not arch.wrapper else sorted(parameters)
-    return sorted(names)
+    for end, full_names in wanted.items():
+        names += [end] if short and full_names == meant[end] else sorted(full_names)
+    return names
 
 
 def _tail(parameter: str) -> str:

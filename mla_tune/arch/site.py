@@ -165,9 +165,9 @@ class Architecture:
         return next(a.dims for a in self.attention if a.path == path)
 
     @property
-    def uniform(self) -> bool:
-        """Whether all MLA modules have the same dimensions."""
-        return all(a.dims == self.dims for a in self.attention)
+    def stored_sites(self) -> tuple[Site, ...]:
+        """All matrices of a checkpoint: those of MTP layers too."""
+        return (*self.sites, *self.mtp_sites)
 
     def by_role(self, role: Role) -> list[Site]:
         return [s for s in self.sites if s.role == role]

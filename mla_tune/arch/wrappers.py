@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from mla_tune.arch.families import BY_TYPE, Family
 from mla_tune.arch.naming import Renames
 from mla_tune.arch.parts import Part
 from mla_tune.arch.roles import Role
@@ -186,10 +185,6 @@ def unwrapped(config: Config) -> tuple[Config, str | None, Wrapper | None]:
         return config, str(kind), None
     # A text model alone has a type of its own; the wrapper's may be a flat file with or without towers.
     return config, wrapper.text, wrapper
-
-
-def family_of(model_type: str | None) -> Family | None:
-    return BY_TYPE.get(model_type or "")
 
 
 def tower_parts(wrapper: Wrapper, config: Config, D: int) -> tuple[list[tuple[Part, str]], dict[str, int]]:

@@ -168,7 +168,7 @@ def raise_together(arch: Architecture, checkpoint: Checkpoint, touched: Collecti
     """
     codes = {key for key, ref in checkpoint.tensors.items() if ref.dtype == CODES}
     layers: dict[tuple[str, str], set[str]] = {}
-    for site in (*arch.sites, *arch.mtp_sites):
+    for site in arch.stored_sites:
         if site.role in _FUSED:
             layer = layers.setdefault((site.path.rpartition(".")[0], _FUSED[site.role]), set())
             # Experts may lie on disk one by one or as one stack.

@@ -63,7 +63,7 @@ def import_adapter(
     found = {path: _site_factors(source, site, factors, tensors) for path, site in sites.items()}
     ranks = {path: _rank(sites[path], A) for path, (A, _) in found.items()}
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
-    order = [site for site in (*arch.sites, *arch.mtp_sites) if site.path in sites]
+    order = [site for site in arch.stored_sites if site.path in sites]
     planned = tuple(PlannedSite(site, ranks[site.path], alpha, 1.0) for site in order)
     config = peft_config(arch, Placement("lora", 0.0, rank, alpha, planned))
     config.base_model_name_or_path = base_name

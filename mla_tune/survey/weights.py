@@ -34,7 +34,7 @@ def check_weights(arch: Architecture, folder: Path) -> dict[str, Any]:
     missing: list[str] = []
     wrong: list[dict[str, Any]] = []
     found, known, mtp = 0, set[str](), set[int]()
-    for site in (*here.sites, *here.mtp_sites):
+    for site in here.stored_sites:
         absent = site.disk_keys()[0] not in tensors
         if absent and (site.role == Role.TOWER or (site.path == "lm_head" and arch.tied)):
             continue  # towers have other names in published files
