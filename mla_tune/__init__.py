@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mla_tune.runtime.absorb import absorb, expand
-    from mla_tune.runtime.cache import LatentCache
+    from mla_tune.inference.absorb import absorb, expand
+    from mla_tune.inference.latent_cache import LatentCache
 
 __all__ = ["LatentCache", "absorb", "expand"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # torch is loaded by those alone who ask for it
-        module = "cache" if name == "LatentCache" else "absorb"
-        return getattr(import_module(f"mla_tune.runtime.{module}"), name)
+        module = "latent_cache" if name == "LatentCache" else "absorb"
+        return getattr(import_module(f"mla_tune.inference.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

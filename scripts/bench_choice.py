@@ -22,9 +22,9 @@ from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
-from mla_tune.runtime import attention
-from mla_tune.runtime.absorb import absorb
-from mla_tune.runtime.meter import synchronize
+from mla_tune.bench.meter import synchronize
+from mla_tune.inference import attention_interface as attention
+from mla_tune.inference.absorb import absorb
 
 
 def module_of(args: Any, device: torch.device, dtype: torch.dtype) -> Any:

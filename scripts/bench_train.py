@@ -23,9 +23,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mla_tune.bench.train import TrainBench, bench
 from mla_tune.recipe.load import load_recipe
 from mla_tune.report.bench_train_table import print_train
-from mla_tune.train.bench import TrainBench, bench
 
 PARTS = ("trl", "checkpointing", "flat")
 DATA = ["data.path=gsm8k", "train.batch_size=8", "train.max_length=512"]
@@ -35,7 +35,7 @@ import json, sys
 import psutil
 from transformers import TrainerCallback
 from mla_tune.recipe.load import load_recipe
-from mla_tune.train.run import train
+from mla_tune.training.run import train
 recipe, steps = load_recipe(sys.argv[1], sys.argv[3:]), int(sys.argv[2])
 class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):

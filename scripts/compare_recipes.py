@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 
 from mla_tune.recipe.load import load_recipe
-from mla_tune.train.run import train
+from mla_tune.training.run import train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

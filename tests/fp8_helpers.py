@@ -1,4 +1,4 @@
-"""FP8 checkpoints made from plain ones, and read back, in torch: shares no code with `mla_tune.checkpoint.quant`."""
+"""FP8 checkpoints made from plain ones, and read back, in torch: no code shared with `checkpoint.quantized.fp8`."""
 
 from __future__ import annotations
 

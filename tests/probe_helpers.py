@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel
 
 from mla_tune.adapter.files import open_adapter
-from mla_tune.arch.registry import architecture
+from mla_tune.adapter.merge_options import Options
+from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.absorbed import absorbed_tensors
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.merge.options import Options
-from mla_tune.merge.probe import Comparison, Probe, ProbeReport
 from mla_tune.merge.run import merge_absorb
+from mla_tune.verification.logits.compare import Comparison, Probe, ProbeReport
 from tests.merge_helpers import load
 
 ATTENTION = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]

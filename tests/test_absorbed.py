@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import mla_tune
-import mla_tune.runtime.attention as attention
+import mla_tune.inference.attention_interface as attention
 from mla_tune.errors import InputError, NotMLAError
-from mla_tune.runtime.absorb import is_absorbed, mla_modules, obstacles
-from mla_tune.runtime.latent import Latent
-from mla_tune.runtime.lora import BASE, LoraTensors
+from mla_tune.inference.absorb import is_absorbed, mla_modules, obstacles
+from mla_tune.inference.latent_attention import Latent
+from mla_tune.inference.lora_tensors import BASE, LoraTensors
 from tests import tiny_families
 from tests.merge_helpers import FAMILIES
 from tests.tiny_families import tiny
@@ -211,7 +211,7 @@ def test_eager_gives_its_weights() -> None:
 def test_long_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     whole = logits(model, ids())
-    monkeypatch.setattr("mla_tune.runtime.latent._SCORES", 2 * 4 * 14 * 3)
+    monkeypatch.setattr("mla_tune.inference.latent_attention._SCORES", 2 * 4 * 14 * 3)
     with mla_tune.absorb(model, "absorbed"):
         assert near(logits(model, ids()), whole)
 
@@ -578,7 +578,7 @@ def test_control_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_control_sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("hy_v4")
     right = logits(model, ids())
-    monkeypatch.setattr("mla_tune.runtime.latent._softmax", lambda scores, _: torch.softmax(scores, dim=-1))
+    monkeypatch.setattr("mla_tune.inference.latent_attention._softmax", lambda scores, _: torch.softmax(scores, dim=-1))
     with mla_tune.absorb(model, "absorbed"):
         assert not near(logits(model, ids()), right, 1e-3)
 
@@ -610,7 +610,7 @@ def test_control_adapter_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_control_stale_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the watch and without `forget`, a change of weights goes unseen."""
     model = adapt(build(), "x", "y", target_modules=["kv_b_proj"])
-    monkeypatch.setattr("mla_tune.runtime.lora._Watch.holds", lambda _: True)
+    monkeypatch.setattr("mla_tune.inference.lora_tensors._Watch.holds", lambda _: True)
     monkeypatch.setattr(LoraTensors, "forget", lambda _: None)
     with mla_tune.absorb(model, "absorbed"):
         before = logits(model, ids(), adapter_names=["x", "y"])

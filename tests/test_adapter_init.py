@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from mla_tune.adapter.placement import place
 from mla_tune.model.attach import attach, attached
-from mla_tune.model.initialise import initialise
 from mla_tune.model.load import load_model
+from mla_tune.model.lora_init import initialise
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import ModelSection
-from mla_tune.train import loop as train_loop
-from mla_tune.train.optim import param_groups
+from mla_tune.training import loop as train_loop
+from mla_tune.training.optimizer import param_groups
 from tests.test_train import hash_of, metrics, options, rows_file  # noqa: F401
 
 IDS = torch.randint(5, 4000, (2, 30), generator=torch.Generator().manual_seed(0))

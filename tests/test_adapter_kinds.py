@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mla_tune.adapter.files import Adapter, open_adapter
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
 from tests.merge_helpers import MLA, MOE, edit_json, edit_tensors, load, make_base

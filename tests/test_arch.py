@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import FACTS, GROUPS, Role
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError, NotMLAError

@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import Placement, place
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.errors import CheckError
 from mla_tune.model.attach import attach, attached, check_attached
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
 from mla_tune.resources import EMBEDDED_MODEL
-from mla_tune.train.callbacks import gradient_problems
-from mla_tune.train.optim import param_groups
+from mla_tune.training.callbacks import gradient_problems
+from mla_tune.training.optimizer import param_groups
 from tests.arch_configs import TINY
 from tests.test_placement import BY_HAND
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mla_tune.arch.registry import architecture
-from mla_tune.checkpoint.files import write_json
+from mla_tune.arch.build import architecture
+from mla_tune.bench import decode as bench
+from mla_tune.bench import decode_cases as contenders
+from mla_tune.bench.meter import copy_bandwidth, transient_bytes
+from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.errors import InputError, WorkError
+from mla_tune.inference.absorb import is_absorbed
 from mla_tune.model.load import Loaded
-from mla_tune.runtime import bench, contenders
-from mla_tune.runtime.absorb import is_absorbed
-from mla_tune.runtime.meter import copy_bandwidth, transient_bytes
 from tests.merge_helpers import FAMILIES
 from tests.tiny_families import tiny
 

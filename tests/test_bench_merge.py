@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import Role
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

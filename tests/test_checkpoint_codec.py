@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mla_tune.checkpoint.codec import E4M3_MAX, STORAGE, decode, encode
+from mla_tune.checkpoint.dtypes import E4M3_MAX, STORAGE, decode, encode
 
 TORCH = {
     "BF16": torch.bfloat16,

@@ -21,12 +21,12 @@ from transformers.integrations.finegrained_fp8 import (
 )
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
-from mla_tune.arch.registry import architecture
-from mla_tune.checkpoint.arrays import read_raw
-from mla_tune.checkpoint.codec import decode
+from mla_tune.arch.build import architecture
+from mla_tune.checkpoint.dtypes import decode
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
-from mla_tune.checkpoint.quant import Quantised, dequantise, quantised_weights, read_scales, requantise
-from mla_tune.checkpoint.quant_config import edit_config, raise_together
+from mla_tune.checkpoint.quantized.config import edit_config, raise_together
+from mla_tune.checkpoint.quantized.fp8 import Quantised, dequantise, quantised_weights, read_scales, requantise
+from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import CheckError, InputError
 from tests.fp8_helpers import MATRIX, dequantised, make_fp8, quantise
 from tests.merge_helpers import edit_json, edit_tensors, make_base

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mla_tune.checkpoint.writer as writer_module
-from mla_tune.checkpoint.arrays import read_float, read_raw
-from mla_tune.checkpoint.files import replacing, write_json
+from mla_tune.checkpoint.atomic_files import replacing, write_json
 from mla_tune.checkpoint.index import read_shard
+from mla_tune.checkpoint.tensor_io import read_float, read_raw
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import FileError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mla_tune.errors import WorkError
-from mla_tune.train.checkpoints import PARTIAL, damage, keep_newest, newest_whole, whole_or_absent
+from mla_tune.runs.checkpoints import PARTIAL, damage, keep_newest, newest_whole, whole_or_absent
 
 
 def write(folder: Path, step: int, text: str = "weights") -> Path:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mla_tune.arch.registry import architecture
-from mla_tune.train import choose, packed
-from mla_tune.train.choose import choose_attention, choose_experts
+from mla_tune.arch.build import architecture
+from mla_tune.training.kernels import autotune as choose
+from mla_tune.training.kernels import packed_attention as packed
+from mla_tune.training.kernels.autotune import choose_attention, choose_experts
 from tests.test_train import options, rows_file  # noqa: F401
 from tests.tiny_families import FAMILIES, tiny
 

@@ -13,7 +13,7 @@ from typing import get_args
 
 import pytest
 
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.resources import CONFIGS, model_names, preset_names
 

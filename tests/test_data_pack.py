@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mla_tune.data.pack import PackingReport, pack, packing_report
+from mla_tune.data.packing import PackingReport, pack, packing_report
 from mla_tune.errors import InputError
 
 

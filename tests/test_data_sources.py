@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.data import cache as cache_module
 from mla_tune.data.encode import IGNORED, encode
 from mla_tune.data.files import read_file
 from mla_tune.data.formats import normalise
-from mla_tune.data.mix import mixed, shares
+from mla_tune.data.mixing import mixed, shares
 from mla_tune.data.prepare import Prepared, prepare
 from mla_tune.errors import InputError
 from mla_tune.recipe.load import load_recipe

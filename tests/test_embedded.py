@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.resources import CONFIGS, EMBEDDED_DATA, EMBEDDED_MODEL
 
 CONFIG = json.loads((EMBEDDED_MODEL / "config.json").read_text())

@@ -10,9 +10,9 @@ from peft import get_peft_model
 
 from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import place
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.recipe.schema import AdapterSection
-from mla_tune.train.factors import by_factors
+from mla_tune.training.kernels.lora_linear import by_factors
 from tests.tiny_families import tiny, vocabulary
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "longcat_flash")

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mla_tune.arch.build import architecture
 from mla_tune.arch.families import FAMILIES as TABLE
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.multimodal import WRAPPERS
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.arch.site import Site
-from mla_tune.arch.wrappers import WRAPPERS
 from tests.tiny_families import FAMILIES, MLA, build, mla_modules, text_model
 
 BARRED = {r for r in Role if r not in ADAPTABLE}

@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from mla_tune.absorption.fold import FOLD_FACTS
 from mla_tune.adapter.placement import Placement
-from mla_tune.arch.registry import architecture
-from mla_tune.mla.fold import FOLD_FACTS
+from mla_tune.arch.build import architecture
 from tests.fp8_helpers import make_fp8
 from tests.test_adapter_kinds import Tree
 from tests.test_families_train import LOST, adapted, logits, planned

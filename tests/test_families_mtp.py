@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from tests.test_families_train import adapted, planned
 from tests.tiny_families import FAMILIES, tiny
 

@@ -19,17 +19,17 @@ from safetensors.torch import load_file
 
 from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import Placement, PlannedSite, place
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import GROUPS, PRESETS, Role
 from mla_tune.data.collate import Collator
 from mla_tune.errors import InputError, PlacementError
 from mla_tune.model.attach import attach
+from mla_tune.preflight.family_limits import suited
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
-from mla_tune.survey.suited import suited
-from mla_tune.train.factors import by_factors
-from mla_tune.train.loss import score_by_chunks
-from mla_tune.train.recompute import recompute_mla
+from mla_tune.training.kernels.chunked_loss import score_by_chunks
+from mla_tune.training.kernels.lora_linear import by_factors
+from mla_tune.training.kernels.mla_checkpointing import recompute_mla
 from tests.family_helpers import checkpoint, rows
 from tests.tiny_families import FAMILIES, VOCABULARY, build, tiny
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from mla_tune.adapter.placement import place
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.errors import InputError
+from mla_tune.preflight.inspect import survey
 from mla_tune.recipe.schema import AdapterSection
-from mla_tune.survey.inspect import survey
 from tests.arch_configs import TINY
 
 #: The published contract: top-level keys and keys of an entry of `layers`.  Others may stand beside them.

@@ -12,13 +12,13 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from mla_tune.adapter.placement import place
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
+from mla_tune.arch.lookup import load_config
 from mla_tune.console import human_count
+from mla_tune.preflight.inspect import survey
 from mla_tune.recipe.schema import AdapterSection
 from mla_tune.report.inspect_table import WIDE, Depth, render
 from mla_tune.resources import model_names
-from mla_tune.survey.inspect import survey
-from mla_tune.survey.source import load_config
 from tests.arch_configs import TINY
 
 DEPTHS = get_args(Depth)

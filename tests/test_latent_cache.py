@@ -11,9 +11,9 @@ import torch
 from transformers import DynamicCache
 
 import mla_tune
-from mla_tune.runtime import latent
-from mla_tune.runtime.absorb import mla_modules
-from mla_tune.runtime.cache import LatentCache, RoomyLayer, side_by_side
+from mla_tune.inference import latent_attention as latent
+from mla_tune.inference.absorb import mla_modules
+from mla_tune.inference.latent_cache import LatentCache, RoomyLayer, side_by_side
 from tests.test_absorbed import BASE, NAMES, adapt, build, generate, ids, logits, merged, near, stepped
 from tests.tiny_families import tiny
 

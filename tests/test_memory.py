@@ -15,17 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mla_tune.adapter.placement import place
-from mla_tune.arch.registry import architecture
-from mla_tune.data.flat import FlatCollator
+from mla_tune.arch.build import architecture
+from mla_tune.data.padding_free import FlatCollator
 from mla_tune.model.attach import attach
+from mla_tune.preflight.memory import Run, estimate
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import Recipe
-from mla_tune.survey.memory import Run, estimate
-from mla_tune.train import packed
-from mla_tune.train.factors import by_factors
-from mla_tune.train.loss import score_by_chunks
-from mla_tune.train.norms import lean_norms
-from mla_tune.train.recompute import recompute_mla
+from mla_tune.training.kernels import packed_attention as packed
+from mla_tune.training.kernels.chunked_loss import score_by_chunks
+from mla_tune.training.kernels.lora_linear import by_factors
+from mla_tune.training.kernels.mla_checkpointing import recompute_mla
+from mla_tune.training.kernels.rms_norm import lean_norms
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",

@@ -22,16 +22,16 @@ from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mla_tune.absorption.split import split_kv_b
+from mla_tune.arch.build import architecture
 from mla_tune.arch.dims import MLADims
-from mla_tune.arch.registry import architecture
 from mla_tune.arch.site import Architecture, Attention
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quant import quantised_weights
+from mla_tune.checkpoint.quantized.fp8 import quantised_weights
 from mla_tune.errors import CheckError, InputError
 from mla_tune.merge import absorb as absorb_module
 from mla_tune.merge.absorb import write_absorbed
 from mla_tune.merge.absorb_plan import plan_absorbed
-from mla_tune.mla.heads import split_kv_b
 from tests import merge_helpers
 from tests.merge_helpers import MLA, MOE, TOKENS, edit_json, edit_tensors, make_base
 
@@ -400,7 +400,7 @@ def test_the_report_is_json_with_the_cost_of_all_modules(base_of: Any, tmp_path:
 
 def test_memory_does_not_follow_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(absorb_module, "_BLOCK", 1 << 14)
-    monkeypatch.setattr("mla_tune.checkpoint.arrays._CHUNK", 1 << 14)
+    monkeypatch.setattr("mla_tune.checkpoint.tensor_io._CHUNK", 1 << 14)
     d = MLADims(H=4, P=32, R=8, V=32, C=64, L=64, D=4096)
     arch = replace(opened_tiny(), dims=d)
     shapes = {"q_b_proj": (d.H * 40, 64), "kv_b_proj": (d.H * 64, d.C), "o_proj": (d.D, d.H * d.V)}

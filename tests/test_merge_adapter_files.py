@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from mla_tune.adapter import files
 from mla_tune.adapter.files import Adapter, adapter_folder, open_adapter
 from mla_tune.adapter.settings import ALLOWED, FREE, Names
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.pickles import convert_command

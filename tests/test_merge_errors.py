@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mla_tune.merge.run as run_module
+from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import CheckError, FileError, InputError, NotMLAError, WorkError
-from mla_tune.merge.options import Options
 from mla_tune.merge.run import merge_absorb
 from tests.merge_helpers import edit_json, edit_tensors, make_adapter, make_base, names
 

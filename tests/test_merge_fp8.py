@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import InputError
-from mla_tune.merge.options import Options
 from mla_tune.merge.run import merge_absorb
 from tests.fp8_helpers import dequantised, make_fp8
 from tests.merge_helpers import edit_json, load, make_adapter, make_base

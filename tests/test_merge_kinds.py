@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import InputError
-from mla_tune.merge.options import Options
 from mla_tune.merge.run import merge_absorb
 from tests.merge_helpers import FAMILIES, TOKENS, edit_json, edit_tensors, load, logits_of, make_adapter, make_base
 
@@ -359,7 +359,7 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
     program = (
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from mla_tune.merge.options import Options\n"
+        "from mla_tune.adapter.merge_options import Options\n"
         "from mla_tune.merge.run import merge_absorb\n"
         f"merge_absorb(Path({str(adapter)!r}), Path({str(base)!r}), Path({str(tmp_path / 'out')!r}),"
         " options=Options(absorb='none'), verify=False, workers=2)\n"

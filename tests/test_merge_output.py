@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mla_tune.arch.registry import architecture
+from mla_tune.adapter.merge_options import Options
+from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.merge.options import Options
 from mla_tune.merge.run import merge_absorb
 from mla_tune.resources import EMBEDDED_MODEL
 from tests.merge_helpers import (
@@ -308,7 +308,7 @@ def test_fused_experts_on_disk(base: Path, tmp_path: Path, monkeypatch: pytest.M
     (fused / "config.json").write_bytes((base / "config.json").read_bytes())
     save_file({k: t for k, t in old.items() if k not in loose} | stacks[0], fused / "model.safetensors")
     fused_arch = replace(arch, sites=tuple(replace(s, disk="fused") if s.is_experts else s for s in arch.sites))
-    monkeypatch.setattr("mla_tune.merge.locate.architecture", lambda *_: fused_arch)
+    monkeypatch.setattr("mla_tune.adapter.inputs.architecture", lambda *_: fused_arch)
     report = merge_absorb(adapter, fused, tmp_path / "out", verify=False)
     assert {row.role: (row.tensors, row.matrices) for row in report.roles} == {
         "experts_gate_up": (2, 8),

@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from transformers import AutoModelForCausalLM
 
-import mla_tune.merge.probe as probe_module
+import mla_tune.verification.logits.compare as probe_module
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError
 from tests import merge_helpers

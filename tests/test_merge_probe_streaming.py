@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mla_tune.merge.probe as probe_module
-import mla_tune.merge.probe_model as probe_model
-import mla_tune.merge.probe_peft as probe_peft
+import mla_tune.verification.logits.compare as probe_module
+import mla_tune.verification.logits.peft_reference as probe_peft
+import mla_tune.verification.logits.streamed_model as probe_model
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
-from mla_tune.merge.probe_model import Streamed
-from mla_tune.merge.probe_weights import Weights
+from mla_tune.verification.logits.streamed_model import Streamed
+from mla_tune.verification.logits.streamed_weights import Weights
 from tests import merge_helpers
 from tests.merge_helpers import MLA, MOE, edit_tensors, load, make_adapter, make_base
 from tests.probe_helpers import (

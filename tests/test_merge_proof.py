@@ -21,12 +21,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from mla_tune.arch.registry import architecture
+from mla_tune.adapter.merge_options import Options
+from mla_tune.arch.build import architecture
 from mla_tune.errors import FileError, InputError
-from mla_tune.merge.check import Verified, verify
-from mla_tune.merge.options import Options
-from mla_tune.merge.proof_values import same_bytes
 from mla_tune.merge.run import merge_absorb
+from mla_tune.verification.dequantize import same_bytes
+from mla_tune.verification.verify import Verified, verify
 from tests.fp8_helpers import dequantised, make_fp8, quantise, spread
 from tests.merge_helpers import edit_json, edit_tensors, load, make_adapter, make_base
 from tests.test_merge_fp8 import FORMATS

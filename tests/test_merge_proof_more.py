@@ -11,11 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from mla_tune.adapter.files import open_adapter
-from mla_tune.arch.registry import architecture
+from mla_tune.adapter.merge_options import Options
+from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.merge.options import Options
-from mla_tune.merge.proof import prove
 from mla_tune.merge.run import merge_absorb
+from mla_tune.verification.weights import prove
 from tests.fp8_helpers import make_fp8
 from tests.merge_helpers import load, make_adapter, make_base
 

@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
+from mla_tune.adapter.inputs import Inputs, open_inputs
+from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import CheckError, FileError, WorkError
-from mla_tune.merge.locate import Inputs, open_inputs
-from mla_tune.merge.options import Options
-from mla_tune.merge.prover import _Beside, _Here, start
 from mla_tune.merge.run import merge_absorb
+from mla_tune.verification.prover import _Beside, _Here, start
 from tests.merge_helpers import edit_tensors, make_adapter, make_base
 from tests.probe_helpers import ATTENTION
 
@@ -56,7 +56,7 @@ def command(folder: Path, *options: str) -> list[str]:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    return [p for p in psutil.Process(pid).children() if "mla_tune.merge.prover_worker" in p.cmdline()]
+    return [p for p in psutil.Process(pid).children() if "mla_tune.verification.prover_worker" in p.cmdline()]
 
 
 def wait_for(what: Any, seconds: float = 60) -> Any:
@@ -119,7 +119,7 @@ def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: _Beside) 
 
 
 def test_a_worker_with_a_bug(merged: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.setattr("mla_tune.merge.prover.WORKER", "mla_tune.merge.no_such_module")
+    monkeypatch.setattr("mla_tune.verification.prover.WORKER", "mla_tune.merge.no_such_module")
     beside = _Beside(probe=False)
     beside.begin(inputs, Options(), 2, None)
     with pytest.raises(WorkError, match="ended with exit code 1"):

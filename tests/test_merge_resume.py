@@ -19,10 +19,10 @@ import torch
 from filelock import FileLock
 
 import mla_tune.merge.execute as execute_module
+from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import CheckError, FileError, WorkError
 from mla_tune.merge.apply import Merger
 from mla_tune.merge.export import check_output
-from mla_tune.merge.options import Options
 from mla_tune.merge.run import merge_absorb
 from tests.merge_helpers import edit_tensors, make_adapter, make_base
 

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mla_tune.arch.dims import MLADims
-from mla_tune.arch.families import FAMILIES
-from mla_tune.arch.registry import architecture
-from mla_tune.mla.fold import (
+from mla_tune.absorption.fold import (
     FOLD_FACTS,
     LAYOUTS,
     absorbed_shapes,
@@ -24,7 +21,10 @@ from mla_tune.mla.fold import (
     obstacle,
     split_heads,
 )
-from mla_tune.mla.heads import split_kv_b
+from mla_tune.absorption.split import split_kv_b
+from mla_tune.arch.build import architecture
+from mla_tune.arch.dims import MLADims
+from mla_tune.arch.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DIMS = MLADims(H=3, P=5, R=4, V=7, C=11, L=9, D=13)

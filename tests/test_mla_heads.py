@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from mla_tune.absorption.split import fuse_kv_b, split_kv_b
 from mla_tune.arch.dims import MLADims
-from mla_tune.mla.heads import fuse_kv_b, split_kv_b
 
 DIMS = MLADims(H=3, P=5, R=4, V=7, C=11, L=9, D=13)
 RANK = 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
-from mla_tune.train.norms import lean_norms
+from mla_tune.training.kernels.rms_norm import lean_norms
 from tests.tiny_families import FAMILIES, tiny
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.data.collate import Collator
-from mla_tune.data.flat import FlatCollator
-from mla_tune.train import packed
+from mla_tune.data.padding_free import FlatCollator
+from mla_tune.training.kernels import packed_attention as packed
 from tests.tiny_families import FAMILIES, tiny, vocabulary
 
 LENGTHS = [[5, 1, 9], [7, 3]]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mla_tune.adapter.placement import place
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import PlacementError
 from mla_tune.recipe.load import load_recipe

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mla_tune.adapter.placement import place
+from mla_tune.arch.lookup import architecture_of
+from mla_tune.preflight.plan import plan
 from mla_tune.recipe.load import load_recipe
-from mla_tune.survey.plan import plan
-from mla_tune.survey.source import architecture_of
 from tests.test_train import options, rows_file  # noqa: F401  (a fixture)
 
 

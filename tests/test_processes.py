@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mla_tune.resources import CONFIGS, EMBEDDED_MODEL
-from mla_tune.train.launch import NAMES, environment_of
+from mla_tune.training.distributed.launch import NAMES, environment_of
 from tests.fp8_helpers import make_fp8
 from tests.test_resume import cut_back
 from tests.test_spike import BAD, rows_with_bad_batches
@@ -151,10 +151,10 @@ COUNTED = """
 import json, os, sys
 from pathlib import Path
 from transformers import TrainerCallback
-from mla_tune.model.frozen import Matrix
+from mla_tune.model.quantized_linear import Matrix
 from mla_tune.recipe.load import load_recipe
-from mla_tune.train.launch import end_worker, use
-from mla_tune.train.run import train
+from mla_tune.training.distributed.launch import end_worker, use
+from mla_tune.training.run import train
 class Count(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         parts = [getattr(m, name) for m in model.modules() if isinstance(m, Matrix) for name in m.large]
@@ -193,10 +193,10 @@ def test_fsdp2_shards_quantised_bases(kind: str, rows: Path, tmp_path: Path) -> 
 IN_ORDER = """
 import sys
 from mla_tune.recipe.load import load_recipe
-from mla_tune.train.launch import end_worker, use
-from mla_tune.train.order import EvenSampler
-from mla_tune.train.run import train
-from mla_tune.train.trainer import RoleTrainer
+from mla_tune.training.distributed.launch import end_worker, use
+from mla_tune.training.distributed.sampler import EvenSampler
+from mla_tune.training.run import train
+from mla_tune.training.trainer import RoleTrainer
 RoleTrainer._get_train_sampler = lambda self, rows=None: EvenSampler(len(self.train_dataset) - self.team.many, 2, None)
 if sys.argv[1] != "none":
     use(sys.argv[1])

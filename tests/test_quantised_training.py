@@ -21,13 +21,13 @@ from mla_tune.adapter.placement import place
 from mla_tune.errors import InputError
 from mla_tune.model.attach import attach
 from mla_tune.model.fp8 import Fp8Matrix, Layout
-from mla_tune.model.frozen import FrozenLinear, Matrix, linear
 from mla_tune.model.load import Loaded, load_model
 from mla_tune.model.nf4 import Nf4Matrix
+from mla_tune.model.quantized_linear import FrozenLinear, Matrix, linear
 from mla_tune.recipe.schema import AdapterSection, ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
-from mla_tune.train.factors import by_factors
-from mla_tune.train.recompute import recompute_mla
+from mla_tune.training.kernels.lora_linear import by_factors
+from mla_tune.training.kernels.mla_checkpointing import recompute_mla
 from tests.fp8_helpers import dequantised, make_fp8
 from tests.merge_helpers import edit_json
 from tests.tiny_families import tiny, vocabulary

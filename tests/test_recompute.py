@@ -10,15 +10,15 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from mla_tune.adapter.placement import place
-from mla_tune.data.flat import FlatCollator
+from mla_tune.data.padding_free import FlatCollator
 from mla_tune.model.attach import attach
 from mla_tune.model.load import load_model
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import ModelSection
-from mla_tune.train import packed
-from mla_tune.train.loss import score_by_chunks
-from mla_tune.train.norms import lean_norms
-from mla_tune.train.recompute import recompute_mla
+from mla_tune.training.kernels import packed_attention as packed
+from mla_tune.training.kernels.chunked_loss import score_by_chunks
+from mla_tune.training.kernels.mla_checkpointing import recompute_mla
+from mla_tune.training.kernels.rms_norm import lean_norms
 from tests.test_packed_attention import PAIRS, batch_for, rows_of
 from tests.tiny_families import FAMILIES, MLA, mla_modules, tiny
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from mla_tune.report import plots
 from mla_tune.report.card import card
 from mla_tune.report.commands import commands
-from mla_tune.report.metrics import grouped, read_curves, thinned
 from mla_tune.report.run_report import render, role_rows
-from mla_tune.train.callbacks import Metrics
+from mla_tune.runs.metrics import grouped, read_curves, thinned
+from mla_tune.training.callbacks import Metrics
 
 ROLES = ["W_DQ", "W_UQ", "W_DKV", "W_UKV", "W_O", "gate", "up", "down", "shared_gate", "shared_up"]
 WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "light", "paper", "glass", "north"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from mla_tune.train.callbacks import Metrics
-from mla_tune.train.checkpoints import checkpoints
+from mla_tune.runs.checkpoints import checkpoints
+from mla_tune.training.callbacks import Metrics
 from tests.test_spike import BAD, rows_with_bad_batches, run_in_order
 from tests.test_train import hash_of, metrics, options, rows_file, signalled  # noqa: F401
 
@@ -77,7 +77,7 @@ def test_a_damaged_newest_checkpoint_falls_back_bit_equal(cli, rows_file: Path, 
 FULL = """
 import resource
 from mla_tune.cli.app import main
-from mla_tune.train.callbacks import Metrics
+from mla_tune.training.callbacks import Metrics
 log = Metrics.on_log
 def on_log(self, args, state, control, logs=None, **kwargs):
     if state.global_step == 7:

@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 import mla_tune
 from mla_tune.errors import CheckError, InputError
-from mla_tune.runtime.experts import Pairs, PairStack
-from mla_tune.runtime.lora import BASE
-from mla_tune.runtime.rows import drop_names
+from mla_tune.inference.batched_expert_lora import Pairs, PairStack
+from mla_tune.inference.batched_lora import drop_names
+from mla_tune.inference.lora_tensors import BASE
 from tests import tiny_families
 from tests.test_absorbed import CHANGES, adapt, build, generate, ids, logits, merged, near, stepped
 from tests.tiny_families import tiny

@@ -99,7 +99,7 @@ def test_a_running_run_whose_process_is_gone_was_killed(cli, tmp_path: Path) -> 
 
 
 def test_train_records_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_tune.report.process import is_alive, this_process
+    from mla_tune.runs.process import is_alive, this_process
 
     process = this_process()
     assert (process["pid"], process["host"]) == (os.getpid(), platform.node())

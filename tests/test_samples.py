@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mla_tune.recipe.load import load_recipe
-from mla_tune.train import samples as module
-from mla_tune.train.samples import question_of, questions
+from mla_tune.training import sample_answers as module
+from mla_tune.training.sample_answers import question_of, questions
 from tests.data_helpers import ASSISTANT, BOS, USER, make_tokenizer
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "light", "paper", "glass", "north"]
@@ -97,7 +97,7 @@ def test_asking_puts_everything_back(rows_file: Path) -> None:
     """Modes module by module, attention, random numbers; also where an answer fails."""
     from mla_tune.model.load import load_model
     from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
-    from mla_tune.train import packed
+    from mla_tune.training.kernels import packed_attention as packed
 
     section = load_recipe("safe", ["model.preset=tiny", "model.base=null"]).model
     loaded = load_model(section, seed=0)

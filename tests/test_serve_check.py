@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 
 from mla_tune.adapter.files import Adapter, open_adapter
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
-from mla_tune.survey.engines import FILE, VERDICTS, Engine, Fact, load_engines
-from mla_tune.survey.serve import Judgement, judge
+from mla_tune.serving.compatibility import Judgement, judge
+from mla_tune.serving.engines import FILE, VERDICTS, Engine, Fact, load_engines
 from tests.fp8_helpers import make_fp8
 from tests.merge_helpers import edit_json, edit_tensors, make_adapter, make_base
 

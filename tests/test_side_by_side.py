@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 import mla_tune
 from mla_tune.adapter.files import Adapter, open_adapter
 from mla_tune.adapter.placement import place
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
+from mla_tune.inference.load_adapters import has_whole_modules, side_by_side, without_whole_modules
+from mla_tune.inference.lora_tensors import BASE
 from mla_tune.model.attach import attach, attached
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
-from mla_tune.runtime.adapters import has_whole_modules, side_by_side, without_whole_modules
-from mla_tune.runtime.lora import BASE
 from tests.merge_helpers import TOKENS, edit_json, load, make_adapter, make_base
 
 WEIGHTS = "adapter_model.safetensors"
@@ -238,7 +238,7 @@ def test_keys_that_peft_does_not_take(tmp_path: Path, monkeypatch: pytest.Monkey
     """PEFT leaves such an adapter at its first values, and says nothing."""
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "a", base, target_modules=["o_proj"])
-    monkeypatch.setattr("mla_tune.runtime.adapters._moved", lambda *_: {r"\.o_proj\.lora_B": ".o_proj.lora_C"})
+    monkeypatch.setattr("mla_tune.inference.load_adapters._moved", lambda *_: {r"\.o_proj\.lora_B": ".o_proj.lora_C"})
     with pytest.raises(InputError, match=r"not loaded: base_model\.model\.model\.layers\.0\.self_attn\.o_proj\.lora_B"):
         together(base, {"a": adapter})
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mla_tune.errors import WorkError
 from mla_tune.recipe.schema import SpikeSection
-from mla_tune.train.spike import SpikeGuard
+from mla_tune.training.spike_guard import SpikeGuard
 
 
 def guard_with(values: list[float], **keys: Any) -> SpikeGuard:
@@ -125,7 +125,7 @@ def run_in_order(
     """A run of one row a step, in the file's order; the lines of metrics.jsonl."""
     from torch.utils.data import SequentialSampler
 
-    from mla_tune.train.trainer import RoleTrainer
+    from mla_tune.training.trainer import RoleTrainer
 
     monkeypatch.setattr(RoleTrainer, "_get_train_sampler", lambda self, d=None: SequentialSampler(self.train_dataset))
     steps = len(data.read_text().splitlines())

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mla_tune
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import FileError
+from mla_tune.inference import attention_interface as attention
+from mla_tune.inference.absorb import mla_modules, obstacles
 from mla_tune.merge.absorb import write_absorbed
-from mla_tune.runtime import attention
-from mla_tune.runtime.absorb import mla_modules, obstacles
 from tests.test_absorbed import BASE, absorbed_calls, adapt, attention_outputs, build, generate, ids, logits, near  # noqa: F401
 
 PATH = "model.layers.0.self_attn"
@@ -217,9 +217,11 @@ def test_control_another_file_is_taken(folder: Path, tmp_path: Path, monkeypatch
     tensors = load_file(path / "model.safetensors")
     tensors[f"{PATH}.kv_b_proj.weight"] = tensors[f"{PATH}.kv_b_proj.weight"].flip(0).contiguous()
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("mla_tune.runtime.stored.sources_of", lambda _: {f"{PATH}.kv_b_proj.weight": "same"})
-    monkeypatch.setattr("mla_tune.runtime.stored.sha256", lambda _: "same")
-    monkeypatch.setattr("mla_tune.runtime.absorb.find_stored", _only_first)
+    monkeypatch.setattr(
+        "mla_tune.inference.absorbed_weights.sources_of", lambda _: {f"{PATH}.kv_b_proj.weight": "same"}
+    )
+    monkeypatch.setattr("mla_tune.inference.absorbed_weights.sha256", lambda _: "same")
+    monkeypatch.setattr("mla_tune.inference.absorb.find_stored", _only_first)
     model = coded(path)
     right = logits(model, ids())
     with mla_tune.absorb(model, "absorbed"):
@@ -227,6 +229,6 @@ def test_control_another_file_is_taken(folder: Path, tmp_path: Path, monkeypatch
 
 
 def _only_first(model: Any, modules: dict[str, Any]) -> Any:
-    from mla_tune.runtime.stored import find_stored
+    from mla_tune.inference.absorbed_weights import find_stored
 
     return find_stored(model, {PATH: modules[PATH]})

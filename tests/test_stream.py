@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from mla_tune.arch.lookup import architecture_of
 from mla_tune.data.prepare import prepare
 from mla_tune.data.reader import Cursor, Reader
 from mla_tune.data.stream import Stream
@@ -19,7 +20,6 @@ from mla_tune.errors import FileError, InputError
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import DataSection
-from mla_tune.survey.source import architecture_of
 from tests.test_resume import cut_back
 from tests.test_train import hash_of, metrics, options
 

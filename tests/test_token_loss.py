@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from mla_tune.train import loss as token_loss_module
-from mla_tune.train.loss import score_by_chunks, token_loss
+from mla_tune.training.kernels import chunked_loss as token_loss_module
+from mla_tune.training.kernels.chunked_loss import score_by_chunks, token_loss
 from tests.tiny_families import FAMILIES, tiny, vocabulary
 
 

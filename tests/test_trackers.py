@@ -12,8 +12,8 @@ import pytest
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from mla_tune.train import trackers
-from mla_tune.train.spike import SpikeGuard
+from mla_tune.training import trackers
+from mla_tune.training.spike_guard import SpikeGuard
 
 
 class Recorder(TrainerCallback):

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from mla_tune.errors import CheckError, WorkError
 from mla_tune.recipe.load import load_recipe
-from mla_tune.train import loop as train_loop
-from mla_tune.train.folder import RunFolder
+from mla_tune.runs.folder import RunFolder
+from mla_tune.training import loop as train_loop
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "light", "paper", "glass", "north"]
 
@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(cli, rows_file: Path, tmp_path: Path) -> 
 
 def test_plain_peft_loads_the_adapter_and_gives_the_trained_loss(cli, rows_file: Path, tmp_path: Path) -> None:
     """The oracle is plain PEFT and transformers: held-out loss, recomputed sample by sample, equals run.json's."""
-    from mla_tune.arch.registry import architecture
+    from mla_tune.arch.build import architecture
     from mla_tune.data.prepare import prepare
     from mla_tune.model.tokenizer import load_tokenizer
 
@@ -162,7 +162,7 @@ def test_full_trains_every_weight_and_writes_a_model(cli, rows_file: Path, tmp_p
 SIGNALLED = """
 import os, signal
 from mla_tune.cli.app import main
-from mla_tune.train.callbacks import Metrics
+from mla_tune.training.callbacks import Metrics
 log = Metrics.on_log
 def on_log(self, args, state, control, logs=None, **kwargs):
     log(self, args, state, control, logs=logs, **kwargs)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.build import architecture
 from mla_tune.recipe.load import load_recipe
 from tests.test_train import metrics, options, rows_file  # noqa: F401
 
@@ -133,7 +133,7 @@ def test_bfloat16_bases_keep_their_dtype_between_layers(
     from mla_tune.adapter.placement import place
     from mla_tune.model.attach import attach
     from mla_tune.model.load import load_model
-    from mla_tune.model.whole import whole_copies, with_whole
+    from mla_tune.model.modules_to_save import whole_copies, with_whole
     from mla_tune.recipe.schema import AdapterSection, ModelSection
 
     loaded = load_model(ModelSection(base=str(out / "base"), dtype="bfloat16", device="cpu"))

@@ -18,10 +18,10 @@ from mla_tune.adapter.keys import MAGNITUDE, KeyMap, Place, in_model, is_expert_
 from mla_tune.adapter.settings import CONFIG_FILE, Names, read_settings
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
-from mla_tune.checkpoint.arrays import read_raw
-from mla_tune.checkpoint.codec import FLOATS, decode
+from mla_tune.checkpoint.dtypes import FLOATS, decode
 from mla_tune.checkpoint.index import TensorRef, read_shard
 from mla_tune.checkpoint.pickles import PICKLES, convert_command
+from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import FileError, InputError
 
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from mla_tune.adapter.settings import CONFIG_FILE, Names
-from mla_tune.arch.naming import Naming
+from mla_tune.arch.key_mapping import Naming
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import HEAD, Architecture, Site
 from mla_tune.checkpoint.index import TensorRef, nearest

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mla_tune.checkpoint.files import read_json_object
+from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mla_tune.arch.naming import Naming
+from mla_tune.arch.key_mapping import Naming
 from mla_tune.arch.parts import Part
 from mla_tune.arch.roles import GROUPS, Role
 

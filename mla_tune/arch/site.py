@@ -8,9 +8,9 @@ from typing import Literal
 
 from mla_tune.arch.dims import DTYPE_BYTES, MLADims
 from mla_tune.arch.families import Family
-from mla_tune.arch.naming import Naming
+from mla_tune.arch.key_mapping import Naming
+from mla_tune.arch.multimodal import Wrapper
 from mla_tune.arch.roles import ADAPTABLE, Role
-from mla_tune.arch.wrappers import Wrapper
 
 #: How a matrix lies on disk: one key; one key an expert (gate and up apart); one fused 3-D key.
 DiskLayout = Literal["module", "per_expert", "fused"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mla_tune.checkpoint.files import read_json_object
+from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.checkpoint.index import Shard, TensorRef, read_shard
 from mla_tune.errors import FileError
 

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mla_tune.checkpoint.files import read_json_object
+from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.checkpoint.pickles import convert_folder_command
 from mla_tune.errors import FileError, InputError, did_you_mean
 

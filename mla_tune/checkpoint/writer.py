@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mla_tune.checkpoint.files import sync_folder
+from mla_tune.checkpoint.atomic_files import sync_folder
 from mla_tune.checkpoint.index import TensorRef, tensor_bytes
 from mla_tune.errors import FileError
 

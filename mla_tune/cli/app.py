@@ -71,7 +71,7 @@ def main() -> None:
             raise
         lines = error.problems if isinstance(error, RecipeError) else [str(error)]
         if "RANK" in os.environ:  # what all processes of a run find is said once
-            from mla_tune.train.launch import is_first_to_say
+            from mla_tune.training.distributed.launch import is_first_to_say
 
             lines = [line for line in lines if is_first_to_say(line)]
         for line in lines:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mla_tune.runtime.bench import AtContext, DecodeBench
+    from mla_tune.bench.decode import AtContext, DecodeBench
 
 app = typer.Typer(help="Measure stock transformers against mla-tune on this machine.", no_args_is_help=True)
 
@@ -45,7 +45,7 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
     """Decode with stock transformers, absorbed, and with unmerged adapters, in turn."""
-    from mla_tune.checkpoint.files import write_json
+    from mla_tune.checkpoint.atomic_files import write_json
     from mla_tune.console import err, print_json
     from mla_tune.errors import CheckError, FileError
 
@@ -55,7 +55,7 @@ def decode(
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FileError(f"--out {out}: {error.strerror}") from None
-    from mla_tune.runtime import bench
+    from mla_tune.bench import decode as bench
 
     def say(line: str) -> None:
         err.print(line, markup=False, soft_wrap=True)
@@ -222,12 +222,12 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
     """Train one epoch with each of several ways, in turn: tokens a second and memory."""
-    from mla_tune.checkpoint.files import write_json
+    from mla_tune.bench.train import bench
+    from mla_tune.checkpoint.atomic_files import write_json
     from mla_tune.console import err, print_json
     from mla_tune.errors import FileError
     from mla_tune.recipe.load import load_recipe
     from mla_tune.report.bench_train_table import print_train
-    from mla_tune.train.bench import bench
 
     loaded = load_recipe(recipe, ["data.path=gsm8k", "data.limit=160", *(set_ or [])])
     if out is not None:

@@ -29,7 +29,7 @@ def command(
     from mla_tune.errors import InputError
 
     named = named_adapters(adapter or [])
-    from mla_tune.runtime.session import BASE_NAME, Request, Session, Settings
+    from mla_tune.inference.session import BASE_NAME, Request, Session, Settings
 
     session = Session(model, named, attention)
     settings = Settings(max_new_tokens, temperature, top_p, seed)

@@ -14,13 +14,13 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print counts and samples as JSON and nothing else.")] = False,
 ) -> None:
     """Show what a recipe trains on: samples with the trained tokens marked, lengths, what packing saves."""
+    from mla_tune.arch.lookup import architecture_of
     from mla_tune.console import err, print_json
     from mla_tune.data.prepare import prepare
-    from mla_tune.data.view import view
+    from mla_tune.data.preview import view
     from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
     from mla_tune.recipe.load import load_recipe
-    from mla_tune.report.data_view import print_view
-    from mla_tune.survey.source import architecture_of
+    from mla_tune.report.data_preview import print_view
 
     loaded = load_recipe(recipe, list(set_ or []))
     section = loaded.model

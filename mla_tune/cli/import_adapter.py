@@ -22,11 +22,11 @@ def command(
     """Turn an adapter with linear_q_down_proj, linear_kv_up_proj, linear_fc1 … names into a PEFT adapter."""
     from dataclasses import asdict
 
-    from mla_tune.arch.registry import architecture
+    from mla_tune.adapter.import_megatron import import_adapter
+    from mla_tune.arch.build import architecture
     from mla_tune.checkpoint.index import Checkpoint
     from mla_tune.console import out as console
     from mla_tune.console import print_json
-    from mla_tune.model.import_adapter import import_adapter
 
     checkpoint = Checkpoint.open(base)
     arch = architecture(checkpoint.config, str(base / "config.json")).located(checkpoint.tensors)

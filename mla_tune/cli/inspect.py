@@ -31,10 +31,10 @@ def command(
     ] = None,
 ) -> None:
     """Show a model's MLA dimensions, KV cache, every linear layer, and what an adapter there would do."""
-    from mla_tune.arch.registry import architecture
+    from mla_tune.arch.build import architecture
+    from mla_tune.arch.lookup import load_config
     from mla_tune.console import out, print_json
-    from mla_tune.survey.inspect import DEFAULT_RANK, survey
-    from mla_tune.survey.source import load_config
+    from mla_tune.preflight.inspect import DEFAULT_RANK, survey
 
     config, where, _ = load_config(model)
     arch = architecture(config, where)
@@ -50,7 +50,7 @@ def command(
     if recipe:
         document["recipe"] = recipe
     if check_weights is not None:
-        from mla_tune.survey.weights import check_weights as compare
+        from mla_tune.preflight.check_weights import check_weights as compare
 
         document["weights"] = compare(arch, check_weights)
     if as_json:
@@ -61,7 +61,7 @@ def command(
         render(document, depth, out)
     if check_weights is not None:
         from mla_tune.errors import CheckError
-        from mla_tune.survey.weights import lines
+        from mla_tune.preflight.check_weights import lines
 
         said = lines(document["weights"])
         if not document["weights"]["holds"]:

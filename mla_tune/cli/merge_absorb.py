@@ -81,11 +81,11 @@ def command(
     """Merge adapters into their base model, exactly and proven, and split the result for absorbed decoding."""
     # Every worker is a thread: BLAS threads under each would only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from mla_tune.merge.prover import start
+    from mla_tune.verification.prover import start
 
     prover = start(probe) if verify and not dry_run else None  # before all else: it takes seconds to load what it needs
+    from mla_tune.adapter.merge_options import Options
     from mla_tune.console import err, print_json
-    from mla_tune.merge.options import Options
     from mla_tune.merge.run import merge_absorb, plan_only
 
     named = weighted(adapter, adapters or [])

@@ -35,9 +35,9 @@ def command(
         return
     if recipe is None:
         raise InputError("--recipe is missing: a recipe file, or the name of a shipped recipe")
-    from mla_tune.survey.plan import plan
-    from mla_tune.survey.source import architecture_of
-    from mla_tune.survey.suited import suited
+    from mla_tune.arch.lookup import architecture_of
+    from mla_tune.preflight.family_limits import suited
+    from mla_tune.preflight.plan import plan
 
     asked = load_recipe(recipe, list(set_ or []))
     loaded, said = suited(asked, architecture_of(asked.model))
@@ -59,9 +59,9 @@ MODELS = ("deepseek-v3", "deepseek-v2", "deepseek-v2-lite")
 
 def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool) -> None:
     from mla_tune.console import out, print_json
+    from mla_tune.preflight.gpu_fit import fit, parse_memory
     from mla_tune.recipe.load import load_recipe
-    from mla_tune.report.fit_table import NOTE, print_fit
-    from mla_tune.survey.fit import fit, parse_memory
+    from mla_tune.report.gpu_fit_table import NOTE, print_fit
 
     bytes_ = parse_memory(memory)
     if recipe is not None:
@@ -81,13 +81,13 @@ def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool
 
 def _placement(recipe: Any) -> Any:
     from mla_tune.adapter.placement import place
-    from mla_tune.survey.source import described
+    from mla_tune.arch.lookup import described
 
     section = recipe.model
     config, arch = described(section)
     placement = place(arch, recipe.adapter)
     if recipe.adapter.modules_to_save:
-        from mla_tune.model.whole import with_whole
+        from mla_tune.model.modules_to_save import with_whole
 
         quantised = bool(arch.quantization) or section.quantize != "none"
         placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, quantised)
@@ -95,10 +95,10 @@ def _placement(recipe: Any) -> Any:
 
 
 def _data(recipe: Any) -> tuple[dict[str, Any], int]:
+    from mla_tune.arch.lookup import architecture_of
     from mla_tune.console import err
     from mla_tune.data.prepare import prepare, steps_of
     from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
-    from mla_tune.survey.source import architecture_of
 
     section = recipe.model
     prepared = prepare(

@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """List the runs in a folder: recipe, state, steps, best held-out loss."""
     from mla_tune.console import out, print_json
-    from mla_tune.report.runs import find_runs, runs_table, sort_runs
+    from mla_tune.runs.find import find_runs, runs_table, sort_runs
 
     rows = sort_runs(find_runs(folder), sort)
     if json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mla_tune.survey.serve import Check, Judgement
+    from mla_tune.serving.compatibility import Check, Judgement
 
 #: Colours of verdicts on a terminal.
 _STYLES = {"dropped": "bold red", "refused": "red", "unknown": "yellow", "applied": "green"}
@@ -34,7 +34,7 @@ def command(
     """
     from mla_tune.console import print_json
     from mla_tune.errors import CheckError
-    from mla_tune.survey.engines import find_engine
+    from mla_tune.serving.engines import find_engine
 
     judgement, document = _judge(what, find_engine(engine), base)
     print_json(document) if as_json else _print(judgement, document)
@@ -50,13 +50,13 @@ def _named(judgement: Judgement, verdict: str) -> list[str]:
 
 def _judge(what: Path, engine: Any, base: str | None) -> tuple[Judgement, dict[str, Any]]:
     from mla_tune.adapter.files import RUN_SUBFOLDER
+    from mla_tune.adapter.inputs import EMBEDDED, open_inputs
     from mla_tune.adapter.settings import CONFIG_FILE
-    from mla_tune.arch.registry import architecture
+    from mla_tune.arch.build import architecture
     from mla_tune.checkpoint.index import Checkpoint
     from mla_tune.errors import FileError, InputError
-    from mla_tune.merge.locate import EMBEDDED, open_inputs
     from mla_tune.resources import EMBEDDED_MODEL
-    from mla_tune.survey.serve import judge
+    from mla_tune.serving.compatibility import judge
 
     folder = EMBEDDED_MODEL if str(what) == EMBEDDED else what.expanduser()
     is_model, is_adapter = (folder / "config.json").is_file(), (folder / CONFIG_FILE).is_file()

@@ -32,7 +32,7 @@ def command(
     from mla_tune.errors import InputError
     from mla_tune.recipe.checks import warnings
     from mla_tune.recipe.load import load_recipe
-    from mla_tune.train.launch import check_options, only_the_first_talks, use, worker
+    from mla_tune.training.distributed.launch import check_options, only_the_first_talks, use, worker
 
     check_options(launch, processes)
     only_the_first_talks()
@@ -55,7 +55,7 @@ def command(
         err.print(f"note: {note}")
     if launch:
         use(launch)
-    from mla_tune.train.run import train
+    from mla_tune.training.run import train
 
     run = train(loaded, resume=resume, allow_changes=allow_changes)
     if not worker().first:
@@ -91,7 +91,7 @@ def _start(
     processes: int | None,
 ) -> None:
     from mla_tune.errors import WorkError
-    from mla_tune.train.launch import start
+    from mla_tune.training.distributed.launch import start
 
     arguments = ["train", "--recipe", recipe, *(x for s in overrides for x in ("--set", s))]
     for option, given in (("--resume", resume), ("--allow-changes", allow_changes), ("--json", json)):
@@ -99,13 +99,13 @@ def _start(
     try:
         start(arguments, launch, processes)
     except WorkError as error:
-        from mla_tune.train.folder import RunFolder, mark_killed
+        from mla_tune.runs.folder import RunFolder, mark_killed
 
         raise WorkError(f"{error}{mark_killed(RunFolder(Path(loaded.output.dir).expanduser()))}") from None
 
 
 def _check_placement(recipe: Any) -> None:
     from mla_tune.adapter.placement import place
-    from mla_tune.survey.source import architecture_of
+    from mla_tune.arch.lookup import architecture_of
 
     place(architecture_of(recipe.model), recipe.adapter)

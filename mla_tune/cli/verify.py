@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mla_tune.merge.check import Verified
+    from mla_tune.verification.verify import Verified
 
 #: Tensors that are listed.
 _LISTED = 20
@@ -38,8 +38,8 @@ def command(
     from mla_tune.cli.merge_absorb import bars, weighted
     from mla_tune.console import print_json
     from mla_tune.errors import CheckError
-    from mla_tune.merge.check import verify
     from mla_tune.merge.run import default_workers
+    from mla_tune.verification.verify import verify
 
     named = weighted(None, adapters) if adapters else []
     with bars(["check", *(["logits"] if probe else [])]) as show:

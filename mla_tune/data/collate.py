@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mla_tune.data.encode import IGNORED, Sample
-from mla_tune.data.pack import pack
+from mla_tune.data.packing import pack
 from mla_tune.errors import InputError
 
 _MULTIPLE = 8

@@ -10,7 +10,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.data.cache import cached, key_of
 from mla_tune.data.collate import rows_for
 from mla_tune.data.encode import Encoded, encode
-from mla_tune.data.mix import mixed
+from mla_tune.data.mixing import mixed
 from mla_tune.data.rows import EMBEDDED, RowSet, evaluation_rows, load_rows, sha256_of
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import DataSection, Recipe

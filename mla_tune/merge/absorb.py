@@ -3,8 +3,8 @@
     <attention path>.W_UK (H, C, P)   .W_UV (H, V, C)     split: the same numbers per head, bit for bit
     <attention path>.W_QK (H, Q, C)   .W_VO (H, D, C)     fold: multiplied into their neighbours, rounded once
 
-Letters, formulas and costs: `mla_tune.mla.fold`.  It is a by-product: inference engines load the standard `kv_b_proj`
-and split it themselves.  The metadata of each file names the layout, the dimensions and the sha256 of each tensor that
+Letters, formulas and costs: `mla_tune.absorption.fold`.  It is a by-product: inference engines load the standard
+`kv_b_proj` and split it themselves.  The metadata of each file names the layout, the dimensions and the sha256 of each tensor that
 it was made from, so that a reader can tell when it is out of date.  MTP layers, which are not part of the model that
 config.json describes to transformers, have none.
 
@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 
+from mla_tune.absorption.fold import LAYOUTS, Form, costs, fold_output, fold_query, forms, latent_scales, split_heads
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.absorbed import ABSORBED_FILE, ABSORBED_INDEX
-from mla_tune.checkpoint.arrays import read_raw, sha256
-from mla_tune.checkpoint.codec import FLOATS, decode, encode
-from mla_tune.checkpoint.files import write_json
+from mla_tune.checkpoint.atomic_files import write_json
+from mla_tune.checkpoint.dtypes import FLOATS, decode, encode
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, tensor_bytes
-from mla_tune.checkpoint.quant import Quantised, dequantise, read_scales
+from mla_tune.checkpoint.quantized.fp8 import Quantised, dequantise, read_scales
+from mla_tune.checkpoint.tensor_io import read_raw, sha256
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import CheckError, InputError
 from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
-from mla_tune.mla.fold import LAYOUTS, Form, costs, fold_output, fold_query, forms, latent_scales, split_heads
 
 #: Files of a shard set, finished ones.
 _SHARDS = "absorbed-*-of-*.safetensors"

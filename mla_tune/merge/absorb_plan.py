@@ -1,6 +1,6 @@
 """Which absorbed tensors a checkpoint gives, and in which files: from headers alone.  What is not exact is refused.
 
-Letters and formulas: `mla_tune.mla.fold`.
+Letters and formulas: `mla_tune.absorption.fold`.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mla_tune.absorption.fold import FOLD_FACTS, LAYOUTS, absorbed_shapes, obstacle
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.absorbed import ABSORBED_FILE
-from mla_tune.checkpoint.codec import FLOATS
+from mla_tune.checkpoint.dtypes import FLOATS
 from mla_tune.checkpoint.index import nearest, tensor_bytes
 from mla_tune.checkpoint.writer import Layout
 from mla_tune.errors import InputError
-from mla_tune.mla.fold import FOLD_FACTS, LAYOUTS, absorbed_shapes, obstacle
 
 #: FP8 codes are dequantised and rounded once to this.
 _DEQUANTISED = "BF16"

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from mla_tune.adapter.files import AdapterDelta
-from mla_tune.checkpoint.arrays import read_float, read_into, read_raw
-from mla_tune.checkpoint.codec import STORAGE, decode, encode, round_bf16
+from mla_tune.checkpoint.dtypes import STORAGE, decode, encode, round_bf16
 from mla_tune.checkpoint.index import matrix_shape
-from mla_tune.checkpoint.quant import Quantised, dequantise, read_scales, requantise
+from mla_tune.checkpoint.quantized.fp8 import Quantised, dequantise, read_scales, requantise
+from mla_tune.checkpoint.tensor_io import read_float, read_into, read_raw
 from mla_tune.errors import WorkError
 from mla_tune.merge.plan import MergePlan, OutTensor, Update
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from mla_tune.checkpoint.files import copy_file, sha256_of
+from mla_tune.checkpoint.atomic_files import copy_file, sha256_of
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import CheckError

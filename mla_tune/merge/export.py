@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mla_tune import __version__
-from mla_tune.checkpoint.files import copy_file, sha256_of, write_json
+from mla_tune.absorption.fold import LAYOUTS
+from mla_tune.checkpoint.atomic_files import copy_file, sha256_of, write_json
 from mla_tune.checkpoint.index import INDEX_FILE
-from mla_tune.checkpoint.quant_config import edit_config
+from mla_tune.checkpoint.quantized.config import edit_config
 from mla_tune.errors import FileError, InputError
 from mla_tune.merge.plan import MergePlan
 from mla_tune.merge.staging import JOURNAL_FILE, STATE_FILE, Staging, partial_folder
-from mla_tune.mla.fold import LAYOUTS
 
 REPORT_FILE = "merge_report.json"
 MANIFEST_FILE = "mla_tune_manifest.json"

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mla_tune.adapter.files import Adapter, AdapterDelta
+from mla_tune.adapter.merge_options import DTYPES, Options
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
-from mla_tune.checkpoint.codec import FLOATS
+from mla_tune.checkpoint.dtypes import FLOATS
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, tensor_bytes
-from mla_tune.checkpoint.quant import Quantised, quantised_weights
-from mla_tune.checkpoint.quant_config import raise_together
+from mla_tune.checkpoint.quantized.config import raise_together
+from mla_tune.checkpoint.quantized.fp8 import Quantised, quantised_weights
 from mla_tune.checkpoint.writer import Layout
 from mla_tune.errors import InputError
 from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
-from mla_tune.merge.options import DTYPES, Options
 
 #: Families whose router is a Linear that is never called, only read: an adapter on it acts once merged, not before.
 _ROUTER_READ_DIRECTLY = frozenset({"longcat_flash"})

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mla_tune import __version__
+from mla_tune.absorption.fold import costs
 from mla_tune.arch.roles import Role
 from mla_tune.console import human_count
 from mla_tune.merge.apply import KEPT_FACTORS, PIECE_BYTES, Survival
 from mla_tune.merge.plan import MergePlan, OutTensor
-from mla_tune.mla.fold import costs
 
 #: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).
 _PROCESS_BYTES, _WORKER_BYTES = 60_000_000, 8_000_000

@@ -15,21 +15,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mla_tune.adapter.files import WEIGHTS_FILE
-from mla_tune.checkpoint.arrays import sha256
-from mla_tune.checkpoint.files import write_json
+from mla_tune.adapter.inputs import Places, open_inputs
+from mla_tune.adapter.merge_options import DTYPES, Options
+from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
-from mla_tune.checkpoint.quant import quantised_weights
+from mla_tune.checkpoint.quantized.fp8 import quantised_weights
+from mla_tune.checkpoint.tensor_io import sha256
 from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
 from mla_tune.merge.absorb import write_absorbed
 from mla_tune.merge.execute import execute
 from mla_tune.merge.export import REPORT_FILE, carry_files, check_output, write_index_of, write_manifest
-from mla_tune.merge.locate import Places, open_inputs
-from mla_tune.merge.options import DTYPES, Options
 from mla_tune.merge.plan import MergePlan, plan_merge
-from mla_tune.merge.progress import Progress, counter
-from mla_tune.merge.prover import Prover, start
 from mla_tune.merge.report import MergeReport, PlanReport, adapter_reports, notes, plan_report, role_reports
 from mla_tune.merge.staging import partial_folder, staged
+from mla_tune.progress import Progress, counter
+from mla_tune.verification.prover import Prover, start
 
 #: An adapter or run folder, and the weight of its delta.
 Weighted = tuple[Path, float]

@@ -21,7 +21,7 @@ from typing import Any
 
 from mla_tune import __version__
 from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE
-from mla_tune.checkpoint.files import read_json_object, sha256_of, sync_folder, write_json
+from mla_tune.checkpoint.atomic_files import read_json_object, sha256_of, sync_folder, write_json
 from mla_tune.errors import FileError
 from mla_tune.merge.plan import MergePlan
 

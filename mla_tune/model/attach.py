@@ -13,7 +13,7 @@ from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import CheckError
-from mla_tune.model.whole import peft_names, train_in_float32, whole_copies
+from mla_tune.model.modules_to_save import peft_names, train_in_float32, whole_copies
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quant import Quantised, quantised_weights, read_scales
+from mla_tune.checkpoint.quantized.fp8 import Quantised, quantised_weights, read_scales
 from mla_tune.errors import InputError
-from mla_tune.model.frozen import Matrix, check_experts, freeze
-from mla_tune.survey.memory import PIECE
+from mla_tune.model.quantized_linear import Matrix, check_experts, freeze
+from mla_tune.preflight.memory import PIECE
 
 METHOD = "mla_tune_fp8"
 

@@ -15,17 +15,17 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from mla_tune.arch.build import architecture
 from mla_tune.arch.dims import DTYPE_BYTES
-from mla_tune.arch.registry import architecture
+from mla_tune.arch.lookup import load_config
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quant_config import FIELDS, quantisation_field
+from mla_tune.checkpoint.quantized.config import FIELDS, quantisation_field
 from mla_tune.errors import CheckError, InputError
 from mla_tune.model.auto import auto_class, set_experts
-from mla_tune.model.frozen import EXPERTS, Matrix, register_experts
+from mla_tune.model.quantized_linear import EXPERTS, Matrix, register_experts
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
-from mla_tune.survey.source import load_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mla_tune.arch.roles import ADAPTABLE
 from mla_tune.arch.site import Architecture
-from mla_tune.model.frozen import Matrix, check_experts, freeze, stand_in
+from mla_tune.model.quantized_linear import Matrix, check_experts, freeze, stand_in
 
 METHOD = "mla_tune_nf4"
 #: Numbers that share a scale, and scales that share one.

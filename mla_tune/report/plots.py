@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from mla_tune.report.metrics import Curves, Points, grouped, read_curves, thinned
+from mla_tune.runs.metrics import Curves, Points, grouped, read_curves, thinned
 
 #: Okabe and Ito's colours, which colour-blind people can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B", "#555555")

@@ -6,10 +6,10 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from mla_tune.checkpoint.files import replacing
+from mla_tune.checkpoint.atomic_files import replacing
 from mla_tune.console import human_bytes, human_count
 from mla_tune.report.commands import commands, working_folder
-from mla_tune.report.metrics import Curves, read_curves
+from mla_tune.runs.metrics import Curves, read_curves
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 #: Rows of the table of skipped steps; the rest is counted.

@@ -1,0 +1,214 @@
+"""Models around an MLA text model: where the text model is, how checkpoints call it, and what else is in them.
+
+Data, and the two functions that read it.  Towers (vision, audio) are listed matrix by matrix where their layout is
+known, so that totals are those of the whole model; an unknown tower is said to be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from mla_tune.arch.key_mapping import Renames
+from mla_tune.arch.parts import Part
+from mla_tune.arch.roles import Role
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """`parts` are paths in the whole model; `{i}` in one stands for a block of `blocks_key` of the vision config.
+
+    `letters` → key of the vision config, or of the whole one with a dot in front; `defaults` are transformers' values.
+    """
+
+    parts: tuple[Part, ...]
+    blocks_key: str
+    letters: Mapping[str, str]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """One model type around a text model.
+
+    `text` is the text model's type where config.json leaves it out.  `flat`: published files have the text model's keys
+    at the top level.  `ways` are names on disk (`arch.naming`) of the whole model's parameters, besides the family's.
+    `tied` is transformers' default for `tie_word_embeddings`, which is read from the top level.  `prefix` is the path
+    of the text model in what transformers loads: a causal LM, or where there is none the model with its towers.
+    """
+
+    model_type: str
+    title: str
+    tower: Tower | None
+    text: str | None = None
+    flat: bool = False
+    tied: bool = False
+    ways: tuple[Renames, ...] = ((),)
+    prefix: str = "model.language_model"
+
+
+def _m(path: str, *shape: str, bias: bool = False, is_parameter: bool = False) -> Part:
+    return Part(path, shape, Role.TOWER, bias, is_parameter)
+
+
+_PROJECTOR = (
+    Part("model.multi_modal_projector.norm", ("W",)),
+    _m("model.multi_modal_projector.patch_merger.merging_layer", "W", "W*m*m"),
+    _m("model.multi_modal_projector.linear_1", "D", "W*n"),
+    _m("model.multi_modal_projector.linear_2", "D", "D"),
+)
+_PIXTRAL = Tower(
+    (
+        _m("model.vision_tower.patch_conv", "W", "3*p*p"),
+        Part("model.vision_tower.ln_pre", ("W",)),
+        *(
+            _m(f"model.vision_tower.transformer.layers.{{i}}.attention.{name}", "W", "W")
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        ),
+        _m("model.vision_tower.transformer.layers.{i}.feed_forward.gate_proj", "J", "W"),
+        _m("model.vision_tower.transformer.layers.{i}.feed_forward.up_proj", "J", "W"),
+        _m("model.vision_tower.transformer.layers.{i}.feed_forward.down_proj", "W", "J"),
+        Part("model.vision_tower.transformer.layers.{i}.attention_norm", ("W",)),
+        Part("model.vision_tower.transformer.layers.{i}.ffn_norm", ("W",)),
+        *_PROJECTOR,
+    ),
+    "num_hidden_layers",
+    {"W": "hidden_size", "J": "intermediate_size", "p": "patch_size", "m": ".spatial_merge_size", "n": ".n_features"},
+    {"patch_size": 16, ".spatial_merge_size": 2, ".n_features": 1},
+)
+_KIMI = Tower(
+    (
+        _m("model.vision_tower.patch_embed.proj", "W", "3*p*p", bias=True),
+        _m("model.vision_tower.patch_embed.pos_emb.position_embeddings", "h*w", "W", is_parameter=True),
+        *(
+            _m(f"model.vision_tower.layers.{{i}}.attn.{name}", "W", "W", bias=True)
+            for name in ("q_proj", "k_proj", "v_proj", "proj")
+        ),
+        _m("model.vision_tower.layers.{i}.mlp.fc1", "J", "W", bias=True),
+        _m("model.vision_tower.layers.{i}.mlp.fc2", "W", "J", bias=True),
+        Part("model.vision_tower.layers.{i}.norm1", ("2*W",)),
+        Part("model.vision_tower.layers.{i}.norm2", ("2*W",)),
+        Part("model.vision_tower.final_layernorm", ("2*W",)),
+        Part("model.mm_projector.pre_norm", ("2*x",)),
+        _m("model.mm_projector.in_proj", "W*m", "W*m", bias=True),
+        _m("model.mm_projector.out_proj", "D", "W*m", bias=True),
+    ),
+    "num_hidden_layers",
+    {
+        "W": "hidden_size", "J": "intermediate_size", "p": "patch_size", "h": "pos_emb_height", "w": "pos_emb_width",
+        "m": "merge_kernel_size", "x": ".projection_hidden_size",
+    },
+    {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "patch_size": 14,
+        "pos_emb_height": 64, "pos_emb_width": 64, "merge_kernel_size": [2, 2], ".projection_hidden_size": 1152,
+    },
+)  # fmt: skip
+_GLM5 = Tower(
+    (
+        _m("model.visual.patch_embed.proj", "W", "3*t*p*p", bias=True),
+        _m("model.visual.blocks.{i}.attn.qkv", "3*W", "W", bias=True),
+        _m("model.visual.blocks.{i}.attn.proj", "W", "W", bias=True),
+        Part("model.visual.blocks.{i}.attn.q_norm", ("q",)),
+        Part("model.visual.blocks.{i}.attn.k_norm", ("q",)),
+        _m("model.visual.blocks.{i}.mlp.gate_proj", "J", "W", bias=True),
+        _m("model.visual.blocks.{i}.mlp.up_proj", "J", "W", bias=True),
+        _m("model.visual.blocks.{i}.mlp.down_proj", "W", "J", bias=True),
+        Part("model.visual.blocks.{i}.norm1", ("W",)),
+        Part("model.visual.blocks.{i}.norm2", ("W",)),
+        _m("model.visual.merger.proj", "O", "O"),
+        Part("model.visual.merger.post_projection_norm", ("2*O",)),
+        _m("model.visual.merger.gate_proj", "x", "O"),
+        _m("model.visual.merger.up_proj", "x", "O"),
+        _m("model.visual.merger.down_proj", "O", "x"),
+        _m("model.visual.downsample", "O", "W*m*m", bias=True),
+        Part("model.visual.post_layernorm", ("W",)),
+    ),
+    "depth",
+    {
+        "W": "hidden_size", "J": "intermediate_size", "p": "patch_size", "t": "temporal_patch_size",
+        "O": "out_hidden_size", "x": "projection_intermediate_size", "m": "spatial_merge_size", "q": "head_size",
+    },
+    {
+        "depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096, "patch_size": 14,
+        "temporal_patch_size": 2, "out_hidden_size": 1536, "projection_intermediate_size": 10240,
+        "spatial_merge_size": 2,
+    },
+)  # fmt: skip
+
+#: `language_model.model.…` on disk: LLaVA's names.
+_LLAVA: Renames = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\b", "language_model.lm_head"),
+    (r"^model\.(vision_tower|multi_modal_projector)\b", r"\1"),
+)
+_KIMI_TOWER: Renames = (
+    (r"^model\.vision_tower\.layers\.(\d+)\.", r"vision_tower.encoder.blocks.\1."),
+    (r"^model\.vision_tower\b", "vision_tower"),
+)
+
+WRAPPERS: dict[str, Wrapper] = {
+    w.model_type: w
+    for w in (
+        # Loaded as a causal LM: the text model alone.
+        Wrapper("dots3_note", "dots3 Note", None, "dots3_note_text", flat=True, prefix="model"),
+        Wrapper("glm5_next", "GLM-5.3-Flash", _GLM5, "glm5_next_text", flat=True),
+        Wrapper("kimi_k25", "Kimi K2.5", _KIMI, "deepseek_v3", tied=True,
+                ways=(
+                    _LLAVA,
+                    # as transformers writes it
+                    (*_LLAVA, (r"^language_model\.model\.layers\.", "language_model.model.blocks.")),
+                )),
+        Wrapper("llava", "LLaVA", None, ways=(_LLAVA,)),
+        Wrapper("mistral3", "Mistral 3", _PIXTRAL, tied=True, ways=(_LLAVA,)),
+        Wrapper("mistral_large4", "Mistral Large 4", _PIXTRAL, "mistral_large4_text"),
+    )
+}  # fmt: skip
+
+
+def unwrapped(config: Config) -> tuple[Config, str | None, Wrapper | None]:
+    """(the text model's keys, its model type, what is around it), for any config.json.
+
+    The type is None where nothing says it.  A text model inside an unknown model type is not unwrapped.
+    """
+    kind = config.get("model_type")
+    wrapper = WRAPPERS.get(str(kind))
+    text = config.get("text_config")
+    if wrapper is None:
+        return config, str(kind) if kind else None, None
+    if isinstance(text, Mapping):
+        return text, str(text.get("model_type") or wrapper.text), wrapper
+    if not wrapper.flat:
+        return config, str(kind), None
+    # A text model alone has a type of its own; the wrapper's may be a flat file with or without towers.
+    return config, wrapper.text, wrapper
+
+
+def tower_parts(wrapper: Wrapper, config: Config, D: int) -> tuple[list[tuple[Part, str]], dict[str, int]]:
+    """(each part with its path, letters) of the tower of a wrapper; none where its layout is not known."""
+    tower = wrapper.tower
+    if tower is None:
+        return [], {}
+    vision = config.get("vision_config") or {}
+
+    def value(key: str) -> int:
+        found = config.get(key[1:]) if key.startswith(".") else vision.get(key)
+        if found is None:  # as Kimi K2.5 was published
+            found = next((vision[n] for n in (f"vt_{key}", f"init_{key}") if n in vision), None)
+        found = tower.defaults.get(key) if found is None else found
+        if key == ".n_features":
+            layers = config.get("vision_feature_layer", -1)
+            return len(layers) if isinstance(layers, list) else 1
+        if key == "head_size":
+            return value("hidden_size") // value("num_heads")
+        return prod(found) if isinstance(found, list | tuple) else int(found or 0)
+
+    letters = {letter: value(key) for letter, key in tower.letters.items()} | {"D": D}
+    parts = []
+    for part in tower.parts:
+        repeats = range(value(tower.blocks_key)) if "{i}" in part.path else (0,)
+        parts += [(part, part.path.replace("{i}", str(i))) for i in repeats]
+    return parts, letters

@@ -1,0 +1,228 @@
+"""One contender of `bench train`, in a process of its own: trains a share of the data whenever it is told to.
+
+Standard input: a JSON line that says what to do, then a line for each round.  Standard output: a JSON line for each
+round, and one at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import TrainerCallback
+
+from mla_tune.arch.lookup import architecture_of
+from mla_tune.bench.train_cases import CASES, Case
+from mla_tune.data.prepare import prepare
+from mla_tune.model.load import load_model, quiet
+from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
+from mla_tune.recipe.load import load_recipe
+from mla_tune.recipe.schema import Recipe
+from mla_tune.training.memory import memory_now, memory_peak
+
+#: Optimizer steps before the clock runs: allocators fill, kernels are chosen and compiled.
+WARM = 2
+
+
+class Rounds(TrainerCallback):
+    """Stops after each share of the tokens, says how long it took, and waits for the next line."""
+
+    def __init__(self, total: int, rounds: int, say: TextIO) -> None:
+        self.total, self.rounds, self.say = total, rounds, say
+        self.trainer: Any = None
+        self.done = self.steps = self.tokens_before = self.warm = 0
+        self.began = self.seconds = 0.0
+        self.tokens_now = 0
+
+    def tokens(self) -> int:
+        """Real tokens trained on so far."""
+        return int(self.trainer.real_tokens)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == WARM:
+            _finish()
+            _print(self.say, {"ready": True})
+            self.warm = self.tokens()
+            self._wait()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step <= WARM:
+            return
+        self.steps += 1
+        # What comes after the last step (callbacks, the end of the loader) belongs to no round.
+        _finish()
+        self.seconds, self.tokens_now = time.perf_counter() - self.began, self.tokens()
+        share = (self.total - self.warm) * (self.done + 1) / self.rounds
+        if self.done < self.rounds - 1 and self.tokens() - self.warm >= share:
+            self._report()
+            self._wait()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._report()
+        sys.stdin.readline()  # until the others have trained too: what comes now is work, and would disturb them
+
+    def _wait(self) -> None:
+        sys.stdin.readline()
+        self.steps, self.tokens_before = 0, self.tokens()
+        self.began = time.perf_counter()
+
+    def _report(self) -> None:
+        _print(self.say, {"seconds": self.seconds, "tokens": self.tokens_now - self.tokens_before, "steps": self.steps})
+        self.done += 1
+
+
+def main() -> None:
+    """Everything but the reports goes to standard error."""
+    say = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    quiet()
+    task = json.loads(sys.stdin.readline())
+    recipe, case = load_recipe(task["recipe"]), CASES[task["case"]]
+    rows = _rows(recipe)
+    total = sum(len(r["input_ids"]) for r in rows["train"])
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    rounds = Rounds(total, task["rounds"], say)
+    before = memory_now()
+    trainer = _with_trl(recipe, case, rows["train"], rounds) if case.trl else _with_mla_tune(recipe, rounds)
+    gpu = torch.cuda.is_available() and recipe.model.device != "cpu"
+    peak = torch.cuda.max_memory_allocated() if gpu else memory_peak()
+    _print(
+        say,
+        {
+            "peak": peak,
+            "run_peak": peak if gpu else peak - before,
+            "activations": activations(trainer),
+            "loss": held_out_loss(trainer, rows["held_out"]),
+            "steps": trainer.state.global_step,
+            "tokens": total,
+            "rows": len(rows["train"]),
+        },
+    )
+
+
+def _rows(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
+    """One row a sample, of both sides."""
+    section = recipe.model
+    loose = recipe.model_copy(update={"train": recipe.train.model_copy(update={"packing": False})})
+    tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
+    data = prepare(loose, architecture_of(section), tokenizer)
+    return {"train": list(data.train_rows), "held_out": list(data.held_out_rows)}
+
+
+def _with_mla_tune(recipe: Recipe, rounds: Rounds) -> Any:
+    from mla_tune.training.run import train
+
+    train(recipe, callbacks=[rounds])
+    return rounds.trainer
+
+
+def _with_trl(recipe: Recipe, case: Case, rows: list[dict[str, Any]], rounds: Rounds) -> Any:
+    """SFTTrainer on the same tokens, with the same model, adapter, batch, rates and schedule."""
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from mla_tune.adapter.placement import place
+    from mla_tune.model.attach import attach
+    from mla_tune.training.training_args import SCHEDULES
+
+    t, o = recipe.train, recipe.optimizer
+    loaded = load_model(recipe.model, seed=t.seed)
+    model = attach(loaded.model, loaded.arch, place(loaded.arch, recipe.adapter), t.seed)
+    tokenizer = load_tokenizer(tokenizer_source(recipe.model), recipe.model.trust_remote_code)
+
+    class Counting(SFTTrainer):
+        real_tokens = 0
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            mask = inputs.get("attention_mask")
+            self.real_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    arguments = SFTConfig(
+        output_dir=str(Path(recipe.output.dir) / "trl"),
+        per_device_train_batch_size=t.batch_size,
+        gradient_accumulation_steps=t.accumulation,
+        num_train_epochs=t.epochs,
+        max_steps=t.max_steps or -1,
+        max_length=t.max_length,
+        learning_rate=o.learning_rate * o.mla_lr_scale,
+        lr_scheduler_type=SCHEDULES[o.schedule],
+        warmup_steps=o.warmup_steps if o.warmup_steps is not None else o.warmup_ratio,
+        max_grad_norm=o.max_grad_norm,
+        seed=t.seed,
+        use_cpu=loaded.device.type == "cpu",
+        logging_steps=t.log_every,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **case.keys,
+    )
+    columns = {"input_ids": [r["input_ids"] for r in rows], "labels": [r["labels"] for r in rows]}
+    trainer: Any = Counting(
+        model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
+    )
+    trainer.add_callback(rounds)
+    rounds.trainer = trainer
+    trainer.train()
+    return trainer
+
+
+def activations(trainer: Any) -> int:
+    """Bytes that one forward pass of the trainer's first batch leaves for the backward pass."""
+    model = trainer.model_wrapped if trainer.model_wrapped is not None else trainer.model
+    model.train()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    def forward() -> Any:
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, dict(inputs))
+
+    forward()
+    if torch.cuda.is_available() and next(trainer.model.parameters()).is_cuda:
+        before = torch.cuda.memory_allocated()
+        loss = forward()
+        return torch.cuda.memory_allocated() - before + 0 * int(loss.requires_grad)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = forward()
+    kept: int = sum(event.self_cpu_memory_usage for event in profiler.events() or [])
+    return kept + 0 * int(loss.requires_grad)
+
+
+@torch.no_grad()
+def held_out_loss(trainer: Any, rows: list[dict[str, Any]]) -> float | None:
+    """Mean over the trained tokens of the held-out rows, each alone, by stock logits."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.set_attn_implementation("sdpa")
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for row in rows:
+        labels = torch.tensor(row["labels"][1:], device=device)
+        logits = model(input_ids=torch.tensor([row["input_ids"]], device=device), use_cache=False).logits[0, :-1]
+        trained = labels != -100
+        total += float(torch.nn.functional.cross_entropy(logits[trained].float(), labels[trained], reduction="sum"))
+        count += int(trained.sum())
+    return total / count if count else None
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _print(stream: TextIO, document: dict[str, Any]) -> None:
+    stream.write(json.dumps(document) + "\n")
+    stream.flush()
+
+
+if __name__ == "__main__":
+    main()

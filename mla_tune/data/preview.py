@@ -1,0 +1,78 @@
+"""What a person wants to see of prepared data: samples as text, which of it is trained, lengths, packing."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from mla_tune.data.encode import IGNORED, Sample
+from mla_tune.data.packing import packing_report
+from mla_tune.data.prepare import Prepared
+from mla_tune.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Bars of the histogram.
+BARS = 10
+
+
+def view(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, shown: int) -> dict[str, Any]:
+    """Counts, `shown` samples of each source as `[{"text", "trained"}, …]`, a histogram of lengths in tokens, and how
+    many rows packing makes of the samples."""
+    length = recipe.train.max_length
+    sources = []
+    for part in prepared.parts:
+        samples = part.train.samples
+        sources.append(
+            {
+                "source": part.rows.source,
+                "kind": part.rows.kind,
+                "samples": [spans(sample, tokenizer) for sample in samples[:shown]],
+            }
+        )
+    lengths = [len(s.input_ids) for part in prepared.parts for s in part.train.samples]
+    rows = prepared.count("train")
+    report = packing_report(lengths, rows, length)
+    return {
+        **prepared.summary(),
+        "sources_shown": sources,
+        "max_length": length,
+        "lengths": histogram(lengths, length),
+        "longest": max(lengths),
+        "mean": sum(lengths) / len(lengths),
+        "packing": {
+            "on": recipe.train.packing,
+            "samples": report.samples,
+            "rows": rows,
+            "filled_without": report.fill_before,
+            "filled": report.fill if recipe.train.packing else report.fill_before,
+        },
+    }
+
+
+def spans(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The sample's text in stretches of trained and untrained tokens.
+
+    A character that is cut by a border between two stretches shows as U+FFFD in both, as it does to the model.
+    """
+    pairs = zip(sample.input_ids, (label != IGNORED for label in sample.labels), strict=True)
+    found = []
+    for trained, group in groupby(pairs, key=lambda pair: pair[1]):
+        ids = [i for i, _ in group]
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        found.append({"text": text, "trained": trained})
+    return found
+
+
+def histogram(lengths: list[int], longest: int) -> list[dict[str, int]]:
+    """Samples by length in tokens, in `BARS` steps of equal width up to `longest`; `to` is the last that belongs."""
+    width = -(-longest // BARS)
+    counts = [0] * BARS
+    for n in lengths:
+        counts[min((n - 1) // width, BARS - 1)] += 1
+    return [
+        {"from": i * width + 1, "to": min((i + 1) * width, longest), "samples": c}
+        for i, c in enumerate(counts)
+        if i * width < longest
+    ]

@@ -1,0 +1,232 @@
+"""A run of many processes from within: they join, decide together, and end together.
+
+What one of them does for all (reading a checkpoint's hashes, timing kernels, writing) the first does, and the others
+get its result.  An error in one ends that process; the launcher sees it and ends the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mla_tune.adapter.placement import Placement
+from mla_tune.console import err
+from mla_tune.errors import InputError, MlaTuneError, WorkError
+from mla_tune.model.load import pick_device
+from mla_tune.model.quantized_linear import let_shard
+from mla_tune.preflight.family_limits import not_sharded
+from mla_tune.recipe.schema import Recipe
+from mla_tune.training.distributed.deepspeed import is_handle, use_gloo_alone, whole_parameters
+from mla_tune.training.distributed.launch import Worker, worker
+
+T = TypeVar("T")
+#: Seconds that a process waits for the others before it gives up ($MLA_TUNE_TIMEOUT): reading a large base takes long.
+TIMEOUT = 1800
+#: What torch's and the communication libraries' errors say when another process is gone.
+_LOST = (
+    "connection closed by peer",
+    "connection reset",
+    "timed out",
+    "timeout",
+    "gloo",
+    "nccl",
+    "socket",
+    "broken pipe",
+)
+
+
+def refuse(recipe: Recipe, placement: Placement, here: Worker, quantised: str | None) -> None:
+    """Raises `InputError` for a launch that contradicts itself, and for what was not tried in many processes."""
+    sharded = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}.get(here.sharding)
+    if os.environ.get("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2" and sharded == "FSDP2":
+        raise InputError("the launcher's configuration says FSDP 1; mla-tune knows FSDP 2: set fsdp_version: 2")
+    if sharded and here.count == 1:
+        raise InputError(
+            f"{sharded} shards a model over processes, and this is one process: start it with torchrun, accelerate "
+            "launch or --processes, or leave the sharding out"
+        )
+    if here.count == 1:
+        return
+    device = pick_device(recipe.model.device)
+    if device.type == "cuda" and here.local_count > torch.cuda.device_count():
+        raise InputError(
+            f"{here.local_count} processes on this machine, and {torch.cuda.device_count()} GPUs: start one a GPU"
+        )
+    if not sharded:
+        return
+    wrong = not_sharded(recipe, placement, here.sharding or "", quantised)
+    if wrong:
+        raise InputError(f"{sharded} is not tried together with {'; '.join(wrong)}; use --launch ddp, or change that")
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The processes of a run, seen from one of them."""
+
+    here: Worker
+
+    @property
+    def first(self) -> bool:
+        return self.here.first
+
+    @property
+    def many(self) -> bool:
+        return self.here.count > 1
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds a part of the model only."""
+        return self.many and self.here.sharding != "none"
+
+    @property
+    def by_zero3(self) -> bool:
+        return self.many and self.here.sharding == "zero3"
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.many:
+            dist.barrier()
+
+    def same(self, value: T) -> T:
+        """The first one's value."""
+        if not self.many:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """The first does it, and all have the result.  Its error is told once; the others leave with its exit code."""
+        return self.same(self._first_alone(work)) if self.many else work()  # type: ignore[return-value]
+
+    def first_then_others(self, work: Callable[[], T]) -> T:
+        """All do it, the first before the rest, who find on the disk what it left there."""
+        if not self.many:
+            return work()
+        result = self._first_alone(work)
+        return result if self.first else work()  # type: ignore[return-value]
+
+    def _first_alone(self, work: Callable[[], T]) -> T | None:
+        result, error = None, None
+        if self.first:
+            try:
+                result = work()
+            except Exception as caught:
+                error = caught
+        code = self.same(getattr(error, "exit_code", 1) if error is not None else 0)
+        if error is not None:
+            raise error
+        if code:
+            raise SystemExit(code)
+        return result
+
+
+def join(recipe: Recipe) -> Team:
+    """Find the other processes, if a launcher started any."""
+    here = worker()
+    if here.count > 1 and not dist.is_initialized():
+        gpu = pick_device(recipe.model.device).type == "cuda"
+        if gpu:
+            torch.cuda.set_device(here.local_rank)
+        elif here.sharding == "zero3":
+            use_gloo_alone()
+        timeout = timedelta(seconds=float(os.environ.get("MLA_TUNE_TIMEOUT", TIMEOUT)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
+    return Team(here)
+
+
+def leave() -> None:
+    """After a run that went well: wait for the others, then take the group apart."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_others_told(team: Team, advice: Callable[[], str]) -> Iterator[None]:
+    """Turns the error of a communication that broke into one that says so; `advice` how to go on."""
+    try:
+        yield
+    except MlaTuneError:
+        raise
+    except Exception as error:
+        text = str(error).strip()
+        if not team.many or not any(word in text.lower() for word in _LOST):
+            raise
+        first = text.splitlines()[0][:160] if text else type(error).__name__
+        raise WorkError(f"another process of this run ended, or does not answer ({first}){advice()}") from error
+
+
+def tell_idle_gpus(here: Worker, device: torch.device) -> None:
+    """A line where one process leaves GPUs idle."""
+    if here.count == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
+        n = torch.cuda.device_count()
+        err.print(f"{n} GPUs are here and one is used; all of them: add --processes {n}")
+
+
+def set_up_sharding(accelerator: Any, full: bool) -> None:
+    """Once an `Accelerator` is made in a run with FSDP2: what it does not do by itself.  `full`: all weights train."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate 1.15 knows FSDP on accelerators only: on a CPU it would train replicas without a word.
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for shared in (AcceleratorState._shared_state, PartialState._shared_state):
+            shared["distributed_type"] = DistributedType.FSDP
+    # A frozen base is in its dtype already, and adapters stay in float32 as in one process.  accelerate's own policy
+    # also rounds gradients before they are added up, and every output, the loss included.
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision) if full else None
+    state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    prepare = accelerator.prepare
+
+    def prepare_with_buffers(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for model in args:
+                if isinstance(model, torch.nn.Module):
+                    let_shard(model)
+                    stack.enter_context(_buffers_of_the_first(model))
+            return prepare(*args, **kwargs)
+
+    accelerator.prepare = prepare_with_buffers
+
+
+@contextlib.contextmanager
+def _buffers_of_the_first(model: torch.nn.Module) -> Iterator[None]:
+    """Give all processes the first one's buffers, and hide them from accelerate 1.15, which takes everything in a state
+    dict for sharded when it hands out weights that only the first process has read."""
+    hidden = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set:
+                continue
+            whole = torch.empty_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu()
+            dist.broadcast(whole, src=0)
+            module._buffers[name] = whole if buffer.is_meta else buffer.copy_(whole)
+            module._non_persistent_buffers_set.add(name)
+            hidden.append((module, name))
+    try:
+        yield
+    finally:
+        for module, name in hidden:
+            module._non_persistent_buffers_set.discard(name)
+
+
+def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters of a sharded model, whole, on the CPU of the first process; elsewhere none (ZeRO-3: all the
+    same).  All call it."""
+    if any(is_handle(p) for p in model.parameters()):
+        return whole_parameters(model)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]

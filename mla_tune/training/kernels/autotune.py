@@ -1,0 +1,195 @@
+"""Which attention and which implementation of the routed experts a run uses, where the recipe says `auto`.
+
+Candidates are timed, forward and backward, on the run's own shapes, dtype and device, once on a machine: what was
+found is kept ($MLA_TUNE_CACHE, else ~/.cache/mla-tune; `choices.json`), so that the same recipe runs on the same
+kernels tomorrow, bit for bit.  MLA's heads are unequal (keys P+R, values V), which some fused kernels take as they are,
+some after padding, and some not at all; a candidate that fails is out, and its reason is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from mla_tune.arch.site import Architecture
+from mla_tune.checkpoint.atomic_files import write_json
+from mla_tune.training.kernels import packed_attention as packed
+
+#: Attention that takes a batch as one row with the samples' borders; the others take rows and a mask.
+FLAT = (packed.NAME, "flash_attention_2", "flash_attention_3")
+ROUNDS = 3
+#: Routed experts are timed on so many tokens, which is enough to tell the ways apart.
+TOKENS = 2048
+#: batched_mm is no candidate: it copies a weight for each token (8 M parameters: 17.5 GB).
+EXPERTS = ("grouped_mm", "eager")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen for `what`, and the milliseconds of each candidate (a text where it failed)."""
+
+    what: str
+    name: str
+    tried: dict[str, float | str]
+    remembered: bool = False
+
+    def line(self) -> str:
+        """One line for the log."""
+        found = ", ".join(f"{n} {t:.1f} ms" if isinstance(t, float) else f"{n}: {t}" for n, t in self.tried.items())
+        return f"{self.what}: {self.name} ({found}{', measured earlier' if self.remembered else ''})"
+
+
+def choose_attention(arch: Architecture, rows: list[list[int]], device: torch.device, dtype: torch.dtype) -> Choice:
+    """The fastest attention for a batch of `rows`, each the lengths of its samples."""
+    packed.register()
+    names = [packed.NAME, "sdpa"]
+    if device.type == "cuda":
+        names += ["flash_attention_2"] * is_flash_attn_2_available() + [
+            "flash_attention_3"
+        ] * is_flash_attn_3_available()
+    d, scale = arch.dims, (arch.dims.P + arch.dims.R) ** -0.5
+    lengths = [n for row in rows for n in row]
+    width = max(sum(row) for row in rows)
+
+    def one(name: str) -> Callable[[], None]:
+        B, T = (len(rows), width) if name not in FLAT else (1, sum(lengths))
+        generator = torch.Generator().manual_seed(0)
+        sizes = (d.P + d.R, d.P + d.R, d.V)
+        states = [torch.randn(B, d.H, T, n, generator=generator).to(device, dtype).requires_grad_() for n in sizes]
+        mask, borders = None, {}
+        if name in FLAT:
+            ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+            borders = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+            borders |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        else:
+            mask = torch.stack([_block_diagonal(row, T) for row in rows])[:, None].to(device)
+        call = ALL_ATTENTION_FUNCTIONS[name]
+        module = _Head()
+
+        def run() -> None:
+            call(module, *states, mask, scaling=scale, dropout=0.0, **borders)[0].sum().backward()
+
+        return run
+
+    key = [arch.model_type, d.H, d.P, d.R, d.V, str(dtype), len(rows), _rounded(width), _rounded(len(lengths))]
+    return _choose("attention", names, one, key, device)
+
+
+def _block_diagonal(row: list[int], width: int) -> torch.Tensor:
+    """(width, width), true where a token may look: at its own sample's earlier ones; the rest of the row is padding."""
+    lengths = [*row, width - sum(row)]
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return (sample[:, None] == sample[None]) & torch.ones(width, width, dtype=torch.bool).tril()
+
+
+def choose_experts(model: Any, arch: Architecture, names: tuple[str, ...], device: torch.device) -> Choice:
+    """The fastest implementation of the model's routed experts, timed on its first expert layer."""
+    module = next(m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "down_proj"))
+    weight = module.gate_up_proj
+    trained = [p for p in module.parameters() if p.requires_grad]
+    E, D, k = weight.shape[0], weight.shape[2], arch.experts_per_token
+
+    def one(name: str) -> Callable[[], None]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(TOKENS, D, generator=generator).to(device, weight.dtype).requires_grad_()
+        index = torch.rand(TOKENS, E, generator=generator).topk(k).indices.to(device)
+        share = torch.full((TOKENS, k), 1 / k, device=device, dtype=weight.dtype)
+
+        def run() -> None:
+            before = module.config._experts_implementation
+            module.config._experts_implementation = name
+            try:
+                torch.autograd.grad(module(x, index, share).sum(), [x, *trained])
+            finally:
+                module.config._experts_implementation = before
+
+        return run
+
+    key = [arch.model_type, *weight.shape, k, str(weight.dtype)]
+    return _choose("experts", list(names), one, key, device)
+
+
+class _Head(torch.nn.Module):
+    """As much of an attention module as attention functions look at."""
+
+    num_key_value_groups = 1
+    is_causal = True
+    layer_idx = 0
+
+
+def _rounded(count: int) -> int:
+    """To a power of two: batches of about one size share a choice."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def _choose(
+    what: str, names: list[str], one: Callable[[str], Callable[[], None]], key: list[Any], device: torch.device
+) -> Choice:
+    if len(names) == 1:
+        return Choice(what, names[0], {})
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
+    full = hashlib.sha256(json.dumps([what, names, key, machine, torch.__version__]).encode()).hexdigest()[:16]
+    kept = _read()
+    if full in kept:
+        return Choice(what, kept[full]["name"], kept[full]["tried"], remembered=True)
+    tried: dict[str, float | str] = {}
+    runs: dict[str, Callable[[], None]] = {}
+    for name in names:
+        try:
+            run = one(name)
+            run()
+            runs[name] = run
+        except Exception as error:  # a kernel that can't take these sizes says so in whatever way it likes
+            tried[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            times[name].append(_milliseconds(run, device))
+    tried |= {name: round(statistics.median(t), 3) for name, t in times.items()}
+    best = min(runs, key=lambda name: tried[name], default=names[0])
+    _write({**kept, full: {"what": what, "name": best, "tried": tried}})
+    return Choice(what, best, tried)
+
+
+def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _file() -> Path:
+    root = os.environ.get("MLA_TUNE_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mla-tune"
+    return (Path(root) if root else base) / "choices.json"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads(_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(found: dict[str, Any]) -> None:
+    """A folder that can't be written costs a measurement at the next run, nothing else."""
+    with contextlib.suppress(OSError):
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_file(), found)

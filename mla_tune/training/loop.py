@@ -1,0 +1,199 @@
+"""The middle of a run: adapt the model, build the trainer, train, and write the result."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, PrinterCallback
+
+from mla_tune.console import err, human_count
+from mla_tune.data.prepare import steps_of
+from mla_tune.errors import Interrupted, WorkError
+from mla_tune.model.attach import attach, freeze_unreached
+from mla_tune.model.lora_init import initialise
+from mla_tune.preflight.plan import role_rates
+from mla_tune.report.card import card
+from mla_tune.runs.checkpoints import number_of
+from mla_tune.training.callbacks import AtStart, GradientCheck, Metrics, ProgressLine, StopOnSignal
+from mla_tune.training.distributed.deepspeed import gather_experts_whole, step_apart
+from mla_tune.training.distributed.sampler import with_filler
+from mla_tune.training.distributed.team import gathered
+from mla_tune.training.job import Job
+from mla_tune.training.memory import memory_report
+from mla_tune.training.optimizer import param_groups
+from mla_tune.training.prepare_model import Ways, prepare_model
+from mla_tune.training.sample_answers import Question, answer, questions
+from mla_tune.training.save import save_result
+from mla_tune.training.spike_guard import SpikeGuard
+from mla_tune.training.trackers import add_trackers
+from mla_tune.training.trainer import CountingCollator, RoleTrainer
+from mla_tune.training.training_args import arguments
+
+
+def work(job: Job, further: Sequence[Any]) -> None:
+    """Train as `job` says and write the adapter (or the model).
+
+    Raises `CheckError`, `WorkError` and `Interrupted` as `run.train` says.
+    """
+    model, ways = _adapted(job)
+    steps = steps_of(job.recipe, job.data.train_rows, job.team.here.count)
+    held_out = [row for part in job.data.parts for row in part.rows.held_out]
+    asked = questions(job.recipe, held_out, job.tokenizer, job.arch.max_position_embeddings)
+    start = _Start(job, model, asked)
+    stop = StopOnSignal(job.team.many)
+    trainer = _trainer(job, model, ways, steps, [AtStart(start.before_training), GradientCheck(), stop, *further])
+    start.trainer = trainer
+    job.run["steps"] = {"done": number_of(job.checkpoint) if job.checkpoint else 0, "planned": steps}
+    job.record()  # `runs` shows how far it is to go
+    with stop:
+        try:
+            trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
+        finally:
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, ProgressLine):
+                    callback.close()
+    done = _measure(job, trainer, start, steps)
+    if stop.stopped and done < steps:
+        raise Interrupted(
+            f"stopped at step {done} of {steps}; the checkpoint is in {job.folder.last_checkpoint()}.\n"
+            f"Go on with the same command and --resume"
+        )
+    if job.data.held_out_rows:
+        fresh = trainer.last_evaluation[0] == done
+        after = trainer.last_evaluation[1] if fresh else trainer.evaluate()["eval_loss"]
+        if not math.isfinite(after):
+            raise WorkError(f"after training the held-out loss is {after}; lower optimizer.learning_rate")
+        job.run["held_out_loss"]["after"] = after
+    _ask("after", job, model, asked)
+    paths = [s.path for s in job.recipe.data.sources] or [job.recipe.data.path]
+    weights = gathered(model) if job.team.sharded else None
+
+    def save() -> None:
+        readme = card(job.folder.root, job.run, paths) if job.placement.method != "none" else None
+        save_result(model, job.loaded, job.tokenizer, job.folder, job.placement, readme, weights)
+
+    job.team.by_first(save)
+
+
+def _adapted(job: Job) -> tuple[torch.nn.Module, Ways]:
+    """The model with its adapter, kernels chosen by the first process for all."""
+    placement, loaded, recipe, team = job.placement, job.loaded, job.recipe, job.team
+    model: torch.nn.Module = loaded.model
+    if placement.method != "none":
+        model = attach(model, loaded.arch, placement, recipe.train.seed)
+        initialise(model, placement, recipe.train.seed)
+    elif frozen := freeze_unreached(model, loaded.arch):
+        what = "towers and indexers" if loaded.arch.wrapper else "indexers"
+        err.print(f"note: {human_count(frozen)} parameters of {what} stay frozen: text gives them no gradient")
+    ways = prepare_model(model, loaded, recipe, job.data, job.run.get("chosen")) if team.first else None
+    job.run["chosen"] = team.same(ways.chosen if ways else None)
+    if ways is None:
+        ways = prepare_model(model, loaded, recipe, job.data, job.run["chosen"])
+    if team.by_zero3:
+        gather_experts_whole(model)
+    for line in loaded.lines + ways.lines:
+        err.print(line, markup=False, soft_wrap=True)
+    job.run["adapter"] = {
+        "method": placement.method,
+        "matrices": {r.value: len(placement.by_role(r)) for r in placement.roles},
+        "ranks": {r.value: placement.by_role(r)[0].rank for r in placement.roles},
+        "params": {r.value: sum(p.lora_params for p in placement.by_role(r)) for r in placement.roles},
+        "whole": dict(placement.whole),
+        "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "learning_rate": role_rates(placement, recipe),
+    }
+    return model, ways
+
+
+def _trainer(job: Job, model: torch.nn.Module, ways: Ways, steps: int, callbacks: list[Any]) -> RoleTrainer:
+    recipe, data = job.recipe, job.data
+    if job.team.first:
+        metrics = Metrics(job.folder.metrics, number_of(job.checkpoint) if job.checkpoint else 0)
+        callbacks[2:2] = [metrics, ProgressLine(metrics)]
+    if recipe.train.early_stopping:
+        callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping))
+    rows = with_filler if job.team.many else Dataset.from_list
+    if data.streamed:
+        data.train_rows.share(job.team.here.rank, job.team.here.count)
+    trainer = RoleTrainer(
+        model=model,
+        args=arguments(recipe, job.folder, job.loaded, steps, bool(data.held_out_rows)),
+        data_collator=CountingCollator(ways.collator(recipe, job.tokenizer)),
+        train_dataset=data.train_rows if data.streamed else rows(data.train_rows),
+        eval_dataset=rows(data.held_out_rows) if data.held_out_rows else None,
+        processing_class=job.tokenizer,
+        callbacks=callbacks,
+        groups=lambda m: param_groups(m, job.placement, recipe),
+        guard=SpikeGuard(recipe.train.spike),
+        keep=recipe.train.keep_checkpoints,
+        team=job.team,
+    )
+    trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        if hasattr(callback, "trainer"):
+            callback.trainer = trainer
+    add_trackers(trainer, recipe, job.folder.root)
+    if job.checkpoint is not None:
+        trainer.load_own_state(job.checkpoint)
+    return trainer
+
+
+class _Start:
+    """What is measured on the model as it will train, wrapped or sharded, before the first step."""
+
+    trainer: RoleTrainer
+
+    def __init__(self, job: Job, model: torch.nn.Module, asked: list[Question]) -> None:
+        self.job, self.model, self.asked = job, model, asked
+        self.began, self.tokens = time.monotonic(), 0
+
+    def before_training(self) -> None:
+        if self.job.team.by_zero3:
+            step_apart(self.trainer)
+        _ask("before", self.job, self.model, self.asked)
+        if self.job.data.held_out_rows and "held_out_loss" not in self.job.run:
+            loss = self.trainer.evaluate()["eval_loss"]
+            if not math.isfinite(loss):
+                raise WorkError(
+                    f"before any training the held-out loss is {loss}: the base model or its dtype is broken"
+                )
+            self.job.run["held_out_loss"] = {"before": loss, "after": None}
+        self.job.record()
+        self.began, self.tokens = time.monotonic(), self.trainer.real_tokens
+
+
+def _measure(job: Job, trainer: RoleTrainer, start: _Start, steps: int) -> int:
+    """How far it came and what it took, into run.json; returns the steps done."""
+    seconds = time.monotonic() - start.began
+    done: int = trainer.state.global_step
+    job.run |= {
+        "steps": {"done": done, "planned": steps},
+        "stopped_early": done < steps,
+        "seconds": round(job.run.get("seconds", 0) + seconds, 2),
+        "tokens_per_s": round((trainer.real_tokens - start.tokens) / seconds, 1),
+        "spikes": {"skipped": trainer.guard.skipped, "cuts": trainer.guard.cuts},
+        "memory": memory_report(job.loaded.device, job.start_memory),
+    }
+    if job.data.streamed:
+        job.run["streamed"] = counts = job.data.train_rows.counts_at(trainer.rows)
+        if counts["skipped"]:
+            told = "\n  ".join(counts["faults"])
+            err.print(f"data.bad_rows: skip: {counts['skipped']} rows were left out:\n  {told}", markup=False)
+    return done
+
+
+def _ask(when: str, job: Job, model: Any, asked: list[Question]) -> None:
+    """Answers into run.json; a resumed run keeps those of before its first start.  All processes ask: a sharded model
+    gathers its weights in every forward."""
+    samples = job.run.setdefault("samples", {"seconds": {}, "answers": [{"prompt": q.prompt} for q in asked]})
+    if not asked or when in samples["seconds"]:
+        return
+    texts, samples["seconds"][when] = answer(model, job.loaded, job.tokenizer, asked)
+    for entry, question, text in zip(samples["answers"], asked, texts, strict=False):
+        entry |= {"reference": question.reference, when: text}
+    err.print(f"answered {len(asked)} held-out prompts {when} training in {samples['seconds'][when]:.1f} s")

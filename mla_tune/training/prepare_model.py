@@ -1,0 +1,126 @@
+"""Everything that is done to a loaded, adapted model before the first step: which kernels, which loss, what is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+
+from mla_tune.data.collate import Collator
+from mla_tune.data.padding_free import FlatCollator
+from mla_tune.data.prepare import Prepared
+from mla_tune.model.auto import set_experts
+from mla_tune.model.load import DTYPES, Loaded
+from mla_tune.recipe.schema import Recipe
+from mla_tune.training.kernels import packed_attention as packed
+from mla_tune.training.kernels.autotune import EXPERTS, FLAT, choose_attention, choose_experts
+from mla_tune.training.kernels.chunked_loss import score_by_chunks
+from mla_tune.training.kernels.lora_linear import by_factors
+from mla_tune.training.kernels.mla_checkpointing import recompute_mla
+from mla_tune.training.kernels.rms_norm import lean_norms
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What was decided: `chosen` goes into run.json and is kept on resume, `lines` are for the log."""
+
+    attention: str
+    chosen: dict[str, str]
+    lines: list[str]
+
+    def collator(self, recipe: Recipe, tokenizer: Any) -> Any:
+        """Rows → batches, laid out as the attention wants them."""
+        t = recipe.train
+        if self.attention in FLAT:
+            return FlatCollator()
+        return Collator(tokenizer.pad_token_id, t.max_length, t.packing)
+
+
+def prepare_model(
+    model: Any, loaded: Loaded, recipe: Recipe, data: Prepared, chosen: dict[str, str] | None = None
+) -> Ways:
+    """Choose kernels (`chosen` says what an interrupted run chose), patch loss, norms and LoRA, set what is recomputed.
+
+    Raises `InputError` for an attention that this machine does not have.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    lines: list[str] = []
+    attention = _attention(loaded, recipe, data, chosen, lines)
+    base.set_attn_implementation(attention)
+    experts = _experts(base, loaded, recipe, chosen, lines)
+    if experts:
+        set_experts(base, experts)
+    score_by_chunks(base)
+    if recipe.adapter.method != "none":
+        by_factors(model)
+    if recipe.train.checkpointing == "mla":
+        recompute_mla(model)
+    else:
+        lean_norms(model, None)
+    if recipe.train.compile:
+        _compile(base, recipe.train.checkpointing == "full")
+    return Ways(attention, {"attention": attention, **({"experts": experts} if experts else {})}, lines)
+
+
+def _attention(loaded: Loaded, recipe: Recipe, data: Prepared, chosen: dict[str, str] | None, lines: list[str]) -> str:
+    packed.register()
+    wanted = recipe.model.attention
+    if wanted == "packed":
+        return packed.NAME
+    if wanted != "auto":
+        return wanted
+    if chosen:
+        return chosen["attention"]
+    rows = [_lengths(row) for row in _first(data.train_rows, recipe.train.batch_size)]
+    choice = choose_attention(loaded.arch, rows, loaded.device, DTYPES[loaded.dtype])
+    lines.append(choice.line())
+    return choice.name
+
+
+def _experts(base: Any, loaded: Loaded, recipe: Recipe, chosen: dict[str, str] | None, lines: list[str]) -> str | None:
+    if not any(site.is_experts for site in loaded.arch.sites):
+        return None
+    now: str = base.config.get_text_config()._experts_implementation
+    if recipe.model.experts != "auto" or now not in EXPERTS:
+        return now
+    if chosen and "experts" in chosen:
+        return chosen["experts"]
+    # grouped_mm's kernel can't take these sizes, or the weights are to be sharded and lie elsewhere as yet.
+    if now == "eager" or next(loaded.model.parameters()).device.type != loaded.device.type:
+        return now
+    choice = choose_experts(loaded.model, loaded.arch, EXPERTS, loaded.device)
+    lines.append(choice.line())
+    return choice.name
+
+
+def _first(rows: Any, count: int) -> list[dict[str, Any]]:
+    found = []
+    for row in rows:
+        found.append(row)
+        if len(found) == count:
+            break
+    return found
+
+
+def _lengths(row: dict[str, Any]) -> list[int]:
+    """Tokens of each sample of a row."""
+    total = len(row["input_ids"])
+    starts = [i for i, place in enumerate(row.get("position_ids", [0])) if place == 0]
+    return [b - a for a, b in zip(starts, [*starts[1:], total], strict=True)]
+
+
+def _compile(base: Any, checkpointed: bool) -> None:
+    """Each decoder layer by itself: layers of one kind share what was compiled.
+
+    PEFT reaches fused experts by a parametrization that it puts on and takes off in every forward, a new class each
+    time: compiled, that is compiled again at every step, so they run as they are.
+    """
+    for module in base.modules():
+        if isinstance(module, ParamWrapper) and "forward" not in vars(module):  # not by factors
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    for layer in base.get_decoder().layers:
+        # A checkpointed layer is a graph of its own to autograd; what it holds can be compiled, itself not.
+        for module in layer.children() if checkpointed else [layer]:
+            module.forward = torch.compile(module.forward, dynamic=True)

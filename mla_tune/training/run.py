@@ -1,0 +1,203 @@
+"""`mla-tune train`: a recipe in, a run folder out.  One job from the first check to `state: done`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mla_tune.adapter.placement import place
+from mla_tune.arch.lookup import described
+from mla_tune.console import err
+from mla_tune.data.prepare import prepare
+from mla_tune.errors import InputError, Interrupted, WorkError
+from mla_tune.model.auto import auto_class
+from mla_tune.model.load import base_hash, load_model, quantised_kind, quiet
+from mla_tune.model.modules_to_save import with_whole
+from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
+from mla_tune.preflight.family_limits import suited
+from mla_tune.recipe.checks import check_quantised
+from mla_tune.recipe.schema import Recipe
+from mla_tune.report.run_report import write_report
+from mla_tune.resources import EMBEDDED_MODEL
+from mla_tune.runs.checkpoints import newest_whole
+from mla_tune.runs.folder import RunFolder, check_folder, environment, how_to_go_on, make_folder, write_recipe
+from mla_tune.runs.process import this_process
+from mla_tune.training.distributed.launch import worker
+from mla_tune.training.distributed.team import join, leave, lost_others_told, refuse, tell_idle_gpus
+from mla_tune.training.job import Job
+from mla_tune.training.loop import work
+from mla_tune.training.memory import memory_advice, memory_now
+from mla_tune.training.save import base_of
+from mla_tune.training.trackers import check_trackers, name_projects
+
+#: No space, over quota, file too large, read-only now, broken.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, allow_changes: bool = False, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Do what the recipe says and return the contents of run.json.
+
+    `resume` goes on from the newest whole checkpoint; if the recipe, the data or the base changed since, only with
+    `allow_changes`.  `callbacks` are further `transformers.TrainerCallback`s; one with an attribute `trainer` gets it.
+
+    Everything that can be wrong with the input is found before weights are read or a file is written.  Raises
+    `InputError`/`FileError` for the input, `CheckError` if the adapter attached or its gradients are not as planned,
+    `WorkError` for a failure of the work, `Interrupted` when stopped by a signal (a checkpoint is saved).
+
+    Where a launcher started this process as one of many (`train.launch`), all of them call it and do one job together;
+    files are written by the first.
+    """
+    quiet()
+    check_trackers(recipe)
+    name_projects()
+    section = recipe.model
+    config, arch = described(section)
+    recipe, said = suited(recipe, arch)
+    for line in [*arch.warnings, *said]:
+        err.print(f"note: {line}", markup=False, soft_wrap=True)
+    placement = place(arch, recipe.adapter)
+    kind = quantised_kind(section, config)
+    check_quantised(recipe, kind)
+    placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, bool(kind))
+    refuse(recipe, placement, worker(), kind)
+    team = join(recipe)
+    with lost_others_told(team, lambda: how_to_go_on(RunFolder(Path(recipe.output.dir).expanduser()))):
+        job = _begin(Job(recipe, placement, arch, team), resume, allow_changes)
+        _do(job, callbacks)
+    leave()
+    return job.run
+
+
+def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
+    """Check what is left to check, read data and weights, and make or reopen the run folder."""
+    recipe, team, section = job.recipe, job.team, job.recipe.model
+    folder, difference = team.by_first(lambda: check_folder(recipe, resume, allow_changes))
+    job.folder = folder
+    job.checkpoint = team.by_first(lambda: _checkpoint(folder)) if resume else None
+    job.tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
+    job.data = team.first_then_others(lambda: prepare(recipe, job.arch, job.tokenizer))
+    for line in job.data.lines:
+        err.print(line, markup=False, soft_wrap=True)
+    if recipe.train.early_stopping and not job.data.held_out_rows:
+        raise InputError("train.early_stopping needs held-out rows: set data.eval_fraction or data.eval_path")
+    job.start_memory = memory_now()
+    full = job.placement.method == "none"
+    with memory_advice(recipe):
+        job.loaded = load_model(
+            section,
+            seed=recipe.train.seed,
+            full_precision=full,
+            quantised=True,
+            place=not team.sharded,
+            empty=team.sharded and not team.first,
+        )
+    tell_idle_gpus(team.here, job.loaded.device)
+
+    def open_folder() -> None:
+        if not resume:
+            make_folder(folder, recipe)
+        elif difference:
+            err.print(f"--allow-changes: goes on with another recipe:\n{difference}", markup=False, soft_wrap=True)
+            write_recipe(folder, recipe)
+        base = base_of(job.loaded, job.tokenizer, recipe, folder)
+        _record_origin(job, base, resume, allow_changes)
+
+    team.by_first(open_folder)
+    if not folder.recipe.exists():
+        raise InputError(f"output.dir: {folder.root} must lie on a file system that all machines of the run share")
+    if not team.first:
+        base_of(job.loaded, job.tokenizer, recipe, folder)
+    job.run = team.same(job.run)
+    return job
+
+
+def _record_origin(job: Job, base: str, resume: bool, allow_changes: bool) -> None:
+    """run.json as it is at the start; on resume base and data have to be those of the start."""
+    run: dict[str, Any] = job.folder.read() if resume else {}
+    origin = {
+        "base_hash": base_hash(str(EMBEDDED_MODEL) if base == "embedded" else base),
+        "data": job.data.summary(),
+    }
+    changed = [name for name in origin if resume and run[name] != origin[name]]
+    if changed:
+        what = " and ".join({"base_hash": "the base model", "data": "the data"}[name] for name in changed)
+        if not allow_changes:
+            raise InputError(
+                f"--resume: {what} changed since {job.folder.root} was begun; start anew in another folder, or go on "
+                "with --allow-changes"
+            )
+        err.print(f"--allow-changes: {what} changed since the run was begun", soft_wrap=True)
+    job.run = run | {
+        "state": "running",
+        "process": this_process(),
+        "working_folder": str(Path.cwd()),
+        "recipe": str(job.folder.recipe),
+        "model_type": job.arch.model_type,
+        "auto_class": auto_class(job.loaded.model.config).__name__,
+        "base": job.recipe.model.source,
+        "base_path": base,
+        **origin,
+        "seed": job.recipe.train.seed,
+        "device": str(job.loaded.device),
+        "dtype": job.loaded.dtype,
+        "quantised": job.loaded.quantised,
+        "processes": {"count": job.team.here.count, "sharding": job.team.here.sharding},
+        "environment": environment(),
+    }
+    job.record()
+
+
+def _do(job: Job, callbacks: Sequence[Any]) -> None:
+    """Train, and leave in run.json how it ended."""
+    try:
+        with memory_advice(job.recipe):
+            work(job, callbacks)
+        job.run["state"] = "done"
+        job.run.pop("error", None)
+        job.record()
+    except BaseException as error:
+        job.run["state"] = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        job.run["error"] = str(error) or type(error).__name__
+        with contextlib.suppress(OSError):  # on a full disk that would hide the error itself
+            job.record()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise _disk_is_full(job.folder, error) from error
+        if not isinstance(error, KeyboardInterrupt):  # asked to stop at once
+            _show(job)
+        raise
+    _show(job)
+
+
+def _show(job: Job) -> None:
+    """loss.png and report.html.  A run does not fail by them: what goes wrong is told."""
+    if not job.team.first:
+        return
+    try:
+        write_report(job.folder.root, job.run)
+    except (OSError, ValueError) as error:
+        err.print(f"note: {job.folder.report} was not written: {error}", markup=False, soft_wrap=True)
+
+
+def _disk_is_full(folder: RunFolder, error: OSError) -> WorkError:
+    last, _ = newest_whole(folder.checkpoints)
+    rest = f"; the last whole checkpoint is {last}: make room and go on with --resume" if last else ""
+    return WorkError(f"{folder.root} can't be written: {error.strerror}{rest}")
+
+
+def _checkpoint(folder: RunFolder) -> Path:
+    """The newest whole checkpoint; a line for each newer one that is damaged."""
+    found, lines = newest_whole(folder.checkpoints)
+    for line in lines:
+        err.print(line, markup=False, soft_wrap=True)
+    if found is None:
+        raise InputError(
+            f"--resume: no checkpoint in {folder.checkpoints} is whole; begin anew with --overwrite or another --output"
+        )
+    if lines:
+        err.print(f"going on from {found}, the newest that is whole", markup=False, soft_wrap=True)
+    return found

@@ -1,0 +1,302 @@
+"""transformers' Trainer with what training adapters on MLA needs: learning rates by role, the loss by chunks, gradient
+norms by role with a guard against spikes, checkpoints that are whole or absent, a held-out loss that is a mean over
+tokens, and a count of real (not padding) tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer
+
+from mla_tune.data.collate import Collator
+from mla_tune.data.stream import Stream
+from mla_tune.runs import checkpoints
+from mla_tune.training.distributed.deepspeed import gradient
+from mla_tune.training.distributed.sampler import EvenSampler, SetEpoch, is_filler
+from mla_tune.training.distributed.team import Team, gathered, set_up_sharding
+from mla_tune.training.kernels.chunked_loss import KEYWORD
+from mla_tune.training.spike_guard import Spike, SpikeGuard
+
+
+class CountingCollator:
+    """The collator, with the number of real tokens of the batch beside it."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.collator(features)
+        batch["real_tokens"] = torch.tensor(sum(len(f["input_ids"]) for f in features if not is_filler(f)))
+        return batch
+
+
+class RoleTrainer(Trainer):
+    """`groups` builds the optimizer's parameter groups from the model; `guard` judges each step.
+
+    The model must answer `token_loss=True` (`train.loss.score_by_chunks`).
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        groups: Callable[[torch.nn.Module], list[dict[str, Any]]],
+        guard: SpikeGuard,
+        team: Team,
+        keep: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        self.groups = groups
+        self.guard = guard
+        self.team = team
+        self.keep = keep
+        #: Tokens trained on, of all processes, and what the others were told of a wish to stop.
+        self.real_tokens = 0
+        #: Rows that were trained on, of all processes: where a stream goes on.
+        self.rows = 0
+        self.wants_stop: Callable[[], bool] = lambda: False
+        self.stop_agreed = False
+        #: Of the step under way: its loss and tokens here, its gradients' norms by role, and the spike that it is.
+        self.step_loss: list[torch.Tensor] = []
+        self.step_tokens = 0
+        self.role_norms: dict[str, float] = {}
+        self.spike: Spike | None = None
+        self._staging: Path | None = None
+        #: (step, held-out loss) of the latest evaluation
+        self.last_evaluation: tuple[int, float] = (-1, math.nan)
+        super().__init__(*args, **kwargs)
+
+    # ---- many processes ----
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.team.many and self.team.here.sharding == "fsdp2":
+            set_up_sharding(self.accelerator, full=not hasattr(self.model, "peft_config"))
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self) -> Any:
+        if not isinstance(self.train_dataset, Stream):
+            return super().get_train_dataloader()
+        # Not through accelerate, which would share rows out among processes once more.
+        size = self.args.per_device_train_batch_size
+        pin = self.args.dataloader_pin_memory
+        return DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator, pin_memory=pin)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.team.many:
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = train_dataset or self.train_dataset
+        batch = self.args.per_device_train_batch_size * self.team.here.count
+        sampler = EvenSampler(len(dataset) - 1, batch, self.args.data_seed)
+        self.add_callback(SetEpoch(sampler))
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if not self.team.many:
+            return super()._get_eval_sampler(eval_dataset)
+        return EvenSampler(len(eval_dataset) - 1, self.args.per_device_eval_batch_size * self.team.here.count, None)
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            target: torch.nn.Module = self.model if model is None else model  # type: ignore[assignment]
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)  # type: ignore[arg-type]
+            kwargs.pop("lr", None)
+            groups = self.groups(target)
+            self.roles_of_handles = [(g["role"], g["params"]) for g in groups] if self.team.by_zero3 else []
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        total = self._judge()
+        super()._clip_grad_norm(model)
+        return total
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        return self._judge() if grad_norm is None else grad_norm
+
+    def _judge(self) -> float:
+        """Norm of all gradients, as they are before clipping; a spike's are dropped: the step changes nothing."""
+        squares: dict[str, torch.Tensor] = {}
+        # DeepSpeed's optimizer has flat parameters of its own.
+        groups = self.roles_of_handles or [(g["role"], g["params"]) for g in _groups_of(self.optimizer)]
+        for role, parameters in groups:
+            grads = [g for g in map(gradient, parameters) if g is not None]
+            if grads:
+                square = _square_of_norm(grads)
+                squares[role] = squares[role] + square if role in squares else square
+        scaler = self.accelerator.scaler
+        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        values = torch.stack(list(squares.values())).tolist() if squares else []
+        loss, values = self._all_agree(float(torch.stack(self.step_loss).sum()), values)
+        self.role_norms = {name: math.sqrt(v) / scale for name, v in zip(squares, values, strict=True)}
+        total = math.sqrt(sum(values)) / scale
+        self.step_loss = []
+        self.spike = None
+        if scale != 1.0 and not math.isfinite(total):
+            return total  # a float16 scale that was too large: the scaler skips the step and lowers it
+        self.spike = self.guard.look(self.state.global_step + 1, loss, total)
+        if self.spike is not None:
+            for group in _groups_of(self.optimizer):
+                for parameter in group["params"]:
+                    parameter.grad = None
+            if self.spike.cut is not None:
+                self._cut(self.spike.cut)
+        return total
+
+    def _all_agree(self, loss: float, squares: list[float]) -> tuple[float, list[float]]:
+        """The step's loss over all processes and the first one's norms, to the last bit the same for all; on the way
+        tokens are counted, and whether one of them wants to stop."""
+        tokens, stop = self.step_tokens, self.wants_stop()
+        self.step_tokens = 0
+        if self.team.many:
+            sums = torch.tensor([loss, tokens, stop], dtype=torch.float64)  # on the CPU, whose group is always there
+            norms = torch.tensor(squares, dtype=torch.float64)
+            dist.all_reduce(sums)
+            if self.roles_of_handles:
+                dist.all_reduce(norms)  # of this process's shards as yet
+            shared = torch.cat([sums, norms])
+            dist.broadcast(shared, src=0)
+            loss, tokens, stop, *squares = shared.tolist()
+            loss /= self.team.here.count
+        self.real_tokens += int(tokens)
+        self.stop_agreed = bool(stop)
+        return loss, squares
+
+    def _cut(self, factor: float) -> None:
+        """Every learning rate from here on; the scheduler's own state carries it over a resume."""
+        scheduler: Any = self.lr_scheduler
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        for group in _groups_of(self.optimizer):
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Mean over the trained tokens of the global batch, in nats."""
+        tokens = inputs.pop("real_tokens", None)
+        if tokens is not None and self.model.training:
+            self.step_tokens += int(tokens)
+        count = num_items_in_batch
+        if count is None:
+            count = (inputs["labels"][:, 1:] != -100).sum()
+        loss = model(**inputs, **{KEYWORD: True}) / torch.as_tensor(count).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The count is of all processes, and their gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss.append(loss)
+        self.rows += self.args.per_device_train_batch_size * self.team.here.count
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the stock way walks over all parameters at every step."""
+        return 0
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over all trained tokens of the held-out rows, in nats.
+
+        The stock loop averages batch means, so its figure moves with batch size and packing; this one does not.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        loader = self.get_eval_dataloader(eval_dataset)
+        total = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for inputs in loader:
+                inputs = self._prepare_inputs(inputs)
+                count = int((inputs["labels"][:, 1:] != -100).sum())
+                if count or self.team.sharded:  # where the model is sharded, the others wait for this forward
+                    with self.compute_loss_context_manager():
+                        loss = self.compute_loss(self.model, inputs)
+                    total += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+        total = self.accelerator.reduce(total.to(self.args.device), reduction="sum")
+        assert isinstance(total, torch.Tensor)
+        loss_sum, tokens = total.tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / tokens if tokens else math.nan}
+        self.last_evaluation = (self.state.global_step, metrics[f"{metric_key_prefix}_loss"])
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(was_training)
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder, step = Path(self.args.output_dir or "."), self.state.global_step
+        with checkpoints.whole_or_absent(folder, step, self.team.first, self.team.wait) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.team.first:
+                    (staging / f"checkpoint-{step}" / checkpoints.STATE).write_text(json.dumps(self._own_state()))
+            finally:
+                self._staging = None
+        if self.team.first:
+            checkpoints.keep_newest(folder, self.keep)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a sharded model only what is trained is gathered; the stock way gathers the base too."""
+        if not self.team.sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = gathered(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _own_state(self) -> dict[str, Any]:
+        stream = {"stream": self.train_dataset.state_at(self.rows)} if isinstance(self.train_dataset, Stream) else {}
+        return stream | {
+            "rows": self.rows,
+            "spike_guard": self.guard.state(),
+            "real_tokens": self.real_tokens,
+            "early_stopping": [c.early_stopping_patience_counter for c in self._early_stopping()],
+        }
+
+    def load_own_state(self, checkpoint: Path) -> None:
+        """What the Trainer does not restore: guard, counted tokens, patience."""
+        state = json.loads((checkpoint / checkpoints.STATE).read_text())
+        self.guard.load(state["spike_guard"])
+        self.real_tokens, self.rows = state["real_tokens"], state.get("rows", 0)
+        if isinstance(self.train_dataset, Stream):
+            self.train_dataset.go_on(state["stream"])
+        for callback, count in zip(self._early_stopping(), state["early_stopping"], strict=False):
+            callback.early_stopping_patience_counter = count
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+
+def _groups_of(optimizer: Any) -> list[dict[str, Any]]:
+    return getattr(optimizer, "optimizer", optimizer).param_groups  # accelerate wraps it
+
+
+def _square_of_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Σ g², float32; of sharded gradients over all shards."""
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
+    total = norms.square().sum()
+    return total.full_tensor() if hasattr(total, "full_tensor") else total  # type: ignore[operator]

@@ -1,0 +1,92 @@
+"""The process that proves a merge (see `prover`): `python -m mla_tune.verification.prover_worker`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any, TextIO
+
+from mla_tune.console import hush_imports
+
+#: Seconds between two messages of one stage.
+_PAUSE = 0.1
+
+
+class Pipes:
+    """Lines of JSON from and to the process that merges."""
+
+    def __init__(self) -> None:
+        # What a library prints must not get in between.
+        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self._lock = Lock()
+        self._told: dict[str, float] = {}
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        Thread(target=self._listen, daemon=True).start()
+
+    def next(self) -> dict[str, Any]:
+        return json.loads(self._lines.get())
+
+    def say(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            print(json.dumps(message), file=self._out, flush=True)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total or now - self._told.get(stage, 0) > _PAUSE:
+            self._told[stage] = now
+            self.say({"stage": stage, "done": done, "total": total})
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            self._lines.put(line)
+        os._exit(1)  # the process that merges has ended
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that merges, and so this one
+    hush_imports()
+    pipes = Pipes()
+    # All that is made now lives as long as the process: looking for what can be freed costs a fifth of the time.
+    gc.disable()
+    with_probe = pipes.next()["probe"]
+    from mla_tune.verification.verify import MergeProof
+
+    if with_probe:
+        import mla_tune.verification.logits.absorbed_reference
+        import mla_tune.verification.logits.compare
+        import mla_tune.verification.logits.peft_reference  # noqa: F401
+    gc.freeze()
+    gc.enable()
+    from mla_tune.adapter.inputs import open_inputs
+    from mla_tune.adapter.merge_options import Options
+    from mla_tune.errors import MlaTuneError
+
+    try:
+        job = pipes.next()
+        adapters, options = [(Path(p), weight) for p, weight in job["adapters"]], Options(**job["options"])
+        inputs = open_inputs(adapters, job["base"], Path(job["out"]), options.mtp)
+        proof = MergeProof(inputs, options, with_probe, job["workers"], pipes.progress)
+        proof.begin()
+        output = pipes.next()
+        found = proof.finish(Path(output["folder"]), output["hashed"])
+    except MlaTuneError as error:
+        if os.environ.get("MLA_TUNE_DEBUG"):
+            traceback.print_exc()
+        pipes.say({"error": type(error).__name__, "text": str(error)})
+    else:
+        pipes.say({"result": {"proof": found.proof, "probe": found.probe, "hashes": found.hashes}})
+    # Nothing is left to do, and taking a large process apart takes time.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

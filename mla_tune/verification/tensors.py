@@ -1,0 +1,386 @@
+"""The proof of one tensor: every number of it, computed again.
+
+    W the base's number   P = Σ|w·s·B||A|, what an error of a sum is measured by   S the exact sum, for DoRA its rows
+    scaled to the magnitude   O the number in the output   Δ = S - W   ulp unit in the last place of the output's dtype
+
+S is computed in torch one precision above what is written: float32 for 16-bit and FP8 outputs, float64 for float32.
+With u the unit roundoff of a computation (2⁻²⁴, 2⁻⁵³) and r its ranks, a dot product is off by at most (r + 2)·u·P
+(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1); `_slack` sums this up for both sides.
+
+Strict    |O - S| ≤ ulp/2 + slack, or < ulp + slack for stochastic rounding.
+          Then |Σ(O - S)/ulp| ≤ 3√N + N/100 too, for N numbers: no drift.
+Others    |O - S| ≤ 1.5 ulp of the largest of |W|, |Δ|, |S| and |O|, + slack + 3ρP.  ρ is the unit roundoff of the
+          output's dtype: some tools round factors, product and delta to it (PEFT the delta, in places) and add then;
+          a DoRA is rounded four times (4 ulp), and each further adapter once more.
+
+A whole adapter can hide below an ulp, so there is the projection onto the change as well:
+
+    kept(O) = ⟨O - W, Δ⟩ / ‖Δ‖²   must be   kept(Q(S)) within 5 % of it + 6σ
+
+Q rounds to the nearest.  O can differ from Q(S) only where S lies so near to a border between two roundings that the
+tool's own errors d carry it across: σ² = Σ (ulp + d)²Δ² / ‖Δ‖⁴ over these numbers.  An adapter that was dropped has
+kept = 0, an rsLoRA scaled by alpha/r has 1/√r.  For stochastic rounding kept(O) = 1 with σ² = Σ f(1 - f)ulp²Δ² / ‖Δ‖⁴,
+f the part of an ulp that S lies above its lower neighbour.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import torch
+
+from mla_tune.arch.site import Site
+from mla_tune.checkpoint.index import TensorRef, matrix_shape
+from mla_tune.verification.dequantize import PRECISION, TORCH, Factors, Values, ulp_of, whole
+from mla_tune.verification.layout import Expected, Rules
+
+#: Numbers computed at once: a few float32 arrays of this size fit into a core's cache.
+_BLOCK = 1 << 19
+#: Where fewer than one number in this many differs from the nearest one, those are looked at alone.
+_FEW = 32
+#: The largest code of FP8, and the least that the largest number of a block may be coded as: more is lost to a scale
+#: that is too large.  Powers of two can be up to twice the scale that is needed.
+_E4M3_MAX, _LEAST_CODE, _LEAST_OF_OTHERS = 448.0, 416.0, 28.0
+#: Scales below this are not made smaller (see `checkpoint.quant`): float16 ends at 2⁻²⁴.
+_SMALL_SCALE = {"F16": 2.0**-20}
+
+#: Rows of a block, and A (r, in), scaled, and B (rows, r) that reach them.
+_Part = tuple[slice, torch.Tensor, torch.Tensor]
+
+
+class NumberCheck:
+    """One tensor of the output, given piece by piece; then `verdict`.
+
+    Where nearly all numbers are the nearest ones, σ is not computed.  Without it a right tensor may not be told from a
+    wrong one: then `unsure` is true, there is no verdict, and the tensor is to be given to a `thorough` check.
+    """
+
+    def __init__(
+        self,
+        out: TensorRef,
+        expected: Expected,
+        values: Values,
+        out_values: Values,
+        factors: Factors,
+        rules: Rules,
+        thorough: bool = False,
+    ) -> None:
+        self.out, self.expected, self.rules = out, expected, rules
+        self.values, self.out_values, self.factors = values, out_values, factors
+        self.dtype = torch.float64 if out.dtype in ("F32", "F64") else torch.float32
+        self.quant = out_values.scaled(out.key)
+        self.thorough, self.skipped = thorough, False
+        self.dora = any(delta.magnitude is not None for delta, _ in expected.updates)
+        self.ranks = sum(delta.rank for delta, _ in expected.updates)
+        self.first_row, self.expert = _place(out.key, expected.site)
+        self.worst, self.wrong, self.example = 0.5 if rules.rounding == "nearest" else 0.0, 0, ""
+        self.got = self.due = self.delta2 = self.spread = 0.0
+        self.projects = bool(expected.updates) and (not rules.strict or rules.rounding == "stochastic")
+        self.largest_codes = None if self.quant is None else torch.zeros_like(self.quant.scales)
+        self.largest_sums = None if self.quant is None else torch.zeros_like(self.quant.scales)
+        # Stochastic: Σ (O - S)/ulp, Σ (|O| - |S|)/ulp, and of how many numbers.
+        self.drift, self.outward, self.drawn = 0.0, 0.0, 0
+        # Only what an adapter changes may be rounded otherwise than once to the nearest, by other tools too.
+        quantised = expected.source.key in values.quantised
+        self.strict = rules.strict or not (expected.updates or quantised or self.quant is not None)
+        self.ours = 2.0**-53 if self.dtype == torch.float64 else 2.0**-24
+        self.theirs = 2.0**-53 if rules.exact else 2.0**-24
+
+    def piece(self, raw: torch.Tensor, source: torch.Tensor, begin: int, end: int) -> None:
+        """Bytes of rows [begin, end) of the output and of the source."""
+        rows = end - begin
+        width, source_width = raw.numel() // rows, source.numel() // rows
+        step = max(1, _BLOCK // max(1, matrix_shape(self.out.shape)[1]))
+        for a in range(0, rows, step):
+            b = min(a + step, rows)
+            block = raw[a * width : b * width], source[a * source_width : b * source_width]
+            self._block(*block, begin + a, begin + b)
+
+    @property
+    def unsure(self) -> bool:
+        return self.skipped and not self.wrong and self._off_projection() != ""
+
+    def verdict(self) -> str:
+        """What is wrong with the tensor; empty where nothing is."""
+        if self.wrong:
+            verb = "is" if self.wrong == 1 else "are"
+            return f"{self.wrong:,} of {math.prod(self.out.shape):,} numbers {verb} wrong: {self.example}"
+        drift = max(abs(self.drift), abs(self.outward))
+        if drift > 3 * math.sqrt(self.drawn) + 0.01 * self.drawn:  # a draw has a variance of ulp²/4 at most: 6σ
+            return f"is off by {drift / self.drawn:.2f} ulp in one direction: not rounded stochastically"
+        return self._off_projection() or self._scales()
+
+    def _off_projection(self) -> str:
+        if not self.projects or not self.delta2:
+            return ""
+        got, due = self.got / self.delta2, self.due / self.delta2
+        tolerance = 0.05 * abs(due) + 6 * math.sqrt(self.spread) / self.delta2
+        if abs(got - due) > tolerance:
+            return f"holds {got:.1%} of the adapter's change, and {due:.1%} ± {tolerance:.1%} is right"
+        return ""
+
+    def _block(self, O_raw: torch.Tensor, W_raw: torch.Tensor, begin: int, end: int) -> None:
+        W = self.values.of(self.expected.source, W_raw, begin, end, self.dtype)
+        parts = self._parts(begin, end)
+        sums = self._sums(W, parts)
+        S, factor = (sums, None) if not self.dora else self._scaled(sums, begin, end)
+        if self._nearly_all_nearest(W, S, parts, O_raw, begin, end):
+            return
+        out = self.out_values.of(self.out, O_raw, begin, end, self.dtype)
+        unit = None if self.quant is None else self.quant.spread(begin, end, self.out.shape).to(self.dtype)
+        P = self._magnitudes(parts, W)
+        slack = self._slack(W, sums, P)
+        if factor is not None:
+            # ‖S‖ is off by (n/2 + 2)u of itself and by what its numbers are off; the factor and the product round.
+            error = torch.linalg.vector_norm(slack, dim=1) / torch.linalg.vector_norm(sums, dim=1)
+            share = error + (S.shape[1] / 2 + 6) * (self.ours + self.theirs)
+            slack = slack * factor.abs().unsqueeze(1) + S.abs() * share.unsqueeze(1)
+            P = P * factor.abs().unsqueeze(1)
+        row, column = torch.arange(begin, end).unsqueeze(1), torch.arange(S.shape[1]).unsqueeze(0)
+        slack = slack + self._of_others(P)
+        self._compare(W, S, out, unit, slack, row, column)
+        if self.projects:
+            self._project(W, S, out, unit, slack)
+        self._note_largest(O_raw, S, begin, end)
+
+    def _nearly_all_nearest(
+        self, W: torch.Tensor, S: torch.Tensor, parts: list[_Part], O_raw: torch.Tensor, begin: int, end: int
+    ) -> bool:
+        """Whether nearly all numbers are the nearest ones: then the others are looked at alone, which is much faster.
+
+        The nearest is right for every tool, and where O = Q it adds the same to kept(O) and to kept(Q(S)).
+        """
+        if self.dora or self.thorough or self.rules.rounding != "nearest":
+            return False
+        unit = None if self.quant is None else self.quant.spread(begin, end, self.out.shape).to(self.dtype)
+        Q = (S if unit is None else (S / unit).clamp_(-_E4M3_MAX, _E4M3_MAX)).to(TORCH[self.out.dtype])
+        different = _different(Q, O_raw)
+        # A number that is infinite, or is rounded to infinity, equals itself; a sum is the cheapest look for it.
+        fits = self.out.dtype != "F16" or float(S.abs().max()) <= torch.finfo(torch.float16).max
+        if not fits or not math.isfinite(float(S.sum())) or different.size * _FEW >= S.numel():
+            return False
+        if self.projects:
+            D = (S - W).flatten()
+            due = float(torch.dot(self._numbers(Q, unit).sub_(W).flatten(), D))
+            self.delta2 += float(torch.dot(D, D))
+            self.due += due
+            self.got += due
+        if different.size:
+            index = torch.from_numpy(different)
+            row, column = index // S.shape[1], index % S.shape[1]
+            w, s, q, out = (x.flatten()[index] for x in (W, S, Q, O_raw.view(Q.dtype)))
+            at = None if unit is None else unit.flatten()[index]
+            q, out = self._numbers(q, at), self._numbers(out, at)
+            P = self._magnitudes_at(parts, row, column)
+            self._compare(w, s, out, at, self._slack(w, s, P) + self._of_others(P), begin + row, column)
+            if self.projects:
+                self.got += float(torch.dot(out - q, s - w))
+                self.skipped = True  # σ, that is
+        self._note_largest(O_raw, S, begin, end)
+        return True
+
+    def _numbers(self, codes: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+        numbers = codes.to(self.dtype, copy=True)
+        return numbers if unit is None else numbers.mul_(unit)
+
+    def _of_others(self, P: torch.Tensor) -> torch.Tensor | float:
+        """What other tools may be off by beyond the last rounding."""
+        return 0.0 if self.rules.strict else 3 * 2.0 ** -PRECISION[self.out.dtype][0] * P
+
+    def _note_largest(self, O_raw: torch.Tensor, S: torch.Tensor, begin: int, end: int) -> None:
+        if self.largest_codes is not None:
+            codes = O_raw.view(torch.float8_e4m3fn).to(torch.float32).view(end - begin, -1)
+            self._note(codes, self.largest_codes, begin, end)
+            self._note(S, self.largest_sums, begin, end)
+
+    def _parts(self, begin: int, end: int) -> list[_Part]:
+        """(rows of the block, scaled A, B of these rows) of each update that reaches rows [begin, end)."""
+        if self.expected.is_bias:
+            result = []
+            for delta, weight in self.expected.updates:
+                assert delta.bias is not None
+                bias = whole(delta.bias, self.dtype) * (delta.scale * weight)
+                result.append((slice(0, 1), bias.unsqueeze(0), torch.ones(1, 1, dtype=self.dtype)))
+            return result
+        result = []
+        for delta, weight in self.expected.updates:
+            assert self.expected.site is not None
+            expert, row = self.expert, self.first_row + begin
+            if self.expected.site.is_experts and expert is None:
+                expert, row = divmod(begin, self.expected.site.shape[0])
+            if delta.expert is not None and delta.expert != expert:
+                continue
+            low, high = delta.rows or (0, self.expected.site.shape[0])
+            first, last = max(row, low), min(row + end - begin, high)
+            if first < last:
+                A, B = self.factors.of(delta, weight, self.dtype)
+                which = expert if delta.experts > 1 and expert is not None else 0
+                result.append((slice(first - row, last - row), A[which], B[which, first - low : last - low]))
+        return result
+
+    def _sums(self, W: torch.Tensor, parts: list[_Part]) -> torch.Tensor:
+        S = W
+        for rows, A, B in parts:
+            if len(B) == len(W):
+                S = torch.addmm(S, B, A)
+            else:
+                S = S.clone() if S is W else S
+                S[rows] += B @ A
+        return S
+
+    def _scaled(self, sums: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows scaled to the magnitude, the factor of each row)."""
+        (delta, _), *_ = self.expected.updates
+        assert delta.magnitude is not None
+        first = self.first_row + begin - (delta.rows[0] if delta.rows else 0)
+        m = whole(delta.magnitude, self.dtype)[first : first + end - begin]
+        factor = m / torch.linalg.vector_norm(sums, dim=1)
+        return sums * factor.unsqueeze(1), factor
+
+    def _magnitudes(self, parts: list[_Part], W: torch.Tensor) -> torch.Tensor:
+        P = torch.zeros_like(W)
+        for rows, A, B in parts:
+            P[rows] += B.abs() @ A.abs()
+        return P
+
+    def _magnitudes_at(self, parts: list[_Part], row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """The same at single places of the block."""
+        P = torch.zeros(len(row), dtype=self.dtype)
+        for rows, A, B in parts:
+            inside = (row >= rows.start) & (row < rows.stop)
+            at = (row - rows.start).clamp(0, len(B) - 1)
+            P += inside * (B[at].abs() * A[:, column].T.abs()).sum(1)
+        return P
+
+    def _slack(self, W: torch.Tensor, S: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+        """How far two sums, the one here and the one that was rounded, may lie from each other."""
+        k = len(self.expected.updates)
+        slack = P * ((self.ranks + 3 + 2 * k) * (self.ours + self.theirs))
+        if k:
+            slack = slack + W.abs() * ((self.ranks + 3) * self.ours)
+        if self.out.dtype != "F32" or self.rules.exact or self.dora:
+            slack = slack + S.abs() * (2 * self.theirs)  # the sum was rounded once before it was rounded to the dtype
+        if self.expected.source.dtype not in ("F32", "BF16", "F16"):
+            slack = slack + W.abs() * (self.ours + self.theirs)  # code · scale
+        return slack
+
+    def _compare(
+        self,
+        W: torch.Tensor,
+        S: torch.Tensor,
+        out: torch.Tensor,
+        unit: torch.Tensor | None,
+        slack: torch.Tensor,
+        row: torch.Tensor,
+        column: torch.Tensor,
+    ) -> None:
+        error = (out - S).abs()
+        if self.strict:
+            ulp = self._ulp(S.abs() + slack, unit)
+            stochastic = self.rules.strict and self.rules.rounding == "stochastic"
+            allowed = (1.0 if stochastic else 0.5) * ulp + slack
+            # Sums in float32 have nothing left to round stochastically to float32.
+            if stochastic and (self.rules.exact or self.out.dtype not in ("F32", "F64")):
+                self.drift += float(((out - S) / ulp).sum())
+                self.outward += float(((out.abs() - S.abs()) / ulp).sum())
+                self.drawn += S.numel()
+        else:
+            largest = torch.maximum(torch.maximum(W.abs(), S.abs()), torch.maximum((S - W).abs(), out.abs()))
+            ulp = self._ulp(largest, unit)
+            # One adapter after the other is rounded in between.
+            allowed = (4.0 if self.dora else 0.5 + max(1, len(self.expected.updates))) * ulp + slack
+        bad = ~(error <= allowed)  # a NaN is bad
+        self.worst = max(self.worst, float(((error - slack) / ulp).nan_to_num(math.inf).max()))
+        count = int(bad.sum())
+        if count and not self.wrong:
+            i = tuple(bad.nonzero()[0].tolist())
+            at = f"[{int(row.expand_as(bad)[i])}, {int(column.expand_as(bad)[i])}]"
+            found, right, old = (float(x[i]) for x in (out, S, W))
+            self.example = f"at {at} it is {found:.6g}, and {right:.6g} is right (base: {old:.6g})"
+        self.wrong += count
+
+    def _ulp(self, x: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+        return ulp_of(x, self.out.dtype) if unit is None else ulp_of(x / unit, self.out.dtype) * unit
+
+    def _project(
+        self, W: torch.Tensor, S: torch.Tensor, out: torch.Tensor, unit: torch.Tensor | None, slack: torch.Tensor
+    ) -> None:
+        D = (S - W).double()
+        scaled = S if unit is None else (S / unit).clamp(-_E4M3_MAX, _E4M3_MAX)
+        Q = scaled.to(TORCH[self.out.dtype]).to(self.dtype)
+        Q = (Q if unit is None else Q * unit).double()
+        ulp = self._ulp(S, unit).double()
+        off = (Q - S.double()).abs()
+        D2 = D * D
+        self.delta2 += float(D2.sum())
+        self.got += float(((out - W).double() * D).sum())
+        if self.rules.rounding == "stochastic":
+            self.due += float(D2.sum())
+            self.spread += float((off * (ulp - off).clamp_min(0) * D2).sum()) + float((slack.double() ** 2 * D2).sum())
+            return
+        self.due += float(((Q - W.double()) * D).sum())
+        rho = 2.0 ** -PRECISION["BF16" if unit is not None else self.out.dtype][0]
+        d = slack.double() + rho * D.abs() + ulp / 2 * (len(self.expected.updates) - 1)
+        if self.expected.source.key in self.values.quantised:
+            d = d + rho * W.double().abs()  # other tools round the dequantised weight to bfloat16 first
+        if self.dora:
+            # Four roundings, of which that of the row's factor moves the whole row.
+            self.spread += float((4 * ulp * ulp / 3 * D2).sum())
+            self.spread += float((2 * rho * (S.double() * D).sum(1)).square().sum())
+            return
+        near = ulp / 2 - off <= d
+        self.spread += float((near * (ulp + d) ** 2 * D2).sum())
+
+    def _note(self, x: torch.Tensor, seen: torch.Tensor | None, begin: int, end: int) -> None:
+        """The largest |x| of each block, seen so far."""
+        assert self.quant is not None
+        assert seen is not None
+        x = x.abs().to(seen.dtype)
+        if self.quant.block is None:
+            seen.clamp_min_(float(x.max()))
+            return
+        rows, width = self.quant.block
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % width))
+        across = padded.view(len(x), -1, width).amax(2)
+        row = torch.arange(begin, end)
+        if len(self.out.shape) == 3:
+            seen, row = seen[begin // self.out.shape[1]], row % self.out.shape[1]
+        seen.scatter_reduce_(0, (row // rows).unsqueeze(1).expand_as(across), across, "amax")
+
+    def _scales(self) -> str:
+        """Whether a scale is so large that numbers of its block were lost."""
+        if self.largest_codes is None or self.quant is None or not self.expected.updates:
+            return ""
+        least = _LEAST_OF_OTHERS
+        if self.rules.strict:
+            least = 224.0 * 0.93 if self.quant.power_of_two else _LEAST_CODE
+        small = self.quant.scales <= _SMALL_SCALE.get(self.quant.dtype, 2.0**-126)
+        assert self.largest_sums is not None
+        lost = (self.largest_codes < least) & (self.largest_sums > 0) & ~small
+        if not bool(lost.any()):
+            return ""
+        worst = float((self.quant.scales * _E4M3_MAX / self.largest_sums)[lost].max())
+        return f"{int(lost.sum()):,} of {lost.numel():,} scales are too large, by up to {worst:.3g} times"
+
+
+def _different(wanted: torch.Tensor, raw: torch.Tensor) -> np.ndarray:
+    """Where, as flat positions, the bytes of numbers differ.  Words of 8 bytes are compared: torch takes 20 times as
+    long over numbers of 16 bits."""
+    kind = np.dtype(f"u{wanted.element_size()}")
+    a, b = wanted.view(torch.uint8).numpy().reshape(-1), raw.numpy()
+    each = 8 // kind.itemsize
+    if a.size % 8:
+        return np.flatnonzero(a.view(kind) != b.view(kind))
+    words = np.flatnonzero(a.view(np.uint64) != b.view(np.uint64))
+    places = (words[:, None] * each + np.arange(each)).reshape(-1)
+    return places[a.view(kind)[places] != b.view(kind)[places]]
+
+
+def _place(key: str, site: Site | None) -> tuple[int, int | None]:
+    """(first row of the site's matrix, expert) that a tensor holds."""
+    match = re.search(r"\.experts\.(\d+)\.(\w+)\.weight$", key)
+    if match is None or site is None or not site.is_experts:
+        return 0, None
+    return (site.shape[0] // 2 if match[2] in ("up_proj", "w3") else 0), int(match[1])
