@@ -4,9 +4,9 @@
     <attention path>.W_QK (H, Q, C)   .W_VO (H, D, C)     fold: multiplied into their neighbours, rounded once
 
 Letters, formulas and costs: `mla_tune.absorption.fold`.  It is a by-product: inference engines load the standard
-`kv_b_proj` and split it themselves.  The metadata of each file names the layout, the dimensions and the sha256 of each tensor that
-it was made from, so that a reader can tell when it is out of date.  MTP layers, which are not part of the model that
-config.json describes to transformers, have none.
+`kv_b_proj` and split it themselves.  The metadata of each file names the layout, the dimensions and the sha256 of each
+tensor that it was made from, so that a reader can tell when it is out of date.  MTP layers, which are not part of the
+model that config.json describes to transformers, have none.
 
 Memory: a few heads at a time; `fold` keeps one module's W_UV as floats beside them (34 MB at DeepSeek-V3 size, and
 about 100 MB in all for each worker).

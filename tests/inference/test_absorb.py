@@ -1,0 +1,631 @@
+"""Absorbed attention against stock transformers, and unmerged adapters against PEFT's merge.
+
+The oracles are the same models before `absorb`, and models that PEFT has merged.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+
+import mla_tune
+import mla_tune.inference.attention_interface as attention
+from mla_tune.errors import InputError, NotMLAError
+from mla_tune.inference.absorb import is_absorbed, mla_modules, obstacles
+from mla_tune.inference.latent_attention import Latent
+from mla_tune.inference.lora_tensors import BASE, LoraTensors
+from tests.helpers import tiny_families
+from tests.helpers.merging import FAMILIES
+from tests.helpers.tiny_families import tiny
+
+#: All families of transformers 5.23, wrappers included.
+NAMES = sorted(tiny_families.FAMILIES)
+ATTENTION = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+#: Of a logit, relative to the largest, between two orders of float32 sums.
+TOLERANCE = 1e-5
+
+
+def build(family: str = "deepseek_v3", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **FAMILIES[family] | changes)
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **experts).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def adapt(model: Any, *names: str, **settings: Any) -> Any:
+    """A PeftModel with adapters of these names, of ranks 3, 4, …, none of them zero."""
+    wrapped = None
+    for i, name in enumerate(names):
+        config = LoraConfig(**{"r": 3 + i, "lora_alpha": 7, "target_modules": ATTENTION} | settings)
+        if wrapped is None:
+            wrapped = get_peft_model(model, config, adapter_name=name)
+        else:
+            wrapped.add_adapter(name, config)
+    assert wrapped is not None
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for key, p in wrapped.named_parameters():
+            if "lora_" in key:
+                p.add_(0.1 * torch.randn_like(p))
+    return wrapped.eval()
+
+
+def merged(model: Any, name: str) -> Any:
+    """By PEFT, in a copy."""
+    twin = copy.deepcopy(model)
+    if name == BASE:
+        return twin.unload().eval()
+    twin.set_adapter(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return twin.merge_and_unload().eval()
+
+
+def ids(rows: int = 2, count: int = 14, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, 97, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: Any, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens, **kwargs).logits
+
+
+def stepped(model: Any, tokens: torch.Tensor, prompt: int = 5, cache: Any = None, **kwargs: Any) -> torch.Tensor:
+    """Logits of a prompt, and of each further token by itself with the cache."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    parts = [logits(model, tokens[:, :prompt], past_key_values=cache, **kwargs)]
+    parts += [logits(model, t, past_key_values=cache, **kwargs) for t in tokens[:, prompt:].split(1, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def generate(model: Any, tokens: torch.Tensor, count: int = 24, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.generate(
+            input_ids=tokens,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            pad_token_id=0,
+            **{"do_sample": False} | kwargs,
+        )
+
+
+def near(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def attention_outputs(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What the first attention module of each kind returns: later ones see inputs that differ already."""
+    found: list[torch.Tensor] = []
+    first = next(mla_modules(model))
+    handle = first.register_forward_hook(lambda _m, _a, out: found.append(out[0]))
+    logits(model, tokens)
+    handle.remove()
+    return found
+
+
+# Equal to stock -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_float64(family: str) -> None:
+    model = build(family, torch.float64)
+    (stock,) = attention_outputs(model, ids())
+    with mla_tune.absorb(model, "absorbed"):
+        (ours,) = attention_outputs(model, ids())
+    assert ours is not stock
+    assert 0 < (ours - stock).abs().max() <= 1e-12 * stock.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["auto", "absorbed", "expanded"])
+@pytest.mark.parametrize("family", NAMES)
+def test_logits_and_tokens(family: str, mode: str) -> None:
+    model = tiny(family)
+    whole, steps, tokens = logits(model, ids()), stepped(model, ids()), generate(model, ids(), 64)
+    beams = generate(model, ids(), 12, num_beams=3)
+    with mla_tune.absorb(model, mode):
+        assert not obstacles(model)
+        assert near(logits(model, ids()), whole)
+        assert near(stepped(model, ids()), steps)
+        assert torch.equal(generate(model, ids(), 64), tokens)
+        assert torch.equal(generate(model, ids(), 12, num_beams=3), beams)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_left_padding(family: str) -> None:
+    model = tiny(family)
+    tokens, mask = ids(), torch.ones(2, 14, dtype=torch.long)
+    tokens[0, :6], mask[0, :6] = 0, 0
+    stock = generate(model, tokens, attention_mask=mask)
+    alone = generate(model, tokens[:1, 6:])
+    for mode in ("auto", "absorbed"):
+        with mla_tune.absorb(model, mode):
+            padded = generate(model, tokens, attention_mask=mask)
+        assert torch.equal(padded, stock)
+        assert torch.equal(padded[:1, 14:], alone[:, 8:])
+
+
+def test_static_cache_and_assisted_decoding() -> None:
+    model = build()
+    stock = generate(model, ids(1))
+    draft = build(num_hidden_layers=2)
+    with mla_tune.absorb(model, "absorbed"):
+        assert torch.equal(generate(model, ids(1), cache_implementation="static", disable_compile=True), stock)
+        assert torch.equal(generate(model, ids(1), assistant_model=draft), stock)
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        assert near(stepped(model, ids(), cache=cache), stepped(build(), ids()))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.008)])
+def test_sixteen_bits(dtype: torch.dtype, tolerance: float, implementation: str) -> None:
+    """As near to float32 as stock is, within a factor of two."""
+    exact = stepped(build(first_k_dense_replace=3), ids())
+    model = build(first_k_dense_replace=3).to(dtype)
+    model.set_attn_implementation(implementation)
+    stock = stepped(model, ids()).float()
+    with mla_tune.absorb(model, "absorbed"):
+        ours = stepped(model, ids()).float()
+    error = (ours - exact).abs().max()
+    assert error <= tolerance * exact.abs().max()
+    assert error <= 2 * (stock - exact).abs().max()
+
+
+@pytest.mark.parametrize("adapters", [(), ("x", "y")])
+def test_compiled(adapters: tuple[str, ...]) -> None:
+    """One graph: nothing falls out of it."""
+    model = build(first_k_dense_replace=3)
+    model = adapt(model, *adapters) if adapters else model
+    whole, steps = logits(model, ids()), stepped(model, ids())
+    torch._dynamo.reset()
+    with mla_tune.absorb(model, "absorbed"):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert near(logits(compiled, ids()), whole)
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        assert near(stepped(compiled, ids(), cache=cache), steps)
+    torch._dynamo.reset()
+
+
+def test_eager_gives_its_weights() -> None:
+    model = build()
+    model.set_attn_implementation("eager")
+    stock = model(ids(), output_attentions=True)
+    with mla_tune.absorb(model, "absorbed"):
+        ours = model(ids(), output_attentions=True)
+    for a, b in zip(ours.attentions, stock.attentions, strict=True):
+        assert near(a, b)
+
+
+def test_long_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    whole = logits(model, ids())
+    monkeypatch.setattr("mla_tune.inference.latent_attention._SCORES", 2 * 4 * 14 * 3)
+    with mla_tune.absorb(model, "absorbed"):
+        assert near(logits(model, ids()), whole)
+
+
+# The choice -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def absorbed_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The T of each absorbed call."""
+    calls: list[int] = []
+    attend = Latent.attend
+
+    def counted(self: Latent, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(query.shape[2])
+        return attend(self, query, *args, **kwargs)
+
+    monkeypatch.setattr(Latent, "attend", counted)
+    return calls
+
+
+def test_auto_expands_prompts_and_absorbs_steps(absorbed_calls: list[int]) -> None:
+    model = build()
+    with mla_tune.absorb(model):
+        stepped(model, ids(count=40), prompt=36)
+    assert set(absorbed_calls) == {1}
+    assert len(absorbed_calls) == 4 * len(list(mla_modules(model)))
+    with mla_tune.absorb(model, "expanded"):
+        stepped(model, ids(count=40), prompt=36)
+    assert len(absorbed_calls) == 4 * len(list(mla_modules(model)))
+
+
+def test_choice_at_deepseek_v3_size() -> None:
+    shape = nn.Module()
+    sizes = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512, "num_heads": 128}
+    for name, value in sizes.items():
+        setattr(shape, name, value)
+    shape.expand_kv = None  # type: ignore[assignment]
+    latent = Latent(shape)
+    assert attention.prefers_absorbed(latent, 1, 1, 4096)
+    assert attention.prefers_absorbed(latent, 1, 4, 4096), "drafted tokens"
+    assert not attention.prefers_absorbed(latent, 1, 4096, 4096)
+    assert not attention.prefers_absorbed(latent, 1, 512, 8192), "a chunk of a prompt"
+
+
+# There and back -------------------------------------------------------------------------------------------------------
+
+
+def test_expand_leaves_nothing_behind() -> None:
+    model = adapt(build(), "x")
+    before = logits(model, ids())
+    attributes = {path: set(vars(m)) for path, m in model.named_modules()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    mla_tune.absorb(model, "absorbed")
+    assert is_absorbed(model)
+    mla_tune.absorb(model, "auto")  # a change of mode
+    assert mla_tune.expand(model) is model
+    assert not is_absorbed(model)
+    assert {path: set(vars(m)) for path, m in model.named_modules()} == attributes
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model, ids()), before)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+    mla_tune.expand(model)
+
+
+def test_another_implementation_meanwhile(absorbed_calls: list[int]) -> None:
+    model = build()
+    right = logits(model, ids())
+    mla_tune.absorb(model, "absorbed")
+    model.set_attn_implementation("eager")
+    assert near(logits(model, ids()), right)
+    assert not absorbed_calls
+    mla_tune.absorb(model, "absorbed")
+    assert near(logits(model, ids()), right)
+    assert absorbed_calls
+    mla_tune.expand(model)
+    assert model.config._attn_implementation == "eager"
+    assert near(logits(model, ids()), right)
+
+
+def test_weights_are_not_copied() -> None:
+    model = build()
+    with mla_tune.absorb(model, "absorbed"):
+        for module in mla_modules(model):
+            state = getattr(module, attention.STATE)
+            assert state.weights(module.kv_b_proj.weight)[0].data_ptr() == module.kv_b_proj.weight.data_ptr()
+
+
+def test_a_copy_of_an_absorbed_model_is_its_own() -> None:
+    model = adapt(build(), "x")
+    mla_tune.absorb(model, "absorbed")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(0.9)
+    right = logits(mla_tune.expand(copy.deepcopy(twin)), ids())
+    assert near(logits(twin, ids()), right)
+    assert not near(logits(model, ids()), right)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(NotMLAError, match="Linear has no Multi-head Latent Attention"):
+        mla_tune.absorb(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="mode 'fast': allowed are auto, absorbed, expanded"):
+        mla_tune.absorb(build(), "fast")
+
+
+def test_no_torch_before_it_is_asked_for() -> None:
+    import subprocess
+    import sys
+
+    code = "import mla_tune, sys; assert 'torch' not in sys.modules; mla_tune.absorb; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "only kv_b_proj": {"target_modules": ["kv_b_proj"]},
+    "all but kv_b_proj": {"target_modules": [t for t in ATTENTION if t != "kv_b_proj"]},
+    "dense MLP by parameter": {
+        "target_modules": ["kv_b_proj", "o_proj"],
+        "target_parameters": ["layers.0.mlp.up_proj.weight", "shared_experts.down_proj.weight"],
+    },
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("family", NAMES)
+def test_one_adapter_on_every_family(family: str, method: str) -> None:
+    model = adapt(tiny(family), "x", "y", target_modules=["kv_b_proj", "o_proj"], **METHODS[method])
+    names = ["x", BASE, "y"]
+    models = {name: merged(model, name) for name in names}
+    right = torch.cat([logits(models[name], ids(3)[i : i + 1]) for i, name in enumerate(names)])
+    with mla_tune.absorb(model, "absorbed"):
+        assert not obstacles(model)
+        assert near(logits(model, ids(3)[:1]), right[:1])
+        assert near(logits(model, ids(3), adapter_names=names), right)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_adapter(method: str) -> None:
+    model = adapt(build(), "x", **METHODS[method])
+    right = merged(model, "x")
+    plain = logits(merged(model, BASE), ids())
+    with mla_tune.absorb(model, "absorbed"):
+        assert not obstacles(model)
+        assert near(logits(model, ids()), logits(right, ids()))
+        assert not near(logits(model, ids()), plain, 1e-3), "the adapter does something"
+        assert torch.equal(generate(model, ids()), generate(right, ids()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", ["auto", "absorbed"])
+def test_rows_of_a_batch(mode: str, method: str) -> None:
+    """Each row is its own adapter's merged model, ranks 3 and 4 side by side, the base between them."""
+    model = adapt(build(), "x", "y", **METHODS[method])
+    names = ["x", BASE, "y", "x"]
+    models = {name: merged(model, name) for name in dict.fromkeys(names)}
+    tokens = ids(4)
+    right = torch.cat([logits(models[name], tokens[i : i + 1]) for i, name in enumerate(names)])
+    text = [generate(models[name], tokens[i : i + 1]) for i, name in enumerate(names)]
+    with mla_tune.absorb(model, mode):
+        assert near(logits(model, tokens, adapter_names=names), right)
+        assert torch.equal(generate(model, tokens, adapter_names=names), torch.cat(text))
+        other = names[::-1]
+        turned = logits(model, tokens.flip(0), adapter_names=other)
+        assert near(turned.flip(0), right), "the stack of the first batch is not used again"
+
+
+def test_rows_with_beams() -> None:
+    model = adapt(build(), "x", "y")
+    right = [generate(merged(model, n), ids()[i : i + 1], 10, num_beams=2) for i, n in enumerate("xy")]
+    with mla_tune.absorb(model, "absorbed"):
+        found = generate(model, ids(), 10, num_beams=2, adapter_names=["x", "y"])
+    assert torch.equal(found, torch.cat(right))
+
+
+@pytest.mark.parametrize("family", [name for name in NAMES if name not in ("minicpm3", "youtu")])
+def test_routed_experts_by_their_factors(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PEFT computes them, which makes W + s·B A of all experts for every token."""
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    settings = {"target_modules": ["kv_b_proj"], "target_parameters": stacks}
+    model = adapt(tiny(family), "x", "y", **settings, r=3)
+    right = logits(model, ids())
+    model.set_adapter("y")
+    other = logits(model, ids())
+    with model.disable_adapter():
+        plain = logits(model, ids())
+    with mla_tune.absorb(model, "absorbed"), monkeypatch.context() as patch:
+        patch.setattr(ParamWrapper, "_activate_lora", None)
+        assert near(logits(model, ids()), other)
+        model.set_adapter("x")
+        assert near(logits(model, ids()), right)
+        with model.disable_adapter():
+            assert near(logits(model, ids()), plain)
+    assert not near(right, other, 1e-3)
+    assert not near(right, plain, 1e-3)
+    assert torch.equal(logits(model, ids()), right)
+
+
+def test_routed_experts_one_parameter_and_gradients() -> None:
+    grads = []
+    for absorbed in (False, True):
+        model = adapt(build(), "x", target_modules=["o_proj"], target_parameters=["experts.down_proj"])
+        if absorbed:
+            mla_tune.absorb(model, "absorbed")
+        model(input_ids=ids(), labels=ids()).loss.backward()
+        grads.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    assert any("experts" in key for key in grads[0])
+    assert grads[0].keys() == grads[1].keys()
+    for key, grad in grads[0].items():
+        assert near(grads[1][key], grad, 1e-3), key
+
+
+def test_several_active_adapters() -> None:
+    model = adapt(build(), "x", "y")
+    model.base_model.set_adapter(["x", "y"])
+    right = logits(model, ids())
+    with mla_tune.absorb(model, "absorbed"):
+        assert near(logits(model, ids()), right)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_switching_is_bitwise_reproducible(dora: bool) -> None:
+    model = adapt(build(), "x", use_dora=dora)
+    with mla_tune.absorb(model, "absorbed"):
+        with model.disable_adapter():
+            base = logits(model, ids())
+        a = logits(model, ids())
+        model.add_adapter("y", LoraConfig(r=5, target_modules=["kv_b_proj"], init_lora_weights=False, use_dora=dora))
+        model.set_adapter("y")
+        model.eval()
+        b = logits(model, ids())
+        assert not near(a, base, 1e-3)
+        assert not near(b, a, 1e-3)
+        model.set_adapter("x")
+        assert torch.equal(logits(model, ids()), a)
+        model.set_adapter("y")
+        assert torch.equal(logits(model, ids()), b)
+        with model.disable_adapter():
+            assert torch.equal(logits(model, ids()), base)
+        model.delete_adapter("y")
+        model.set_adapter("x")
+        assert torch.equal(logits(model, ids()), a)
+        unloaded = model.unload()
+        assert torch.equal(logits(unloaded, ids()), base)
+
+
+CHANGES: dict[str, Callable[[Any, float], Any]] = {
+    "in place": lambda p, by: p.mul_(by),
+    "through .data": lambda p, by: p.data.mul_(by),
+    "another tensor": lambda p, by: setattr(p, "data", p.data * by),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("names", [None, ["x", "y"]])
+@pytest.mark.parametrize("dora", [False, True])
+def test_weights_that_change_are_seen(dora: bool, names: list[str] | None, change: str) -> None:
+    """Of the adapter and of the base, between two prompts."""
+    model = adapt(build(), "x", "y", use_dora=dora)
+    with mla_tune.absorb(model, "absorbed"):
+        before = logits(model, ids(), adapter_names=names)
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                if "kv_b_proj.lora_B.x" in key:
+                    CHANGES[change](p, 1.5)
+                elif "kv_b_proj.base_layer" in key:
+                    CHANGES[change](p, 0.8)
+        ours = logits(model, ids(), adapter_names=names)
+    models = [merged(model, name) for name in (names or ["x", "x"])]
+    right = torch.cat([logits(m, ids()[i : i + 1]) for i, m in enumerate(models)])
+    assert near(ours, right)
+    assert not near(ours, before, 1e-3)
+
+
+def _scaled(layer: Any) -> None:
+    layer.scaling["x"] *= 2
+
+
+def _replaced(layer: Any) -> None:
+    """By another module, with twice the weight."""
+    layer.lora_B["x"] = copy.deepcopy(layer.lora_B["x"])
+    layer.lora_B["x"].weight.mul_(2)
+
+
+@pytest.mark.parametrize("change", [lambda layer: layer.lora_B["x"].weight.mul_(2), _scaled, _replaced])
+def test_between_two_steps_of_one_prompt(change: Any) -> None:
+    """Scales, modules and versions of parameters are looked at for every token."""
+    model = adapt(build(), "x", "y", use_dora=True)
+    names = ["x", "y"]
+
+    def changed(absorbed: bool) -> torch.Tensor:
+        twin = copy.deepcopy(model)
+        if absorbed:
+            mla_tune.absorb(twin, "absorbed")
+        cache = DynamicCache(config=twin.config)
+        logits(twin, ids(), past_key_values=cache, adapter_names=names)
+        with torch.no_grad():
+            for module in twin.modules():
+                if "x" in getattr(module, "lora_B", ()):
+                    change(module)
+        return logits(twin, ids(2, 1), past_key_values=cache, adapter_names=names)
+
+    mla_tune.absorb(model, "expanded")
+    assert near(changed(True), changed(False))
+
+
+def test_adapters_that_come_after_absorb() -> None:
+    model = build()
+    mla_tune.absorb(model, "absorbed")
+    wrapped = adapt(model, "x", "y")
+    assert near(logits(wrapped, ids()), logits(merged(wrapped, "x"), ids()))
+    rows = torch.cat([logits(merged(wrapped, n), ids()[i : i + 1]) for i, n in enumerate("xy")])
+    assert near(logits(wrapped, ids(), adapter_names=["x", "y"]), rows)
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [({"lora_bias": True}, "a bias on B"), ({"lora_dropout": 0.5}, "dropout while training")],
+)
+def test_what_can_not_be_taken_apart_is_expanded(settings: dict[str, Any], reason: str) -> None:
+    model = adapt(build(), "x", **settings)
+    if reason == "a bias on B":
+        right = logits(model, ids())
+        with mla_tune.absorb(model, "absorbed"):
+            assert set(obstacles(model).values()) == {reason}
+            assert near(logits(model, ids()), right)
+    else:
+        with mla_tune.absorb(model.train(), "absorbed"):
+            assert set(obstacles(model).values()) == {reason}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_training_through_absorbed_attention(dora: bool) -> None:
+    """Gradients are those of stock."""
+    grads = []
+    for mode in ("expanded", "absorbed"):
+        model = adapt(build(), "x", use_dora=dora)
+        mla_tune.absorb(model, mode)
+        model(input_ids=ids(), labels=ids()).loss.backward()
+        grads.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for key, grad in grads[0].items():
+        assert near(grads[1][key], grad, 1e-3), key
+
+
+# Negative controls: what these tests must not pass --------------------------------------------------------------------
+
+
+def test_control_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = logits(build(), ids())
+    monkeypatch.setattr(Latent, "attend", _without_mask(Latent.attend))
+    model = build()
+    with mla_tune.absorb(model, "absorbed"):
+        assert not near(logits(model, ids()), right, 1e-3)
+
+
+def test_control_sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("hy_v4")
+    right = logits(model, ids())
+    monkeypatch.setattr("mla_tune.inference.latent_attention._softmax", lambda scores, _: torch.softmax(scores, dim=-1))
+    with mla_tune.absorb(model, "absorbed"):
+        assert not near(logits(model, ids()), right, 1e-3)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "hy_v4", "dots3_note", "mistral_large4"])
+def test_control_indices_ignored(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    model = tiny(family)
+    right = logits(model, ids())
+    monkeypatch.setattr(attention, "_with_indices", lambda mask, *_: mask)
+    with mla_tune.absorb(model, "absorbed"):
+        assert not near(logits(model, ids()), right, 1e-3)
+
+
+def _without_mask(attend: Any) -> Any:
+    def blind(self: Latent, query: Any, latent: Any, k_rope: Any, mask: Any, *rest: Any) -> Any:
+        return attend(self, query, latent, k_rope, None, *rest)
+
+    return blind
+
+
+def test_control_adapter_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapt(build(), "x", target_modules=["kv_b_proj"])
+    right = logits(merged(model, "x"), ids())
+    monkeypatch.setattr(LoraTensors, "active", lambda _: [])
+    with mla_tune.absorb(model, "absorbed"):
+        assert not near(logits(model, ids()), right, 1e-3)
+
+
+def test_control_stale_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the watch and without `forget`, a change of weights goes unseen."""
+    model = adapt(build(), "x", "y", target_modules=["kv_b_proj"])
+    monkeypatch.setattr("mla_tune.inference.lora_tensors._Watch.holds", lambda _: True)
+    monkeypatch.setattr(LoraTensors, "forget", lambda _: None)
+    with mla_tune.absorb(model, "absorbed"):
+        before = logits(model, ids(), adapter_names=["x", "y"])
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                if "lora_B.x" in key:
+                    p.mul_(2)
+        assert torch.equal(logits(model, ids(), adapter_names=["x", "y"]), before)
+
+
+def test_a_peft_model_is_a_model() -> None:
+    """`absorb` on the PeftModel and on the model in it are the same."""
+    model = adapt(build(), "x")
+    assert isinstance(model, PeftModel)
+    with mla_tune.absorb(model.get_base_model(), "absorbed"):
+        one = logits(model, ids())
+    with mla_tune.absorb(model, "absorbed"):
+        assert torch.equal(logits(model, ids()), one)

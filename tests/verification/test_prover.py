@@ -1,0 +1,211 @@
+"""The proof in a process of its own: the same as here, and every way in which the two processes can lose each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mla_tune.adapter.inputs import Inputs, open_inputs
+from mla_tune.adapter.merge_options import Options
+from mla_tune.errors import CheckError, FileError, WorkError
+from mla_tune.merge.run import merge_absorb
+from mla_tune.verification.prover import _Beside, _Here, start
+from tests.helpers.logits import ATTENTION
+from tests.helpers.merging import edit_tensors, make_adapter, make_base
+
+KEY = "model.layers.1.self_attn.kv_b_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, adapter and out in one folder."""
+    folder = tmp_path_factory.mktemp("prover")
+    make_base(folder / "base")
+    make_adapter(folder / "adapter", folder / "base", target_modules=ATTENTION)
+    merge_absorb(folder / "adapter", folder / "base", folder / "out", verify=False)
+    return folder
+
+
+@pytest.fixture
+def inputs(merged: Path) -> Inputs:
+    return open_inputs([(merged / "adapter", 1.0)], merged / "base", merged / "out")
+
+
+@pytest.fixture
+def beside() -> Iterator[_Beside]:
+    prover = _Beside(probe=False)
+    yield prover
+    prover.stop()
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    places = ["--base", str(folder / "base"), "--out", str(folder / "new"), *options]
+    return [str(Path(sys.executable).parent / "mla-tune"), "merge-absorb", str(folder / "adapter"), *places]
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(pid).children() if "mla_tune.verification.prover_worker" in p.cmdline()]
+
+
+def wait_for(what: Any, seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it did not happen")
+
+
+def test_here_where_torch_is_loaded() -> None:
+    assert isinstance(start(probe=True), _Here)
+
+
+def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
+    here = _Here(probe=True)
+    here.begin(inputs, Options(), 2, None)
+    expected = here.finish(merged / "out", [])
+    told: list[tuple[str, int, int]] = []
+    beside = _Beside(probe=True)
+    try:
+        beside.begin(inputs, Options(), 2, lambda *message: told.append(message))
+        found = beside.finish(merged / "out", [])
+    finally:
+        beside.stop()
+    assert found.proof == expected.proof
+    assert found.hashes == expected.hashes
+    assert found.probe is not None
+    assert expected.probe is not None
+    assert found.probe["merged"]["max_error"] == pytest.approx(expected.probe["merged"]["max_error"], abs=1e-5)
+    assert found.probe["tokens"] == expected.probe["tokens"]
+    for stage in ("check", "logits"):
+        counts = [(done, total) for name, done, total in told if name == stage]
+        assert counts
+        assert counts == sorted(counts)
+        assert counts[-1][0] == counts[-1][1]
+
+
+def test_what_is_wrong_is_told(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
+    merge_absorb(merged / "adapter", merged / "base", tmp_path / "out", verify=False)
+    edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t[KEY].mul_(2))
+    beside.begin(inputs, Options(), 2, None)
+    with pytest.raises(CheckError, match=rf"nothing was published:\n  {KEY}: .* numbers are wrong"):
+        beside.finish(tmp_path / "out", [])
+
+
+def test_other_errors_keep_their_kind(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
+    gone = replace(inputs, places=replace(inputs.places, base=tmp_path / "gone"))
+    beside.begin(gone, Options(), 2, None)
+    with pytest.raises(FileError, match="gone"):
+        beside.finish(merged / "out", [])
+
+
+def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: _Beside) -> None:
+    beside.begin(inputs, Options(), 2, None)
+    os.kill(beside._process.pid, signal.SIGKILL)
+    with pytest.raises(WorkError, match=r"was killed by signal 9 .*short of memory.*nothing was published"):
+        beside.finish(merged / "out", [])
+
+
+def test_a_worker_with_a_bug(merged: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr("mla_tune.verification.prover.WORKER", "mla_tune.merge.no_such_module")
+    beside = _Beside(probe=False)
+    beside.begin(inputs, Options(), 2, None)
+    with pytest.raises(WorkError, match="ended with exit code 1"):
+        beside.finish(merged / "out", [])
+    beside.stop()
+    assert "no_such_module" in capfd.readouterr().err
+
+
+def test_the_folder_of_the_user_is_not_imported_from(
+    merged: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    beside = _Beside(probe=False)
+    beside.begin(inputs, Options(), 2, None)
+    beside.finish(merged / "out", [])
+    beside.stop()
+
+
+def test_the_command_proves_in_another_process(merged: Path) -> None:
+    """The one that merges never loads torch."""
+    code = f"""
+import sys
+from pathlib import Path
+from mla_tune.merge.run import merge_absorb
+report = merge_absorb(Path({str(merged / "adapter")!r}), {str(merged / "base")!r}, Path({str(merged / "lib")!r}))
+assert report.proof["failed"] == 0 and report.probe["ran"]
+assert not {{"torch", "transformers", "peft"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    manifest = json.loads((merged / "lib" / "mla_tune_manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        digest = hashlib.sha256((merged / "lib" / name).read_bytes()).hexdigest()
+        assert entry["sha256"] == digest, name
+    assert "model.safetensors" in manifest["files"]
+
+
+@pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)])
+def test_no_worker_is_left(merged: Path, stop: signal.Signals, code: int) -> None:
+    process = subprocess.Popen(command(merged), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    (worker,) = wait_for(lambda: workers_of(process.pid))
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in said
+    assert ("stopped" in said) == (stop == signal.SIGINT)
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    assert not (merged / "new").exists()
+
+
+def test_ctrl_c_reaches_both(merged: Path) -> None:
+    """A terminal sends it to the whole group: only one of them speaks of it."""
+    process = subprocess.Popen(
+        command(merged), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: workers_of(process.pid))
+    time.sleep(1)  # while it imports
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "stopped"
+    assert said.count("stopped") == 1
+
+
+def test_a_wrong_input_is_told_at_once(merged: Path) -> None:
+    """The worker's start does not hold it up, and leaves nothing on the terminal."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command(merged), "--min-survival", "0.5", "--adapter", str(merged / "nowhere")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr
+    assert time.monotonic() - began < 30
+
+
+def test_no_worker_for_no_verify(merged: Path, tmp_path: Path) -> None:
+    code = f"""
+import subprocess
+from pathlib import Path
+from mla_tune.merge.run import merge_absorb
+def popen(*_, **__): raise SystemExit("a process was started")
+subprocess.Popen.__init__ = popen
+merge_absorb(Path({str(merged / "adapter")!r}), {str(merged / "base")!r}, Path({str(tmp_path / "new")!r}), verify=False)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "new" / "config.json").is_file()
