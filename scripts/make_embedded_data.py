@@ -5,7 +5,7 @@
 
 `DIR` holds one JSON object a line with `prompt` and `completion` (MBPP also `tests` and `setup`).  A row's place is
 decided by a hash of its task, so that neither the order of the source nor a later run moves it to the other side:
-the rows with the smallest hashes are held out, the next ones are trained on.  Origin and licences: LICENSES.md.
+the rows with the smallest hashes are held out, the next ones are trained on.  Origin and licenses: LICENSES.md.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ it is no assistant.
 
 {wrapped(training)}
 Data: English prose (US State of the Union addresses, CC0; Jane Austen's novels, Moby Dick and the Jargon File, public
-domain) and the source of Python's standard library (PSF licence); the latter also as chat turns, in which a function's
+domain) and the source of Python's standard library (PSF license); the latter also as chat turns, in which a function's
 docstring asks and its source answers.
 
 ## Held-out loss

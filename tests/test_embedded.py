@@ -1,4 +1,4 @@
-"""What ships with the package: the embedded model, its card, the data with its licences."""
+"""What ships with the package: the embedded model, its card, the data with its licenses."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_data_sides_do_not_overlap(name: str) -> None:
     assert not sides[0] & sides[1]
 
 
-def test_licences_are_named() -> None:
+def test_licenses_are_named() -> None:
     text = (EMBEDDED_DATA / "LICENSES.md").read_text()
     assert re.search(r"CC-BY-4\.0", text)
     assert "Copyright (c) 2021 OpenAI" in text

@@ -9,12 +9,12 @@ from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import PlacementError, did_you_mean
 from mla_tune.recipe.schema import AdapterSection, RoleOverride
 
-#: Initialisations that take a part of W out of the base.
+#: Initializations that take a part of W out of the base.
 RESIDUAL = ("pissa", "olora")
 
 
 def reached_as_parameter(arch: Architecture, role: Role) -> bool:
-    """Whether PEFT can adapt this role only as a parameter (`target_parameters`), materialising W + ΔW: fused experts,
+    """Whether PEFT can adapt this role only as a parameter (`target_parameters`), materializing W + ΔW: fused experts,
     and dense and shared MLPs of the families in which it rewrites their module names to the experts."""
     return role in GROUPS["experts"] or (arch.family.peft_remaps_experts and role in GROUPS["mlp"])
 
@@ -177,7 +177,7 @@ def _refuse_impossible(arch: Architecture, adapter: AdapterSection, roles: set[R
 
 
 def _refuse_init(adapter: AdapterSection, planned: list[PlannedSite]) -> None:
-    """What an initialisation can't do: fused experts, a rank beyond the matrix, an odd rank."""
+    """What an initialization can't do: fused experts, a rank beyond the matrix, an odd rank."""
     if adapter.init in ("default", "gaussian"):
         return
     experts = sorted({p.site.role.value for p in planned if p.site.is_experts})

@@ -6,7 +6,7 @@ change how long they take).  Every step decodes one token a row, the last of exa
     ms a token     time of a step: each of the B rows gets one token       tokens a second     B / that time
     ratio          stock's time / this way's, one a round                  transient           peak above rest in a step
     bandwidth      (weights that a step must read, once + cache) / time / bandwidth of a copy: how much of the machine
-                   is used, were nothing read twice (model bandwidth utilisation)
+                   is used, were nothing read twice (model bandwidth utilization)
     floor          bytes of the cache / bandwidth of a copy: no step that reads each cached token once is faster
     graph          on a GPU, a step as a CUDA graph: the GPU's own time, where Python would take longer to ask for it
 

@@ -1,7 +1,7 @@
 """Numbers of safetensors files in numpy, which knows neither bfloat16 nor FP8: stored codes ↔ float arrays.
 
 Rounding is to the nearest, ties to the even code (IEEE 754-2019, 4.3.1), once, from float32 or float64; or stochastic:
-to one of the two neighbours, with probabilities that make the expectation exact.  FP8 follows the OCP 8-bit Floating
+to one of the two neighbors, with probabilities that make the expectation exact.  FP8 follows the OCP 8-bit Floating
 Point Specification 1.0: E4M3 has no infinity (codes beyond 448 saturate here, 0x7F is NaN), E8M0 of the OCP
 Microscaling Specification 1.0 is a bare power of two, 2^(code - 127).
 """
@@ -98,7 +98,7 @@ def _nearest(x: np.ndarray, dtype: str) -> np.ndarray:
 
 def _round_to_odd(x: np.ndarray) -> np.ndarray:
     """float64 → float32 such that a second rounding, to two bits less or more, is right: where the number is not exact,
-    of its two neighbours the one with an odd last bit (Boldo & Melquiond, IEEE TC 57(4), 2008)."""
+    of its two neighbors the one with an odd last bit (Boldo & Melquiond, IEEE TC 57(4), 2008)."""
     with np.errstate(over="ignore", invalid="ignore"):
         y = x.astype(np.float32)
         error = x - y
@@ -146,18 +146,18 @@ def _nearest_e4m3(x: np.ndarray) -> np.ndarray:
 
 
 def _stochastic(x: np.ndarray, nearest: np.ndarray, dtype: str, rng: np.random.Generator) -> np.ndarray:
-    """From the nearest code to the neighbour on the other side of x, with probability |x - nearest| / gap."""
+    """From the nearest code to the neighbor on the other side of x, with probability |x - nearest| / gap."""
     kind = np.float64
     code = np.ascontiguousarray(nearest).view(np.dtype(f"u{STORAGE[dtype].itemsize}")).copy()
     value, exact = decode(nearest, dtype, kind), x.astype(kind)
     error = exact - value
     sign = code.dtype.type(1 << (code.dtype.itemsize * 8 - 1))
-    away = (error > 0) == (value > 0)  # the neighbour has the larger magnitude
+    away = (error > 0) == (value > 0)  # the neighbor has the larger magnitude
     other = np.where(away, code + code.dtype.type(1), code - code.dtype.type(1))
     other = np.where(code & ~sign == 0, np.where(error < 0, sign | 1, 1).astype(code.dtype), other).astype(code.dtype)
-    neighbour = decode(other.view(STORAGE[dtype]), dtype, kind)
+    neighbor = decode(other.view(STORAGE[dtype]), dtype, kind)
     with np.errstate(invalid="ignore", divide="ignore"):
-        chance = np.where((error != 0) & np.isfinite(neighbour), error / (neighbour - value), 0.0)
+        chance = np.where((error != 0) & np.isfinite(neighbor), error / (neighbor - value), 0.0)
     take = rng.random(x.shape) < chance
     code[take] = other[take]
     return code.view(STORAGE[dtype])

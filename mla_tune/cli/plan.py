@@ -12,7 +12,7 @@ def command(
         str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set adapter.rank=8.")] = None,
-    data: Annotated[bool, typer.Option("--data/--no-data", help="Read and tokenise the data, to count it.")] = True,
+    data: Annotated[bool, typer.Option("--data/--no-data", help="Read and tokenize the data, to count it.")] = True,
     gpus: Annotated[
         int | None, typer.Option("--gpus", help="Say which launch configuration fits so many GPUs.")
     ] = None,
@@ -89,8 +89,8 @@ def _placement(recipe: Any) -> Any:
     if recipe.adapter.modules_to_save:
         from mla_tune.model.modules_to_save import with_whole
 
-        quantised = bool(arch.quantization) or section.quantize != "none"
-        placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, quantised)
+        quantized = bool(arch.quantization) or section.quantize != "none"
+        placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, quantized)
     return placement
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mla_tune.serving.compatibility import Check, Judgement
+    from mla_tune.serving.compatibility import Check, Judgment
 
-#: Colours of verdicts on a terminal.
+#: Colors of verdicts on a terminal.
 _STYLES = {"dropped": "bold red", "refused": "red", "unknown": "yellow", "applied": "green"}
 
 
@@ -36,19 +36,19 @@ def command(
     from mla_tune.errors import CheckError
     from mla_tune.serving.engines import find_engine
 
-    judgement, document = _judge(what, find_engine(engine), base)
-    print_json(document) if as_json else _print(judgement, document)
-    if judgement.verdict in ("dropped", "refused"):
-        found = {"silently dropped": _named(judgement, "dropped"), "refused": _named(judgement, "refused")}
+    judgment, document = _judge(what, find_engine(engine), base)
+    print_json(document) if as_json else _print(judgment, document)
+    if judgment.verdict in ("dropped", "refused"):
+        found = {"silently dropped": _named(judgment, "dropped"), "refused": _named(judgment, "refused")}
         listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
-        raise CheckError(f"{what}: {judgement.engine.title} can't serve it as it is. {listed}")
+        raise CheckError(f"{what}: {judgment.engine.title} can't serve it as it is. {listed}")
 
 
-def _named(judgement: Judgement, verdict: str) -> list[str]:
-    return list(dict.fromkeys(judgement.named(verdict)))
+def _named(judgment: Judgment, verdict: str) -> list[str]:
+    return list(dict.fromkeys(judgment.named(verdict)))
 
 
-def _judge(what: Path, engine: Any, base: str | None) -> tuple[Judgement, dict[str, Any]]:
+def _judge(what: Path, engine: Any, base: str | None) -> tuple[Judgment, dict[str, Any]]:
     from mla_tune.adapter.files import RUN_SUBFOLDER
     from mla_tune.adapter.inputs import EMBEDDED, open_inputs
     from mla_tune.adapter.settings import CONFIG_FILE
@@ -74,58 +74,58 @@ def _judge(what: Path, engine: Any, base: str | None) -> tuple[Judgement, dict[s
         if base is not None:
             raise InputError(f"{what}: is a model, not an adapter: --base has no meaning for it")
         checkpoint = Checkpoint.open(folder)
-        judgement = judge(engine, checkpoint, architecture(checkpoint.config, str(folder / "config.json")))
+        judgment = judge(engine, checkpoint, architecture(checkpoint.config, str(folder / "config.json")))
         places = {"adapter": None, "model": str(folder)}
     else:
         inputs = open_inputs([(what, 1.0)], base, None)
         adapter = inputs.adapters[0][0]
-        judgement = judge(engine, inputs.base, inputs.arch, adapter, str(inputs.places.out))
+        judgment = judge(engine, inputs.base, inputs.arch, adapter, str(inputs.places.out))
         places = {"adapter": str(adapter.folder), "model": str(inputs.base.folder)}
-    return judgement, {
+    return judgment, {
         "what": str(what),
         "kind": "model" if is_model else "adapter",
         **places,
         "engine": engine.id,
-        "verdict": judgement.verdict,
-        "model_checks": [check.to_json() for check in judgement.model],
-        "adapter_checks": [check.to_json() for check in judgement.adapter],
-        "merge": judgement.merge,
-        "launch": list(judgement.launch),
+        "verdict": judgment.verdict,
+        "model_checks": [check.to_json() for check in judgment.model],
+        "adapter_checks": [check.to_json() for check in judgment.adapter],
+        "merge": judgment.merge,
+        "launch": list(judgment.launch),
     }
 
 
-def _print(judgement: Judgement, document: dict[str, Any]) -> None:
+def _print(judgment: Judgment, document: dict[str, Any]) -> None:
     from rich.markup import escape
 
     from mla_tune.console import out
 
     what = f"{document['adapter']} on {document['model']}" if document["adapter"] else document["model"]
-    out.print(escape(f"{judgement.engine.title} and {what}"), soft_wrap=True)
+    out.print(escape(f"{judgment.engine.title} and {what}"), soft_wrap=True)
     sources: dict[str, int] = {}
-    if judgement.adapter:
-        _table("adapter", judgement.adapter, sources)
-    _table("base model" if judgement.adapter else "model", judgement.model, sources)
-    seen = {check.fact.source for check in judgement.checks if check.fact}
+    if judgment.adapter:
+        _table("adapter", judgment.adapter, sources)
+    _table("base model" if judgment.adapter else "model", judgment.model, sources)
+    seen = {check.fact.source for check in judgment.checks if check.fact}
     for source in sorted(seen, key=lambda s: sources[s.id]):
         how = {"measured": "measured", "source": "read in the code", "issue": "said by its tracker"}[source.how]
         out.print(escape(f"[{sources[source.id]}] {source.versions}; {how}, {source.date}"), soft_wrap=True)
         out.print(escape(f"    {source.url}"), soft_wrap=True)
-    if unknown := _named(judgement, "unknown"):
+    if unknown := _named(judgment, "unknown"):
         out.print(escape(f"\nunknown: {', '.join(unknown)}: compare outputs before you trust them"), soft_wrap=True)
     advice: dict[str, dict[str, None]] = {}
-    for check in judgement.checks:
+    for check in judgment.checks:
         if check.fact and check.fact.instead and check.verdict != "applied":
             advice.setdefault(check.fact.instead, {})[check.item.subject] = None
     if advice:
         out.print("\nwhat to do")
         for what_to_do, subjects in advice.items():
             out.print(escape(f"  {', '.join(subjects)}: {what_to_do}"), soft_wrap=True)
-    if judgement.merge:
-        out.print(escape(f"\nmerge it\n  {judgement.merge}"), soft_wrap=True)
-        out.print(f"\nand serve the merged checkpoint (serve-check it first) with {judgement.engine.title}")
+    if judgment.merge:
+        out.print(escape(f"\nmerge it\n  {judgment.merge}"), soft_wrap=True)
+        out.print(f"\nand serve the merged checkpoint (serve-check it first) with {judgment.engine.title}")
     else:
         out.print("\nlaunch")
-    for line in judgement.launch:
+    for line in judgment.launch:
         out.print(escape(f"  {line}"), soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk, found again by the hash of everything that they depend on.
+"""Tokenized rows on disk, found again by the hash of everything that they depend on.
 
 One safetensors file a set, in `tokens/` of the cache ($MLA_TUNE_CACHE, else ~/.cache/mla-tune): ids and labels of all
 samples end to end, their lengths, and the counts.  Files may be deleted at any time.

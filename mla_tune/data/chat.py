@@ -67,7 +67,7 @@ def turn_tokens(
             continue
         if "".join(message["content"].split()) not in squeezed:
             raise InputError(
-                f"the chat template leaves out a part of message {i + 1} (the assistant's), so it wouldn't be learnt; "
+                f"the chat template leaves out a part of message {i + 1} (the assistant's), so it wouldn't be learned; "
                 "many templates do that with reasoning before </think>: take it out of the rows, use another template, "
                 "or (prompt and completion) set data.template: none"
             )
@@ -105,7 +105,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools,
         if asked and word not in template:
             raise InputError(
                 f"the chat has {word}, of which the tokenizer's chat template knows nothing, so they wouldn't be "
-                f"learnt; use a template that renders them, or take them out of the rows"
+                f"learned; use a template that renders them, or take them out of the rows"
             )
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, **kwargs)

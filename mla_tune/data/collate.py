@@ -3,7 +3,7 @@
 Packed rows carry `position_ids` that start again at 0 with each sample.  transformers' mask code reads the samples'
 borders from them (`masking_utils.find_packed_sequence_indices`) and keeps attention within each sample, with eager and
 sdpa at any batch size, on two conditions: there is no attention mask, and no cache.  Unless told otherwise a model
-makes a cache, in training too, and every sample then sees its neighbours without a word of warning; so a packed batch
+makes a cache, in training too, and every sample then sees its neighbors without a word of warning; so a packed batch
 says `use_cache: False` itself.  A ready-made 4-D mask would hold with a cache too, but its form differs between eager
 and sdpa, and flash attention takes none.
 

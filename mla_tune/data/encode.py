@@ -1,7 +1,7 @@
 """Rows → samples: token ids, and for each token whether it counts towards the loss.
 
 A model predicts token i from the tokens before it, so the first token of a sample is never predicted: its label is
-always -100.  That makes `trained_tokens` exact, and keeps a packed sample from being predicted by its neighbour.
+always -100.  That makes `trained_tokens` exact, and keeps a packed sample from being predicted by its neighbor.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def encode(
     part: str = "data",
     partial: bool = False,
 ) -> Encoded:
-    """Tokenise rows and mask what doesn't count.
+    """Tokenize rows and mask what doesn't count.
 
-    prompt: rendered as a user's and an assistant's turn, or (template none) bos + prompt + completion + eos, tokenised
+    prompt: rendered as a user's and an assistant's turn, or (template none) bos + prompt + completion + eos, tokenized
     apart so that no token spans the border.  chat: rendered by the template.  text: bos + text + eos.  Rendered ids are
     those of `tokenizer.apply_chat_template`.  tokens: as they are.
 
@@ -88,12 +88,12 @@ def encode(
         InputError: the tokenizer lacks a template or an end token, the template refuses a row, a row is too long for
             what `too_long` says, or no token is left to train on.  No rows at all is no error.
     """
-    tokenised = _tokenised(rows, kind, tokenizer, data, part)
+    tokenized = _tokenized(rows, kind, tokenizer, data, part)
     samples: list[Sample] = []
     truncated = dropped = split = untrained = 0
     skipped: list[str] = []
     misfits: list[tuple[int, _Tokens]] = []
-    for number, row in enumerate(tokenised, start=1):
+    for number, row in enumerate(tokenized, start=1):
         if isinstance(row, InputError):
             skipped.append(str(row))
         elif len(row.ids) <= max_length:
@@ -123,7 +123,7 @@ def encode(
         why = (
             f"all {dropped} rows are longer than train.max_length ({max_length} tokens) and were dropped; raise it"
             if dropped == len(rows)
-            else f"all labels are masked in all {len(samples)} samples, so nothing would be learnt; see data.loss_on, "
+            else f"all labels are masked in all {len(samples)} samples, so nothing would be learned; see data.loss_on, "
             "and whether the chat template's {% generation %} part holds the assistant's turns"
         )
         raise InputError(f"{part}: {why}")
@@ -163,7 +163,7 @@ def _where(rows: list[Row], number: int, part: str) -> str:
     return f"{part}: row {number} ('{begin[:40]}{'…' if len(begin) > 40 else ''}')"
 
 
-def _tokenised(
+def _tokenized(
     rows: list[Row], kind: Kind, tokenizer: PreTrainedTokenizerBase, data: DataSection, part: str
 ) -> Iterator[_Tokens | InputError]:
     """Each row's tokens; where bad rows are skipped, the error of one instead."""

@@ -1,6 +1,6 @@
 """Bring raw rows of any accepted format into one of three kinds.
 
-    format     columns (prompt, completion, messages and text can be renamed)   kind and normalised row
+    format     columns (prompt, completion, messages and text can be renamed)   kind and normalized row
     prompt     prompt, completion                                               prompt: {prompt, completion}
     alpaca     instruction, output, and input if there is one                   prompt: {prompt, completion}
     chat       messages: a list of {role, content}                              chat: {messages: [{role, content}, …]}
@@ -42,7 +42,7 @@ class _Fault(Exception):
     """What is wrong with one row; the caller knows where the row stands."""
 
 
-def normalise(
+def normalize(
     table: Table, data: DataSection, faults: list[str] | None = None, partial: bool = False
 ) -> tuple[Kind, list[Row]]:
     """Rows of one kind, in the table's order.

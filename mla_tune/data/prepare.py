@@ -94,7 +94,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, arch: Architecture, tokenizer: Any) -> Prepared:
-    """Load, render, tokenise, mask, mix and pack.  Raises `FileError` or `InputError` with the row at fault."""
+    """Load, render, tokenize, mask, mix and pack.  Raises `FileError` or `InputError` with the row at fault."""
     window, length = arch.max_position_embeddings, recipe.train.max_length
     if window and length > window:
         raise InputError(f"train.max_length is {length}, but this model's window is {window} tokens")
@@ -178,7 +178,7 @@ def _part(data: DataSection, weight: float, recipe: Recipe, tokenizer: Any, line
             return make()
         found, was_there = cached(key_of(rows.sha256, part, tokenizer, data, length), make)
         if was_there:
-            lines.append(f"{rows.source}, {part}: {len(found.samples)} samples, tokenised earlier (data.cache)")
+            lines.append(f"{rows.source}, {part}: {len(found.samples)} samples, tokenized earlier (data.cache)")
         return found
 
     train = tokens("training rows", rows.train)

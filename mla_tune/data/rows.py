@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_tune.data.files import SUFFIXES, Table, read_file
-from mla_tune.data.formats import Kind, Row, normalise
+from mla_tune.data.formats import Kind, Row, normalize
 from mla_tune.errors import InputError, did_you_mean
 from mla_tune.recipe.schema import DataSection
 from mla_tune.resources import EMBEDDED_DATA
@@ -50,7 +50,7 @@ def load_rows(data: DataSection, seed: int) -> RowSet:
     """
     table, source = _read(data.path, data, "train", "data.path")
     skipped: list[str] = []
-    kind, train = normalise(table.first(data.limit) if data.limit else table, data, skipped)
+    kind, train = normalize(table.first(data.limit) if data.limit else table, data, skipped)
     held_out: list[Row] = []
     if data.eval_path is not None or (data.eval_fraction and data.path in EMBEDDED):
         held_out, further = evaluation_rows(data, kind, source, skipped)
@@ -68,7 +68,7 @@ def evaluation_rows(data: DataSection, kind: Kind, source: str, skipped: list[st
     where = data.eval_path if data.eval_path is not None else data.path
     key = "data.eval_path" if data.eval_path is not None else "data.path"
     table, name = _read(where, data, "held_out", key)
-    found, rows = normalise(table, data, skipped)
+    found, rows = normalize(table, data, skipped)
     if found != kind:
         raise InputError(
             f"{key}: {name} has rows of the kind {found}, but data.path: {source} of the kind {kind}; both must be of "
@@ -129,7 +129,7 @@ def _read_hub(name: str, data: DataSection, key: str) -> tuple[Table, str]:
 
 
 def split(rows: list[Row], fraction: float, seed: int, source: str = "data") -> tuple[list[Row], list[Row]]:
-    """(train, held out), each in the rows' order.  Equal rows stay on one side, so that none is learnt by heart.
+    """(train, held out), each in the rows' order.  Equal rows stay on one side, so that none is learned by heart.
 
     Raises:
         InputError: all rows are equal, so that nothing can be held out.

@@ -1,4 +1,4 @@
-"""Rows for training that are read, tokenised and packed as they are needed (`data.streaming`).
+"""Rows for training that are read, tokenized and packed as they are needed (`data.streaming`).
 
 The stream goes by chunks of `data.buffer` records: those of each source by its weight, then shuffled and packed among
 themselves.  The order is drawn from the seed and the chunk's number, so a checkpoint holds no samples: the chunk, where
@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from mla_tune.data.collate import rows_for
 from mla_tune.data.encode import Encoded, Sample, encode
 from mla_tune.data.files import Table
-from mla_tune.data.formats import Kind, Row, detect, normalise
+from mla_tune.data.formats import Kind, Row, detect, normalize
 from mla_tune.data.reader import Cursor, Reader
 from mla_tune.data.rows import canonical, split
 from mla_tune.errors import InputError
@@ -60,7 +60,7 @@ class Origin:
         """The next records that can be used, without those that are held out."""
         table = self.reader.take(count, cursor)
         faults: list[str] = []
-        rows = self._normalised(table, faults)
+        rows = self._normalized(table, faults)
         state.counts["records"] += count
         state.counts["skipped"] += len(faults)
         state.faults += faults[: max(0, NAMED - len(state.faults))]
@@ -73,7 +73,7 @@ class Origin:
         faults: list[str] = []
         if not table.rows:
             raise InputError(f"{table.faults[0]}\nall of the first {len(table.faults)} lines are broken")
-        rows = self._normalised(table, faults)
+        rows = self._normalized(table, faults)
         self.data = self.data.model_copy(update={"format": self._format(table)})
         if not rows:
             raise InputError(f"{faults[0]}\nall of the first {len(faults)} rows are left out for such reasons")
@@ -86,12 +86,12 @@ class Origin:
     def _format(self, table: Table) -> Any:
         return detect(table, self.data) if self.data.format == "auto" else self.data.format
 
-    def _normalised(self, table: Table, faults: list[str]) -> list[Row]:
+    def _normalized(self, table: Table, faults: list[str]) -> list[Row]:
         if not table.rows:
             faults += table.faults
             return []
         skip = self.data.bad_rows == "skip"
-        kind, rows = normalise(table, self.data, faults if skip else None, partial=True)
+        kind, rows = normalize(table, self.data, faults if skip else None, partial=True)
         self.kind = kind
         return rows
 

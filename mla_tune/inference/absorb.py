@@ -28,7 +28,7 @@ class absorb:
     way: decoding is absorbed, long prompts are expanded), absorbed or expanded.  Called again, it changes the mode.
     `model.set_attn_implementation` ends it: call it again to absorb over another implementation.
 
-    Where `kv_b_proj` is quantised or offloaded, W_UK and W_UV come from the absorbed.safetensors beside the model, if
+    Where `kv_b_proj` is quantized or offloaded, W_UK and W_UV come from the absorbed.safetensors beside the model, if
     that was made from it; modules that stay expanded are told by `obstacles`.
 
     As a function it returns nothing of use and lasts until `expand(model)`; as a context manager (`with absorb(model)

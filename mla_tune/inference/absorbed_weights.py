@@ -1,5 +1,5 @@
 """W_UK and W_UV out of the absorbed.safetensors that stands beside a model, for modules whose `kv_b_proj` has no plain
-weight in memory: quantised (bitsandbytes, FP8), or offloaded.
+weight in memory: quantized (bitsandbytes, FP8), or offloaded.
 
 Where `kv_b_proj` has a plain weight the two are views of it, which cost nothing and can't be stale; the file's tensors,
 the same bits, would be kept twice.

@@ -1,7 +1,7 @@
 """`absorbed.safetensors`: the KV up-projection of every attention module in an absorbed form, from what was written.
 
     <attention path>.W_UK (H, C, P)   .W_UV (H, V, C)     split: the same numbers per head, bit for bit
-    <attention path>.W_QK (H, Q, C)   .W_VO (H, D, C)     fold: multiplied into their neighbours, rounded once
+    <attention path>.W_QK (H, Q, C)   .W_VO (H, D, C)     fold: multiplied into their neighbors, rounded once
 
 Letters, formulas and costs: `mla_tune.absorption.fold`.  It is a by-product: inference engines load the standard
 `kv_b_proj` and split it themselves.  The metadata of each file names the layout, the dimensions and the sha256 of each
@@ -31,7 +31,7 @@ from mla_tune.checkpoint.absorbed import ABSORBED_FILE, ABSORBED_INDEX
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.checkpoint.dtypes import FLOATS, decode, encode
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, tensor_bytes
-from mla_tune.checkpoint.quantized.fp8 import Quantised, dequantise, read_scales
+from mla_tune.checkpoint.quantized.fp8 import Quantized, dequantize, read_scales
 from mla_tune.checkpoint.tensor_io import read_raw, sha256
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import CheckError, InputError
@@ -75,7 +75,7 @@ def write_absorbed(
     mode: str,
     *,
     max_shard_bytes: int = 5_000_000_000,
-    quantised: Mapping[str, Quantised] | None = None,
+    quantized: Mapping[str, Quantized] | None = None,
     exact: bool = False,
     context: int = 4096,
     workers: int = 1,
@@ -83,7 +83,7 @@ def write_absorbed(
 ) -> AbsorbedReport:
     """Write the absorbed tensors of the `merged` checkpoint, as it lies on the disk, into `folder`.
 
-    `quantised` tells how FP8 weights are to be read.  `fold` multiplies in float32; in float64 with `exact`, and for
+    `quantized` tells how FP8 weights are to be read.  `fold` multiplies in float32; in float64 with `exact`, and for
     float32 weights.  `context` is the S of the costs.  `workers` tensors are made at a time, one thread each: numpy's
     own threads should be off (OPENBLAS_NUM_THREADS=1), they wait for each other at every head.  `progress` is told the
     bytes of each piece written.  Files of an earlier run go first; the index, where there are several files, is written
@@ -93,10 +93,10 @@ def write_absorbed(
     """
     headers = {key: (ref.dtype, ref.shape) for key, ref in merged.tensors.items()}
     plan = plan_absorbed(arch, headers, mode, max_shard_bytes=max_shard_bytes, where=str(merged.folder))
-    known = quantised or {}
+    known = quantized or {}
     for key in (key for sources in plan.sources.values() for key in sources.values()):
         if merged[key].dtype not in FLOATS and key not in known:
-            raise InputError(f"{merged.folder}: '{key}' is {merged[key].dtype}, and how it was quantised is not known")
+            raise InputError(f"{merged.folder}: '{key}' is {merged[key].dtype}, and how it was quantized is not known")
     for old in (folder / ABSORBED_FILE, folder / ABSORBED_INDEX, *folder.glob(_SHARDS)):
         old.unlink(missing_ok=True)
     job = _Job(arch, merged, plan, known, exact, progress or (lambda _: None))
@@ -136,13 +136,13 @@ class _Job:
         arch: Architecture,
         merged: Checkpoint,
         plan: AbsorbedPlan,
-        quantised: Mapping[str, Quantised],
+        quantized: Mapping[str, Quantized],
         exact: bool,
         progress: Callable[[int], None],
     ) -> None:
         self.arch, self.merged, self.plan = arch, merged, plan
         self.dims = {a.path: a.dims for a in arch.attention}
-        self.quantised, self.exact, self.progress = quantised, exact, progress
+        self.quantized, self.exact, self.progress = quantized, exact, progress
         self._lock = Lock()
         self.rounding: dict[str, float] = {}
         self._digests: dict[str, dict[str, str]] = {}
@@ -154,12 +154,12 @@ class _Job:
         return np.float64 if self.exact or dtype in ("F32", "F64") else np.float32
 
     def matrix(self, key: str) -> _Matrix:
-        return _Matrix(self.merged[key], self.quantised.get(key))
+        return _Matrix(self.merged[key], self.quantized.get(key))
 
     def digests(self, key: str) -> dict[str, str]:
         """Of a weight and of its scale.  Kept: a module's tensors may lie in two files."""
         if key not in self._digests:
-            how = self.quantised.get(key)
+            how = self.quantized.get(key)
             refs = [self.merged[key]] if how is None else [self.merged[key], how.scale]
             self._digests[key] = {ref.key: sha256(ref) for ref in refs}
         return self._digests[key]
@@ -271,7 +271,7 @@ class _Job:
 class _Matrix:
     """Rows of one stored matrix, as floats or as codes."""
 
-    def __init__(self, ref: TensorRef, how: Quantised | None) -> None:
+    def __init__(self, ref: TensorRef, how: Quantized | None) -> None:
         self.ref, self.how = ref, how
         self.scale = None if how is None else read_scales(how)
 
@@ -279,7 +279,7 @@ class _Matrix:
         raw = read_raw(self.ref, begin, end)
         if self.how is None or self.scale is None:
             return decode(raw, self.ref.dtype, float_type)
-        return dequantise(raw, self.scale, self.how, begin, float_type)
+        return dequantize(raw, self.scale, self.how, begin, float_type)
 
     def codes(self, begin: int, end: int, dtype: str) -> np.ndarray:
         """Bits as they are, but FP8 as `dtype`."""

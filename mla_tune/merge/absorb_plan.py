@@ -17,8 +17,8 @@ from mla_tune.checkpoint.index import nearest, tensor_bytes
 from mla_tune.checkpoint.writer import Layout
 from mla_tune.errors import InputError
 
-#: FP8 codes are dequantised and rounded once to this.
-_DEQUANTISED = "BF16"
+#: FP8 codes are dequantized and rounded once to this.
+_DEQUANTIZED = "BF16"
 #: Key → (dtype of the format, shape).
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -89,7 +89,7 @@ def _checked(site: Site, tensors: Headers, where: str) -> str:
 
 def _dtype(stored: set[str]) -> str:
     """The dtype of tensors made from these: theirs, or where they differ one that holds all of them."""
-    kinds = {dtype if dtype in FLOATS else _DEQUANTISED for dtype in stored}
+    kinds = {dtype if dtype in FLOATS else _DEQUANTIZED for dtype in stored}
     if len(kinds) == 1:
         return kinds.pop()
     return "F64" if "F64" in kinds else "F32"

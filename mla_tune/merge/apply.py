@@ -24,7 +24,7 @@ import numpy as np
 from mla_tune.adapter.files import AdapterDelta
 from mla_tune.checkpoint.dtypes import STORAGE, decode, encode, round_bf16
 from mla_tune.checkpoint.index import matrix_shape
-from mla_tune.checkpoint.quantized.fp8 import Quantised, dequantise, read_scales, requantise
+from mla_tune.checkpoint.quantized.fp8 import Quantized, dequantize, read_scales, requantize
 from mla_tune.checkpoint.tensor_io import read_float, read_into, read_raw
 from mla_tune.errors import WorkError
 from mla_tune.merge.plan import MergePlan, OutTensor, Update
@@ -85,14 +85,14 @@ class Merger:
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
         self.float_type: type = np.float64 if plan.options.exact else np.float32
-        self._weights = {out.key: out for out in plan.changed if out.requantise is not None}
+        self._weights = {out.key: out for out in plan.changed if out.requantize is not None}
         self._factors: OrderedDict[str, tuple[np.ndarray, ...]] = OrderedDict()
         self._scales: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._local = threading.local()
 
     def pieces(self, out: OutTensor) -> Iterator[Piece]:
-        """The tensor in pieces of about `PIECE_BYTES`, that end where experts and quantised blocks end.  They depend on
+        """The tensor in pieces of about `PIECE_BYTES`, that end where experts and quantized blocks end.  They depend on
         the tensor alone, never on the number of threads, and so do the results."""
         rows, columns = matrix_shape(out.shape)
         if out.scale_of is not None:
@@ -106,7 +106,7 @@ class Merger:
 
     def _spans(self, out: OutTensor, rows: int) -> Iterator[tuple[int, int, int]]:
         """(begin, end, granularity) of the rows that belong to one matrix."""
-        code = out.quant or out.requantise
+        code = out.quant or out.requantize
         unit = code.block[0] if code is not None and code.block is not None else 1
         matrices = out.shape[0] if len(out.shape) == 3 else 1
         for i in range(matrices):
@@ -127,11 +127,11 @@ class Merger:
             W = self._weight(out, raw[begin - piece.begin : end - piece.begin], begin)
             merged, added = self._merged(out, W, begin)
             block = codes[begin - piece.begin : end - piece.begin]
-            if out.requantise is not None:
-                absmax = self._absmax(out) if out.requantise.block is None else None
-                block[...], raw = requantise(merged, out.requantise, self._rng(out.key, begin), absmax)
-                scales = decode(raw, out.requantise.scale.dtype, self.float_type)
-                kept = dequantise(block, scales, out.requantise, 0, self.float_type)
+            if out.requantize is not None:
+                absmax = self._absmax(out) if out.requantize.block is None else None
+                block[...], raw = requantize(merged, out.requantize, self._rng(out.key, begin), absmax)
+                scales = decode(raw, out.requantize.scale.dtype, self.float_type)
+                kept = dequantize(block, scales, out.requantize, 0, self.float_type)
             else:
                 kept = self._round(merged, out, begin, block)
             if survival is None or added is None:
@@ -146,7 +146,7 @@ class Merger:
         return codes, survival
 
     def _blocks(self, piece: Piece, columns: int) -> Iterator[tuple[int, int]]:
-        code = piece.out.quant or piece.out.requantise
+        code = piece.out.quant or piece.out.requantize
         unit = code.block[0] if code is not None and code.block is not None else 1
         step = max(unit, _BLOCK // max(1, columns) // unit * unit)
         for begin in range(piece.begin, piece.end, step):
@@ -165,7 +165,7 @@ class Merger:
                 return decode(raw, "BF16", out=self._spare("W", raw.shape))
             return decode(raw, out.source.dtype, self.float_type)
         expert, row = divmod(begin, out.shape[1]) if len(out.shape) == 3 else (None, begin)
-        return dequantise(raw, self._scale(out.quant), out.quant, row, self.float_type, expert)
+        return dequantize(raw, self._scale(out.quant), out.quant, row, self.float_type, expert)
 
     def _merged(self, out: OutTensor, W: np.ndarray, begin: int) -> tuple[np.ndarray, np.ndarray | None]:
         """(W', W' - W) of these rows; the second is None where nothing is added."""
@@ -260,8 +260,8 @@ class Merger:
             spares[name] = np.empty(size, np.uint8)
         return spares[name][:size].view(kind).reshape(shape)
 
-    def _scale(self, quant: Quantised) -> np.ndarray:
-        """The scales of a quantised weight, kept for the next rows."""
+    def _scale(self, quant: Quantized) -> np.ndarray:
+        """The scales of a quantized weight, kept for the next rows."""
         with self._lock:
             key = quant.scale.key
             if key not in self._scales:
@@ -286,11 +286,11 @@ class Merger:
         return float(known)
 
     def _fresh_scales(self, out: OutTensor) -> np.ndarray:
-        """The scales of a requantised weight, in the dtype and shape of the base's.
+        """The scales of a requantized weight, in the dtype and shape of the base's.
 
         They may lie in another shard than the weight, so they are computed from it once more.
         """
-        quant = out.requantise
+        quant = out.requantize
         assert quant is not None
         assert out.scale_of is not None
         weight = self._weights[out.scale_of]
@@ -300,7 +300,7 @@ class Merger:
         for first, last, _ in self._spans(weight, rows):
             for begin, end in self._blocks(Piece(weight, first, last), columns):
                 W = self._weight(weight, self._read(weight, begin, end, columns), begin)
-                parts.append(requantise(self._merged(weight, W, begin)[0], quant, None, absmax)[1])
+                parts.append(requantize(self._merged(weight, W, begin)[0], quant, None, absmax)[1])
         raw = parts[0] if quant.block is None else np.concatenate(parts)
         return raw.reshape(matrix_shape(out.shape))
 

@@ -27,7 +27,7 @@ from mla_tune.merge.apply import Merger, Piece, Survival
 from mla_tune.merge.plan import MergePlan, OutShard, OutTensor
 from mla_tune.merge.staging import Staging
 
-#: Neighbouring tensors are copied in one go, up to this many bytes.
+#: Neighboring tensors are copied in one go, up to this many bytes.
 _COPY_BYTES = 1 << 26
 #: ioctl request that makes a file share another's blocks until one of them changes (Linux: btrfs, XFS, bcachefs).
 _FICLONE = 0x40049409
@@ -214,7 +214,7 @@ def _let_others_go_first() -> None:
 
 
 def _copy_runs(shard: OutShard) -> list[tuple[str, TensorRef, int]]:
-    """(first key, its source, bytes) of the tensors to copy, neighbours together."""
+    """(first key, its source, bytes) of the tensors to copy, neighbors together."""
     runs: list[tuple[str, TensorRef, int]] = []
     last: OutTensor | None = None
     for out in shard.tensors:

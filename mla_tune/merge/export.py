@@ -83,7 +83,7 @@ def carry_files(plan: MergePlan, staging: Path) -> tuple[list[str], list[str]]:
     """Copy everything of the base that is not weights: tokenizer, generation config, chat templates, code.
 
     Returns the names that were copied and the names that were left behind; the weights that the merge has written
-    itself are in neither list.  config.json tells of a new dtype, of weights that are no longer quantised, and of an
+    itself are in neither list.  config.json tells of a new dtype, of weights that are no longer quantized, and of an
     output head that is no longer tied.
     """
     base = plan.checkpoint.folder
@@ -115,7 +115,7 @@ def _config(plan: MergePlan) -> dict[str, Any]:
     """The base's config.json with what the merge has changed."""
     config = dict(plan.checkpoint.config)
     if plan.raised:
-        config = edit_config(config, plan.raised, plan.quantised)
+        config = edit_config(config, plan.raised, plan.quantized)
     if plan.options.dtype != "keep":
         # transformers 4 wrote torch_dtype, transformers 5 writes dtype and reads both.
         present = [name for name in ("dtype", "torch_dtype") if name in config]

@@ -19,7 +19,7 @@ from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.dtypes import FLOATS
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, tensor_bytes
 from mla_tune.checkpoint.quantized.config import raise_together
-from mla_tune.checkpoint.quantized.fp8 import Quantised, quantised_weights
+from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights
 from mla_tune.checkpoint.writer import Layout
 from mla_tune.errors import InputError
 from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
@@ -41,7 +41,7 @@ class OutTensor:
     """One tensor of the output.
 
     Its numbers are those of `source` (coded as `quant` says), plus the `updates`, written as `dtype`: as codes with
-    the scales of `requantise`, where that is set.  `scale_of` marks the tensor that holds these scales, and names the
+    the scales of `requantize`, where that is set.  `scale_of` marks the tensor that holds these scales, and names the
     weight.  `site` is the matrix that the tensor is a part of: rows from `first_row` on, of the expert `expert`; None
     with a site of experts means that the tensor holds them all, (E, out, in).  A tensor whose `source` is not the
     base's of this key was replaced by the adapter or untied.  `is_bias` adds the `updates`' biases, not their matrices.
@@ -51,8 +51,8 @@ class OutTensor:
     dtype: str
     shape: tuple[int, ...]
     source: TensorRef
-    quant: Quantised | None = None
-    requantise: Quantised | None = None
+    quant: Quantized | None = None
+    requantize: Quantized | None = None
     scale_of: str | None = None
     site: Site | None = None
     first_row: int = 0
@@ -90,8 +90,8 @@ class OutShard:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """`adapters` stand with their weights; `quantised` says how the base's weights are coded, `raised` which of them
-    are written unquantised, `replaced` which tensors are whole ones from an adapter; `untied` is a model whose output
+    """`adapters` stand with their weights; `quantized` says how the base's weights are coded, `raised` which of them
+    are written unquantized, `replaced` which tensors are whole ones from an adapter; `untied` is a model whose output
     head becomes a tensor of its own, and `twins` are tensors of an adapter that must be equal."""
 
     checkpoint: Checkpoint
@@ -99,7 +99,7 @@ class MergePlan:
     adapters: tuple[tuple[Adapter, float], ...]
     options: Options
     shards: tuple[OutShard, ...]
-    quantised: Mapping[str, Quantised]
+    quantized: Mapping[str, Quantized]
     raised: frozenset[str]
     replaced: frozenset[str]
     untied: bool
@@ -133,23 +133,23 @@ def plan_merge(
 ) -> MergePlan:
     """Find every tensor that the adapters change in `checkpoint`, and check the shape and dtype of each.
 
-    Raises `InputError` for weights that can't be dequantised for certain, for tensors that are missing or of another
+    Raises `InputError` for weights that can't be dequantized for certain, for tensors that are missing or of another
     shape, for adapters whose merge would not be the model that was trained, and for options that exclude each other.
     """
     options.check()
-    quantised = quantised_weights(checkpoint)
+    quantized = quantized_weights(checkpoint)
     _check_weights(adapters)
     changes = _Changes(checkpoint, arch, options)
     for adapter, weight in adapters:
         changes.add(adapter, weight)
-    touched = {key for key in changes.outs if key in quantised}
+    touched = {key for key in changes.outs if key in quantized}
     raised: set[str] = set()
     if options.dtype != "keep":
-        raised = set(quantised)
+        raised = set(quantized)
     elif options.fp8 == "bf16":
         raised = touched | raise_together(arch, checkpoint, touched) if touched else set()
-    raised |= {key for key in changes.replaced if key in quantised}
-    shards = tuple(_shards(checkpoint, changes, options, quantised, raised))
+    raised |= {key for key in changes.replaced if key in quantized}
+    shards = tuple(_shards(checkpoint, changes, options, quantized, raised))
     replaced = frozenset(changes.replaced)
     plan = MergePlan(
         checkpoint,
@@ -157,7 +157,7 @@ def plan_merge(
         tuple(adapters),
         options,
         shards,
-        quantised,
+        quantized,
         frozenset(raised),
         replaced,
         changes.untied,
@@ -166,7 +166,7 @@ def plan_merge(
     if options.absorb == "none":
         return plan
     for site in arch.by_role(Role.W_UKV):
-        _check(checkpoint[site.disk_keys()[0]], site.shape, checkpoint, quantised)
+        _check(checkpoint[site.disk_keys()[0]], site.shape, checkpoint, quantized)
     layout = {out.key: (out.dtype, out.shape) for shard in shards for out in shard.tensors}
     return replace(plan, absorbed=plan_absorbed(arch, layout, options.absorb))
 
@@ -291,12 +291,12 @@ def _site_shape(out: OutTensor) -> tuple[int, ...]:
 
 
 def _shards(
-    checkpoint: Checkpoint, changes: _Changes, options: Options, quantised: Mapping[str, Quantised], raised: set[str]
+    checkpoint: Checkpoint, changes: _Changes, options: Options, quantized: Mapping[str, Quantized], raised: set[str]
 ) -> Iterator[OutShard]:
-    scales = {q.scale.key: key for key, q in quantised.items()}
-    dropped = {key for weight in raised for key in (quantised[weight].scale.key, *quantised[weight].companions)}
+    scales = {q.scale.key: key for key, q in quantized.items()}
+    dropped = {key for weight in raised for key in (quantized[weight].scale.key, *quantized[weight].companions)}
     for shard in checkpoint.shards:
-        outs = _outs(checkpoint, shard, changes, options, quantised, raised, scales, dropped)
+        outs = _outs(checkpoint, shard, changes, options, quantized, raised, scales, dropped)
         same = all(out.is_copy and out.source.file == shard.file for out in outs) and len(outs) == len(shard.tensors)
         if outs:
             yield OutShard(checkpoint.name(shard), shard, tuple(outs), same)
@@ -307,7 +307,7 @@ def _outs(
     shard: Shard,
     changes: _Changes,
     options: Options,
-    quantised: Mapping[str, Quantised],
+    quantized: Mapping[str, Quantized],
     raised: set[str],
     scales: Mapping[str, str],
     dropped: set[str],
@@ -320,15 +320,15 @@ def _outs(
             continue
         weight = scales.get(key)
         if weight is not None and weight in changes.outs:
-            out = _finish(changes.outs[weight], checkpoint, options, quantised, raised, keeps)
+            out = _finish(changes.outs[weight], checkpoint, options, quantized, raised, keeps)
             outs.append(replace(out, key=key, dtype=ref.dtype, shape=ref.shape, scale_of=weight))
             continue
         out = changes.outs.get(key) or OutTensor(key, ref.dtype, ref.shape, ref)
-        outs.append(_finish(out, checkpoint, options, quantised, raised, keeps))
+        outs.append(_finish(out, checkpoint, options, quantized, raised, keeps))
         head_key = changes.arch.head_key
         if key == changes.arch.embedding_key and changes.untied and head_key not in checkpoint.tensors:
             head = changes.outs.get(head_key) or OutTensor(head_key, ref.dtype, ref.shape, ref)
-            outs.append(_finish(head, checkpoint, options, quantised, raised, keeps))
+            outs.append(_finish(head, checkpoint, options, quantized, raised, keeps))
     return outs
 
 
@@ -336,30 +336,30 @@ def _finish(
     out: OutTensor,
     checkpoint: Checkpoint,
     options: Options,
-    quantised: Mapping[str, Quantised],
+    quantized: Mapping[str, Quantized],
     raised: set[str],
     keeps: tuple[str, ...],
 ) -> OutTensor:
     """Check the tensor and decide how it is read and written."""
     if out.site is not None:
-        _check(out.source, _site_shape(out), checkpoint, quantised)
+        _check(out.source, _site_shape(out), checkpoint, quantized)
     is_base = checkpoint.tensors.get(out.source.key) is out.source
-    quant = quantised.get(out.source.key) if is_base else None
-    if out.key in quantised:
+    quant = quantized.get(out.source.key) if is_base else None
+    if out.key in quantized:
         if out.key in raised:
             dtype = "BF16" if options.dtype == "keep" else DTYPES[options.dtype]
             return replace(out, dtype=dtype, quant=quant)
-        return replace(out, quant=quant, requantise=quant if out.updates else None)
+        return replace(out, quant=quant, requantize=quant if out.updates else None)
     if options.dtype == "keep" or out.dtype not in FLOATS or out.key.endswith(keeps):
         return out
     return replace(out, dtype=DTYPES[options.dtype])
 
 
-def _check(ref: TensorRef, shape: tuple[int, ...], checkpoint: Checkpoint, quantised: Mapping[str, Quantised]) -> None:
+def _check(ref: TensorRef, shape: tuple[int, ...], checkpoint: Checkpoint, quantized: Mapping[str, Quantized]) -> None:
     if ref.shape != shape:
         raise InputError(
             f"{ref.file}: '{ref.key}' is {ref.shape}, but {checkpoint.folder / 'config.json'} describes {shape}: "
             "weights and configuration are of different models"
         )
-    if ref.dtype not in FLOATS and ref.key not in quantised:
+    if ref.dtype not in FLOATS and ref.key not in quantized:
         raise InputError(f"{ref.file}: '{ref.key}' is {ref.dtype}; only {', '.join(FLOATS)} can be merged into")

@@ -159,9 +159,9 @@ def notes(plan: MergePlan) -> list[str]:
             f"{len(plan.raised):,} FP8 weights are written as bfloat16{fused}; config.json tells engines. "
             "--fp8 keep writes FP8 again, which erases small changes"
         )
-    requantised = sum(out.requantise is not None and out.scale_of is None for s in plan.shards for out in s.tensors)
-    if requantised:
-        lines.append(f"{requantised:,} FP8 weights are quantised anew: look at 'kept', FP8 erases small changes")
+    requantized = sum(out.requantize is not None and out.scale_of is None for s in plan.shards for out in s.tensors)
+    if requantized:
+        lines.append(f"{requantized:,} FP8 weights are quantized anew: look at 'kept', FP8 erases small changes")
     if plan.options.mtp:
         count = len({out.key for out in plan.changed if out.site is not None and out.site.mtp})
         lines.append(

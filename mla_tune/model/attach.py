@@ -27,7 +27,7 @@ class Attached:
 
 
 def attach(model: torch.nn.Module, arch: Architecture, placement: Placement, seed: int) -> PeftModel:
-    """Wrap `model` with the planned LoRA; A is drawn from `seed`, B is zero (for other beginnings: `initialise`).
+    """Wrap `model` with the planned LoRA; A is drawn from `seed`, B is zero (for other beginnings: `initialize`).
 
     Raises `CheckError` with the difference if PEFT attached anything else than planned.
     """

@@ -3,7 +3,7 @@
     weight[i, j] = code[i, j] * scale[i // bh, j // bw]        bh, bw: rows and columns of a block
 
 transformers reads the files and stacks experts; it finds parameters of dtype float8_e4m3fn and their scales in the
-model, and so converts nothing.  (Its own FP8 layers need Triton and a GPU, and quantise activations too; on a CPU it
+model, and so converts nothing.  (Its own FP8 layers need Triton and a GPU, and quantize activations too; on a CPU it
 makes bfloat16 of the whole model.)  Which weights are FP8, and in which blocks, comes from headers and config.json.
 """
 
@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quantized.fp8 import Quantised, quantised_weights, read_scales
+from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights, read_scales
 from mla_tune.errors import InputError
 from mla_tune.model.quantized_linear import Matrix, check_experts, freeze
 from mla_tune.preflight.memory import PIECE
@@ -78,7 +78,7 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, Layout]:
 
     Raises `InputError` for a checkpoint that can't be kept in FP8, with the tensor that is the reason.
     """
-    weights = quantised_weights(checkpoint)
+    weights = quantized_weights(checkpoint)
     found: dict[str, Layout] = {}
     for site in arch:
         keys = site.disk_keys() if site.is_experts else [f"{site.path}.weight"]
@@ -100,11 +100,11 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, Layout]:
 
 def check_scales(checkpoint: Checkpoint) -> None:
     """Raises `InputError` unless every scale is positive and finite."""
-    for weight in quantised_weights(checkpoint).values():
+    for weight in quantized_weights(checkpoint).values():
         read_scales(weight)
 
 
-def _one_block(weights: list[Quantised]) -> tuple[int, int]:
+def _one_block(weights: list[Quantized]) -> tuple[int, int]:
     blocks = {weight.block for weight in weights}
     block = blocks.pop()
     if blocks or block is None:

@@ -20,7 +20,7 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.lookup import load_config
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quantized.config import FIELDS, quantisation_field
+from mla_tune.checkpoint.quantized.config import FIELDS, quantization_field
 from mla_tune.errors import CheckError, InputError
 from mla_tune.model.auto import auto_class, set_experts
 from mla_tune.model.quantized_linear import EXPERTS, Matrix, register_experts
@@ -40,14 +40,14 @@ class Loaded:
     base: str | None
     device: torch.device
     dtype: str
-    quantised: dict[str, Any] | None = None
+    quantized: dict[str, Any] | None = None
 
     @property
     def lines(self) -> list[str]:
         """What a user should know, for the log."""
-        if not self.quantised:
+        if not self.quantized:
             return []
-        q = self.quantised
+        q = self.quantized
         return [
             f"base kept in {q['kind']}: {q['matrices']:,} matrices, {q['bytes'] / 1e9:.3g} GB "
             f"({q['bytes'] / q['weights']:.3f} bytes a weight); everything else in {self.dtype}"
@@ -92,23 +92,23 @@ def load_model(
     *,
     seed: int = 0,
     full_precision: bool = False,
-    quantised: bool = False,
+    quantized: bool = False,
     place: bool = True,
     empty: bool = False,
 ) -> Loaded:
     """Load weights, or build a preset with weights drawn from `seed`.
 
     `full_precision` keeps the weights in float32 whatever the dtype (all weights are trained then, and the dtype is
-    that of autocast).  `quantised`: the caller can do with weights that stay quantised (`model.frozen`): those of an
+    that of autocast).  `quantized`: the caller can do with weights that stay quantized (`model.frozen`): those of an
     FP8 checkpoint, or NF4 where the section asks for it.  `place`: move the model to its device; one that is to be
-    sharded stays where it was read.  `empty`: another process reads a quantised base, and here are its shapes.
+    sharded stays where it was read.  `empty`: another process reads a quantized base, and here are its shapes.
     Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
-    kind = None if section.preset else quantised_kind(section, config)
-    if kind and not quantised:
-        raise InputError(f"{where}: the weights are quantised ({kind}), which only train works with; give a bf16 model")
+    kind = None if section.preset else quantized_kind(section, config)
+    if kind and not quantized:
+        raise InputError(f"{where}: the weights are quantized ({kind}), which only train works with; give a bf16 model")
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     kwargs: dict[str, Any] = {
@@ -128,7 +128,7 @@ def load_model(
         hub = {"revision": section.revision} if section.revision and folder is None else {}
         kwargs |= {"trust_remote_code": section.trust_remote_code, **hub}
         if kind:
-            model = _quantised(base, folder, arch, kind, kwargs, device, place, empty)
+            model = _quantized(base, folder, arch, kind, kwargs, device, place, empty)
         else:
             model = _from_pretrained(base, **kwargs)
     check_sites(model, arch)
@@ -155,9 +155,9 @@ def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def quantised_kind(section: ModelSection, config: Mapping[str, Any]) -> str | None:
-    """How the weights of this model stay quantised in memory; None for plain ones."""
-    field = quantisation_field(config)
+def quantized_kind(section: ModelSection, config: Mapping[str, Any]) -> str | None:
+    """How the weights of this model stay quantized in memory; None for plain ones."""
+    field = quantization_field(config)
     if field is None:
         return None if section.quantize == "none" else section.quantize
     table = config[field]
@@ -174,7 +174,7 @@ def _summary(model: torch.nn.Module, kind: str) -> dict[str, Any]:
     }
 
 
-def _quantised(
+def _quantized(
     base: str,
     folder: Path | None,
     arch: Architecture,
@@ -184,18 +184,18 @@ def _quantised(
     place: bool,
     empty: bool,
 ) -> PreTrainedModel:
-    """A model whose matrices stay quantised, read straight onto `device`, or (not `place`) into host memory."""
+    """A model whose matrices stay quantized, read straight onto `device`, or (not `place`) into host memory."""
     from mla_tune.model import fp8, nf4
 
     options = {k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs}
     config: Any = AutoConfig.from_pretrained(base, **options)
     scheme: Any
     if kind == "nf4":
-        # Host memory is filled by way of the GPU, which quantises much faster.
+        # Host memory is filled by way of the GPU, which quantizes much faster.
         scheme = nf4.Nf4Config(nf4.parameters(arch), None if place else device)
         experts = any(site.is_experts for site in arch)
     elif folder is None:
-        raise InputError(f"{base}: the weights are quantised ({kind}); download it and give its folder")
+        raise InputError(f"{base}: the weights are quantized ({kind}); download it and give its folder")
     else:
         checkpoint = Checkpoint.open(folder)
         layouts = fp8.layouts(checkpoint, arch)

@@ -26,7 +26,7 @@ EXACT = 1024
 ITERATIONS = 16
 
 
-def initialise(model: torch.nn.Module, placement: Placement, seed: int) -> None:
+def initialize(model: torch.nn.Module, placement: Placement, seed: int) -> None:
     """Set A and B of every LoRA as `placement.init` says; `default` is what PEFT did.  Same seed, same numbers."""
     if placement.init == "default":
         return
@@ -46,8 +46,8 @@ def _weight(lora: Attached) -> torch.Tensor:
     layer: Any = lora.layer
     base = layer.get_base_layer()
     name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-    quantised = matrix_of(base, name)
-    weight = getattr(base, name).detach() if quantised is None else quantised.numbers(torch.float32)
+    quantized = matrix_of(base, name)
+    weight = getattr(base, name).detach() if quantized is None else quantized.numbers(torch.float32)
     return weight.float().cpu()
 
 
@@ -59,7 +59,7 @@ def _gaussian(lora: Attached) -> None:
 
 def _orthogonal(lora: Attached) -> None:
     """A and B both begin away from 0, in subspaces orthogonal to each other: B A = 0 (datta0.github.io,
-    "Rethink LoRA initialisation")."""
+    "Rethink LoRA initialization")."""
     a, b = _factors(lora)
     q = torch.linalg.qr(torch.randn(lora.rank, lora.rank))[0]
     a.copy_((torch.randn(a.shape[1], lora.rank // 2) @ q[0::2]).T / 10)

@@ -21,7 +21,7 @@ _KEY = "adapter.modules_to_save"
 
 
 def with_whole(
-    placement: Placement, arch: Architecture, config: Mapping[str, Any], names: Sequence[str], quantised: bool
+    placement: Placement, arch: Architecture, config: Mapping[str, Any], names: Sequence[str], quantized: bool
 ) -> Placement:
     """The placement, with every module that `names` mean and its number of parameters.
 
@@ -49,8 +49,8 @@ def with_whole(
                     f"{_KEY}: '{name}': embeddings and output head of this model are one matrix, which PEFT would copy "
                     "and train apart"
                 )
-            if quantised and path in matrices:
-                raise PlacementError(f"{_KEY}: '{name}' ({path}) is quantised in this base: such weights stay frozen")
+            if quantized and path in matrices:
+                raise PlacementError(f"{_KEY}: '{name}' ({path}) is quantized in this base: such weights stay frozen")
             found[path] = modules[path]
     return replace(placement, whole=tuple(found.items()))
 

@@ -1,6 +1,6 @@
 """NF4: the frozen matrices of a plain checkpoint in 4 bits, made when they are read (QLoRA, arXiv:2305.14314).
 
-bitsandbytes does the arithmetic: 64 numbers share a scale, 256 scales share another (double quantisation), which makes
+bitsandbytes does the arithmetic: 64 numbers share a scale, 256 scales share another (double quantization), which makes
 0.516 bytes a weight.  Its own layer covers `nn.Linear` only; routed experts are one stack of matrices in transformers,
 and 97 % of the weights of a DeepSeek-V3, so both are kept the same way here: `Nf4Matrix`.
 """
@@ -38,7 +38,7 @@ class Nf4Matrix(Matrix):
     large = ("codes", "scales")
 
     def __init__(self, weight: torch.Tensor, through: torch.device | None = None) -> None:
-        """Quantise `weight` (out, in) or (E, out, in), a matrix at a time, on the device where it is or on `through`.
+        """Quantize `weight` (out, in) or (E, out, in), a matrix at a time, on the device where it is or on `through`.
 
         Of a weight on `meta` there are only the sizes.
         """
@@ -105,7 +105,7 @@ class Nf4Config(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class Nf4Loader(HfQuantizer):
-    """Quantises each parameter as soon as transformers has read (for experts: stacked) it."""
+    """Quantizes each parameter as soon as transformers has read (for experts: stacked) it."""
 
     quantization_config: Any
 
@@ -121,7 +121,7 @@ class Nf4Loader(HfQuantizer):
         return param_name in self.quantization_config.parameters
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantise(self)
+        return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for parameter in self.quantization_config.parameters:
@@ -149,7 +149,7 @@ def put_empty(model: Any, parameters: tuple[str, ...], dtype: torch.dtype) -> No
         freeze(module, name, Nf4Matrix(torch.empty(shape, device="meta")), dtype)
 
 
-class _Quantise(ConversionOps):
+class _Quantize(ConversionOps):
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 

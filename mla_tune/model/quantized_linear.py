@@ -1,4 +1,4 @@
-"""Frozen weights that stay quantised in memory: `FrozenLinear`, and routed experts that read such weights.
+"""Frozen weights that stay quantized in memory: `FrozenLinear`, and routed experts that read such weights.
 
 A matrix is turned into numbers where it is needed, used, and forgotten.  The backward pass makes the numbers again:
 
@@ -27,7 +27,7 @@ EXPERTS = "mla_tune_frozen"
 
 
 class Matrix(nn.Module):
-    """A quantised weight, of shape (out, in) or, for stacked experts, (E, out, in)."""
+    """A quantized weight, of shape (out, in) or, for stacked experts, (E, out, in)."""
 
     shape: tuple[int, ...]
     #: What grows with the weight: of a sharded model each process has a part.
@@ -113,32 +113,32 @@ def check_experts(module: Any, parameter: str) -> None:
     other = [n for n in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(module, n, False)]
     if not plain or other:
         raise InputError(
-            f"{parameter}: the routed experts of this family have a forward pass of their own, which quantised weights "
+            f"{parameter}: the routed experts of this family have a forward pass of their own, which quantized weights "
             f"can't be put under; train on the bfloat16 checkpoint with model.quantize: none"
         )
 
 
 def matrix_of(module: nn.Module, name: str) -> Matrix | None:
-    """The quantised weight behind a parameter; None where it is a plain one."""
+    """The quantized weight behind a parameter; None where it is a plain one."""
     return getattr(module, f"{name}_matrix", None)
 
 
 def _change(module: nn.Module, name: str) -> torch.Tensor | None:
-    """What torch's parametrisations add to a parameter: PEFT's way to adapt one (`target_parameters`)."""
+    """What torch's parametrizations add to a parameter: PEFT's way to adapt one (`target_parameters`)."""
     added: Any = getattr(module, "parametrizations", None)
     if added is None or name not in added:
         return None
     original = added[name].original
     change = torch.zeros((), dtype=original.dtype, device=original.device).expand(original.shape)
-    for parametrisation in added[name]:
-        change = parametrisation(change)
+    for parametrization in added[name]:
+        change = parametrization(change)
     return change
 
 
 def frozen_experts(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """transformers' routed experts with quantised weights, an expert at a time.
+    """transformers' routed experts with quantized weights, an expert at a time.
 
     `hidden_states` (T, D), `top_k_index` and `top_k_weights` (T, K) → (T, D).  LoRA factors that `train.factors` left
     in `self.lora_factors` are applied as s·B(A x), so that no ΔW of all experts is made.

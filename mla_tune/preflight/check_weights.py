@@ -11,7 +11,7 @@ from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.index import Checkpoint
 
-#: Endings of what belongs to a quantised weight, beside its codes.
+#: Endings of what belongs to a quantized weight, beside its codes.
 _SCALES = ("_scale", "_scale_inv", "scale", "_scale_2", "input_scale", "_packed", "_shape", "qzeros", "g_idx", "absmax")
 #: Words in the keys of towers and of what joins them to the text model.
 _TOWERS = ("vision", "visual", "audio", "projector", "patch_merger", "language_adapter")

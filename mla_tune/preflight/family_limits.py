@@ -37,14 +37,14 @@ def suited(recipe: Recipe, arch: Architecture) -> tuple[Recipe, list[str]]:
     return recipe.model_copy(update=parts), said
 
 
-def not_sharded(recipe: Recipe, placement: Placement, sharding: str, quantised: str | None) -> list[str]:
-    """What of a recipe was not tried where `sharding` (fsdp2 or zero3) cuts the model up; `quantised`: how the base's
-    weights stay quantised, None for plain ones."""
+def not_sharded(recipe: Recipe, placement: Placement, sharding: str, quantized: str | None) -> list[str]:
+    """What of a recipe was not tried where `sharding` (fsdp2 or zero3) cuts the model up; `quantized`: how the base's
+    weights stay quantized, None for plain ones."""
     wrong = []
     if recipe.train.compile:
         wrong.append("train.compile: true")
-    if quantised and sharding == "zero3":
-        wrong.append(f"a quantised base ({quantised})")
+    if quantized and sharding == "zero3":
+        wrong.append(f"a quantized base ({quantized})")
     if recipe.model.dtype == "float16":
         wrong.append("model.dtype: float16")
     if placement.init in RESIDUAL:

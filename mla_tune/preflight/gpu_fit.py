@@ -20,7 +20,7 @@ from mla_tune.arch.roles import ADAPTABLE
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import InputError
 from mla_tune.preflight.family_limits import not_sharded
-from mla_tune.preflight.memory import QUANTISED, Memory, Run, estimate
+from mla_tune.preflight.memory import QUANTIZED, Memory, Run, estimate
 from mla_tune.preflight.plan import run_of
 from mla_tune.recipe.schema import Recipe
 
@@ -97,8 +97,8 @@ def _gathered(config: str, arch: Architecture, base: str, size: int) -> int:
     if config == "fsdp2":
 
         def held(site: Site) -> float:
-            quantised = base != "plain" and site.role in ADAPTABLE
-            return site.params * (QUANTISED[base] if quantised else size)
+            quantized = base != "plain" and site.role in ADAPTABLE
+            return site.params * (QUANTIZED[base] if quantized else size)
 
         layer = max(sum(held(s) for s in arch.sites if s.layer == i) for i in range(arch.num_layers))
         return round(max(2 * layer, layer + head * size))
@@ -159,14 +159,14 @@ def _row(config: str, arch: Architecture, placement: Placement, run: Run, gpus: 
 
 def _ways(run: Run, placement: Placement) -> Iterable[tuple[str, str]]:
     """Configuration and state of the base: plain, or as the checkpoint has it or the recipe may ask for it."""
-    quantised = []
+    quantized = []
     if placement.method in ("lora", "rslora"):
         # Where a checkpoint is published in FP8, NF4 is for its bfloat16 twin.
-        quantised = ["fp8", "nf4"] if run.base == "fp8" else ["nf4"]
+        quantized = ["fp8", "nf4"] if run.base == "fp8" else ["nf4"]
     for config in ("ddp", "fsdp2", "zero3"):
         yield config, "plain"
         if config != "zero3":
-            yield from ((config, base) for base in quantised)
+            yield from ((config, base) for base in quantized)
 
 
 def _from(config: str, arch: Architecture, run: Run, m: Memory, memory: int) -> int | None:
@@ -180,9 +180,9 @@ def _from(config: str, arch: Architecture, run: Run, m: Memory, memory: int) -> 
 
 
 def _advice(rows: list[dict[str, Any]], gpus: int) -> str:
-    """The first that fits: plain bases before quantised ones, and a whole model in every process, which sends least,
+    """The first that fits: plain bases before quantized ones, and a whole model in every process, which sends least,
     before shards."""
-    rows = sorted(rows, key=lambda row: row["base"] in QUANTISED)
+    rows = sorted(rows, key=lambda row: row["base"] in QUANTIZED)
     for row in rows:
         if row["fits"]:
             return _command(row, gpus)

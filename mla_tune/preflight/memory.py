@@ -20,10 +20,10 @@ TILE = {"cpu": 1 << 22, "cuda": 1 << 27}
 TILE_TOKENS = 64
 #: Tiles that are alive at once: logits and their log-softmax; of a trained head, both and their gradients.
 FROZEN_TILES, TRAINED_TILES = 2, 4
-#: Bytes a weight of a matrix that stays quantised, scales included: FP8 in blocks of 128 × 128; NF4 with a byte for the
+#: Bytes a weight of a matrix that stays quantized, scales included: FP8 in blocks of 128 × 128; NF4 with a byte for the
 #: scale of 64 numbers and 4 bytes for that of 256 scales (`model.nf4`).
-QUANTISED = {"fp8": 1 + 4 / 128**2, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
-#: Numbers of a quantised matrix that are in float32 at a time.
+QUANTIZED = {"fp8": 1 + 4 / 128**2, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+#: Numbers of a quantized matrix that are in float32 at a time.
 PIECE = 1 << 22
 #: Roles whose adapters act before the attention scores.
 BEFORE_SCORES = (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV)
@@ -42,7 +42,7 @@ class Run:
     packing: bool = True
     attention: str = "sdpa"
     checkpointing: str = "none"
-    #: How the base's matrices lie in memory: `plain`, or quantised as `fp8` or `nf4`.
+    #: How the base's matrices lie in memory: `plain`, or quantized as `fp8` or `nf4`.
     base: str = "plain"
 
 
@@ -110,8 +110,8 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
 
 def base_bytes(arch: Architecture, base: str, size: int) -> int:
     """Bytes of the model's own weights: `size` a number, of matrices that an adapter may sit on as `base` says."""
-    quantised = sum(s.params for s in arch.sites if s.role in ADAPTABLE) if base != "plain" else 0
-    return round((arch.params_total - quantised) * size + quantised * QUANTISED.get(base, 0))
+    quantized = sum(s.params for s in arch.sites if s.role in ADAPTABLE) if base != "plain" else 0
+    return round((arch.params_total - quantized) * size + quantized * QUANTIZED.get(base, 0))
 
 
 def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int, recomputed: bool = False) -> int:
@@ -185,7 +185,7 @@ def _attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: Run, low: 
         kept += (2 * q + (2 * q if padded else d.H * (d.P + d.V) + d.H * d.V)) * low + d.H * 4
         kept += d.H * d.V * low if padded and trains(here.get(Role.W_O)) else 0
     elif run.attention == "eager" or (not run.gpu and d.P + d.R != d.V):
-        # No fused kernel for unequal head sizes on a CPU: scores are materialised, operands copied.
+        # No fused kernel for unequal head sizes on a CPU: scores are materialized, operands copied.
         kept += (2 * q + d.H * d.V + d.H * run.length) * low
         kept += d.H * d.V * low if trains(here.get(Role.W_O)) else 0
     else:
@@ -230,7 +230,7 @@ def _transient(arch: Architecture, placement: Placement, run: Run) -> int:
     )
     stacks = [p.site for p in placement.sites if p.site.role in GROUPS["experts"]]
     gradient = max((s.count * s.shape[0] * s.shape[1] * 4 for s in stacks), default=0)
-    # Quantised matrices are turned into numbers one at a time, of one expert where there are many, and ΔW is not made.
+    # Quantized matrices are turned into numbers one at a time, of one expert where there are many, and ΔW is not made.
     numbers = 0
     if run.base != "plain":
         gradient = 0

@@ -59,15 +59,15 @@ def _not_estimated(arch: Architecture) -> list[str]:
 
 
 def run_of(recipe: Recipe, arch: Architecture, dtype: str, gpu: bool) -> Run:
-    """What the recipe's memory depends on; the base stays quantised where the checkpoint or the recipe says so."""
+    """What the recipe's memory depends on; the base stays quantized where the checkpoint or the recipe says so."""
     t, section = recipe.train, recipe.model
     attention = section.attention
     if attention == "auto":
         attention = ("eager" if arch.family.eager_only else "sdpa") if arch.family.needs_mask else "packed"
-    quantised = (
+    quantized = (
         None if section.preset else arch.quantization or (section.quantize if section.quantize != "none" else None)
     )
-    base = "plain" if quantised is None else "nf4" if quantised == "nf4" else "fp8"
+    base = "plain" if quantized is None else "nf4" if quantized == "nf4" else "fp8"
     return Run(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.checkpointing, base)
 
 

@@ -1,4 +1,4 @@
-"""Advice on a valid recipe: things that run, but that a user should know of; and what a quantised base rules out."""
+"""Advice on a valid recipe: things that run, but that a user should know of; and what a quantized base rules out."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ def warnings(recipe: Recipe) -> list[str]:
     return notes
 
 
-def check_quantised(recipe: Recipe, kind: str | None) -> None:
-    """Raises `InputError` for what can't be done with a quantised base, before anything is read.
+def check_quantized(recipe: Recipe, kind: str | None) -> None:
+    """Raises `InputError` for what can't be done with a quantized base, before anything is read.
 
-    `kind`: how the base's weights stay quantised in memory (`nf4`, or the checkpoint's own way), None for plain ones.
+    `kind`: how the base's weights stay quantized in memory (`nf4`, or the checkpoint's own way), None for plain ones.
     """
     quantize = recipe.model.quantize
     if kind is None:
         return
     if quantize != "none" and kind != quantize:
         raise InputError(
-            f"model.quantize: {quantize} is for plain weights, and those of {recipe.model.source} are quantised "
+            f"model.quantize: {quantize} is for plain weights, and those of {recipe.model.source} are quantized "
             f"already ({kind}); leave model.quantize out to train above them as they are, or give the bf16 checkpoint"
         )
-    what = "model.quantize: nf4" if kind == "nf4" else f"the weights of {recipe.model.source} are quantised ({kind})"
+    what = "model.quantize: nf4" if kind == "nf4" else f"the weights of {recipe.model.source} are quantized ({kind})"
     if recipe.adapter.method == "none":
         raise InputError(
-            f"adapter.method: none trains the weights themselves, and {what}: quantised weights stay frozen; "
+            f"adapter.method: none trains the weights themselves, and {what}: quantized weights stay frozen; "
             "use an adapter, or the bf16 checkpoint without model.quantize"
         )
     for key, asked, why in (
         ("adapter.method: dora", recipe.adapter.method == "dora", "its magnitudes need the norms of all weights"),
-        ("train.compile", recipe.train.compile, "a quantised layer is not compiled"),
+        ("train.compile", recipe.train.compile, "a quantized layer is not compiled"),
         (
             f"model.experts: {recipe.model.experts}",
             recipe.model.experts != "auto",
-            "quantised experts have an implementation of their own; leave it at auto",
+            "quantized experts have an implementation of their own; leave it at auto",
         ),
     ):
         if asked:
-            raise InputError(f"{key} does not go with a quantised base ({what}): {why}")
+            raise InputError(f"{key} does not go with a quantized base ({what}): {why}")
     if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError("model.quantize: nf4 needs bitsandbytes: pip install 'mla-tune[quant]'")

@@ -243,7 +243,7 @@ class DataSection(Section):
     buffer: int = Field(default=1000, ge=1)
     """Rows that a streamed data set is shuffled and packed among."""
     cache: bool = True
-    """Keep tokenised rows on disk ($MLA_TUNE_CACHE, else ~/.cache/mla-tune), found again by their content's hash."""
+    """Keep tokenized rows on disk ($MLA_TUNE_CACHE, else ~/.cache/mla-tune), found again by their content's hash."""
     eval_path: str | None = None
     """A file or data set to evaluate on. Default: a part of `path`."""
     eval_fraction: float = Field(default=0.1, ge=0, lt=1)
@@ -304,7 +304,7 @@ class TrainSection(Section):
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl."""
     seed: int = Field(default=0, ge=0)
-    """Seed of initialisation, data order and dropout."""
+    """Seed of initialization, data order and dropout."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a better held-out loss; needs eval_every."""
 

@@ -14,13 +14,13 @@ SHOWN = 1200
 
 def print_view(found: dict[str, Any]) -> None:
     """Samples, counts, histogram, packing, of `data.view.view`."""
-    coloured = out.color_system is not None
+    colored = out.color_system is not None
     for source in found["sources_shown"]:
         for number, sample in enumerate(source["samples"], start=1):
             out.print(f"── {source['source']}, {source['kind']}, sample {number}", markup=False, style="bold")
-            out.print(_text(sample, coloured), soft_wrap=True)
+            out.print(_text(sample, colored), soft_wrap=True)
     if any(s["samples"] for s in found["sources_shown"]):
-        marks = "coloured" if coloured else "between ⟦ and ⟧"
+        marks = "colored" if colored else "between ⟦ and ⟧"
         out.print(f"Trained tokens are {marks}.\n")
     for side, name in (("train", "train"), ("held_out", "held out")):
         if side in found:
@@ -69,10 +69,10 @@ def _print_histogram(bars: list[dict[str, int]]) -> None:
         out.print(f"{b['from']:>{width}}–{b['to']:<{width}}  {bar} {b['samples']:,}", markup=False, highlight=False)
 
 
-def _text(sample: list[dict[str, Any]], coloured: bool) -> Text:
+def _text(sample: list[dict[str, Any]], colored: bool) -> Text:
     text = Text()
     for span in sample:
-        if coloured:
+        if colored:
             text.append(span["text"], style="black on green" if span["trained"] else "")
         else:
             text.append(f"⟦{span['text']}⟧" if span["trained"] else span["text"])

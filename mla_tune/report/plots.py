@@ -15,9 +15,9 @@ from matplotlib.ticker import MaxNLocator
 
 from mla_tune.runs.metrics import Curves, Points, grouped, read_curves, thinned
 
-#: Okabe and Ito's colours, which colour-blind people can tell apart.
+#: Okabe and Ito's colors, which color-blind people can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B", "#555555")
-#: More curves than colours: the second round is dotted, the third dash-dotted.  Dashed is B of LoRA+.
+#: More curves than colors: the second round is dotted, the third dash-dotted.  Dashed is B of LoRA+.
 STYLES = ("-", ":", "-.")
 SPIKE = "#B00020"
 #: Steps from which on gradient norms are drawn as running means.
@@ -189,7 +189,7 @@ def _save(fig: Any, target: Path) -> None:
 
 
 def _smooth(points: Points, share: float = 0.1) -> Points:
-    """Centred running mean over a tenth of the steps."""
+    """Centerd running mean over a tenth of the steps."""
     half = max(1, round(len(points) * share / 2))
     sums = [0.0, *itertools.accumulate(v for _, v in points)]
     found = []

@@ -106,7 +106,7 @@ def grouped(curves: dict[str, Points]) -> dict[str, list[str]]:
 
 
 def thinned(points: Points, most: int = 1500) -> Points:
-    """At most about `most` points: of each run of neighbours the lowest and the highest, so that no peak is lost."""
+    """At most about `most` points: of each run of neighbors the lowest and the highest, so that no peak is lost."""
     if len(points) <= most:
         return points
     width = math.ceil(2 * len(points) / most)

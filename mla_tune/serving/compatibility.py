@@ -19,7 +19,7 @@ from mla_tune.adapter.settings import scaling
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.index import SINGLE_FILE, Checkpoint
-from mla_tune.checkpoint.quantized.config import CODES, quantisation_field
+from mla_tune.checkpoint.quantized.config import CODES, quantization_field
 from mla_tune.serving.engines import VERDICTS, Engine, Fact
 
 #: The other half of an adapted layer that engines fuse.
@@ -91,7 +91,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgment:
     """All checks of one engine on one model, or on an adapter and its base.
 
     `launch` are the commands that serve it; for an adapter that can't be served as it is, those that serve the merged
@@ -121,7 +121,7 @@ class Judgement:
 
 def judge(
     engine: Engine, checkpoint: Checkpoint, arch: Architecture, adapter: Adapter | None = None, out: str = "merged"
-) -> Judgement:
+) -> Judgment:
     """What `engine` does with `checkpoint`, and with `adapter` on it; `out` is the folder a merge would go to."""
     always = observations(arch)
 
@@ -130,13 +130,13 @@ def judge(
 
     model = decide(model_items(checkpoint, arch))
     if adapter is None:
-        return Judgement(engine, model, (), None, _launch(engine, "model", checkpoint.folder))
+        return Judgment(engine, model, (), None, _launch(engine, "model", checkpoint.folder))
     checks = decide(adapter_items(adapter, arch))
     if all(check.verdict in ("applied", "unknown") for check in checks):
-        return Judgement(engine, model, checks, None, _launch(engine, "adapter", checkpoint.folder, adapter))
+        return Judgment(engine, model, checks, None, _launch(engine, "adapter", checkpoint.folder, adapter))
     merge = shlex.join(["mla-tune", "merge-absorb", str(adapter.folder), "--base", str(checkpoint.folder)])
     merge += f" --out {shlex.quote(out)}"
-    return Judgement(engine, model, checks, merge, _launch(engine, "model", Path(out)))
+    return Judgment(engine, model, checks, merge, _launch(engine, "model", Path(out)))
 
 
 def observations(arch: Architecture) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def model_items(checkpoint: Checkpoint, arch: Architecture) -> list[Item]:
     kv_b = "fused" if not missing else "missing"
     items.append(Item("layout", "kv_b_proj", {"value": kv_b}, len(arch.attention_paths) - len(missing), kv_b))
     items += _extra_files(checkpoint)
-    items += _quantised(checkpoint, arch)
+    items += _quantized(checkpoint, arch)
     if arch.mtp_layers:
         layers = (re.match(r"model\.layers\.(\d+)\.", key) for key in keys)
         there = any(m and int(m[1]) >= arch.num_layers for m in layers)
@@ -206,9 +206,9 @@ def _extra_files(checkpoint: Checkpoint) -> list[Item]:
     return items
 
 
-def _quantised(checkpoint: Checkpoint, arch: Architecture) -> list[Item]:
-    """How weights are quantised, matrices whose precision config.json does not tell, fused layers of two precisions."""
-    name = quantisation_field(checkpoint.config)
+def _quantized(checkpoint: Checkpoint, arch: Architecture) -> list[Item]:
+    """How weights are quantized, matrices whose precision config.json does not tell, fused layers of two precisions."""
+    name = quantization_field(checkpoint.config)
     if name is None:
         return []
     quant = checkpoint.config[name] if isinstance(checkpoint.config[name], dict) else {}
@@ -220,7 +220,7 @@ def _quantised(checkpoint: Checkpoint, arch: Architecture) -> list[Item]:
     firsts += [s.shape[0] // 2 for s in arch.by_role(Role.EXPERTS_GATE_UP)]
     fits = "yes" if all(n % rows == 0 for n in firsts) else "no"
     detail = method if size == "none" else f"{method}, blocks of {size.replace('x', ' × ')}"
-    items = [Item("layout", "quantisation", {"value": method, "block": size, "block_fits": fits}, detail=detail)]
+    items = [Item("layout", "quantization", {"value": method, "block": size, "block_fits": fits}, detail=detail)]
     codes = {site: _precisions(site, checkpoint) for site in arch if site.role in ADAPTABLE}
     layers: dict[tuple[str, str], set[bool]] = {}
     for site, found in codes.items():

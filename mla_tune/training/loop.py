@@ -15,7 +15,7 @@ from mla_tune.console import err, human_count
 from mla_tune.data.prepare import steps_of
 from mla_tune.errors import Interrupted, WorkError
 from mla_tune.model.attach import attach, freeze_unreached
-from mla_tune.model.lora_init import initialise
+from mla_tune.model.lora_init import initialize
 from mla_tune.preflight.plan import role_rates
 from mla_tune.report.card import card
 from mla_tune.runs.checkpoints import number_of
@@ -86,7 +86,7 @@ def _adapted(job: Job) -> tuple[torch.nn.Module, Ways]:
     model: torch.nn.Module = loaded.model
     if placement.method != "none":
         model = attach(model, loaded.arch, placement, recipe.train.seed)
-        initialise(model, placement, recipe.train.seed)
+        initialize(model, placement, recipe.train.seed)
     elif frozen := freeze_unreached(model, loaded.arch):
         what = "towers and indexers" if loaded.arch.wrapper else "indexers"
         err.print(f"note: {human_count(frozen)} parameters of {what} stay frozen: text gives them no gradient")

@@ -14,11 +14,11 @@ from mla_tune.console import err
 from mla_tune.data.prepare import prepare
 from mla_tune.errors import InputError, Interrupted, WorkError
 from mla_tune.model.auto import auto_class
-from mla_tune.model.load import base_hash, load_model, quantised_kind, quiet
+from mla_tune.model.load import base_hash, load_model, quantized_kind, quiet
 from mla_tune.model.modules_to_save import with_whole
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.preflight.family_limits import suited
-from mla_tune.recipe.checks import check_quantised
+from mla_tune.recipe.checks import check_quantized
 from mla_tune.recipe.schema import Recipe
 from mla_tune.report.run_report import write_report
 from mla_tune.resources import EMBEDDED_MODEL
@@ -61,8 +61,8 @@ def train(
     for line in [*arch.warnings, *said]:
         err.print(f"note: {line}", markup=False, soft_wrap=True)
     placement = place(arch, recipe.adapter)
-    kind = quantised_kind(section, config)
-    check_quantised(recipe, kind)
+    kind = quantized_kind(section, config)
+    check_quantized(recipe, kind)
     placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, bool(kind))
     refuse(recipe, placement, worker(), kind)
     team = join(recipe)
@@ -92,7 +92,7 @@ def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
             section,
             seed=recipe.train.seed,
             full_precision=full,
-            quantised=True,
+            quantized=True,
             place=not team.sharded,
             empty=team.sharded and not team.first,
         )
@@ -145,7 +145,7 @@ def _record_origin(job: Job, base: str, resume: bool, allow_changes: bool) -> No
         "seed": job.recipe.train.seed,
         "device": str(job.loaded.device),
         "dtype": job.loaded.dtype,
-        "quantised": job.loaded.quantised,
+        "quantized": job.loaded.quantized,
         "processes": {"count": job.team.here.count, "sharding": job.team.here.sharding},
         "environment": environment(),
     }

@@ -66,7 +66,7 @@ def arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has
         remove_unused_columns=False,
         ignore_data_skip=recipe.data.streaming,  # a stream goes on by itself
         dataloader_pin_memory=gpu,
-        ddp_broadcast_buffers=False,  # nothing changes them, and quantised weights are some
+        ddp_broadcast_buffers=False,  # nothing changes them, and quantized weights are some
         ddp_find_unused_parameters=False,  # every adapter has a gradient in every step, which the first one checks
     )
     found.recipe = recipe if recipe.output.report_to else None

@@ -28,7 +28,7 @@ def prove_absorbed(
 ) -> tuple[int, list[Failure], dict[str, str]]:
     """(modules proven, failures, sha256 of each file).  `tensors` are those of `absorbed_tensors`.
 
-    W_UK and W_UV must be the split of kv_b_proj as written, bit for bit (of its dequantised numbers, rounded once, for
+    W_UK and W_UV must be the split of kv_b_proj as written, bit for bit (of its dequantized numbers, rounded once, for
     FP8); W_QK and W_VO the products, computed in float64, rounded once after float32 sums.
     """
     if not tensors:
@@ -59,7 +59,7 @@ class _Module:
 
     def failures(self) -> list[Failure]:
         shapes = absorbed_shapes(self.dims, "fold" if self.fold else "split")
-        dtypes = {ref.dtype if ref.key not in self.values.quantised else "BF16" for ref in self.sources}
+        dtypes = {ref.dtype if ref.key not in self.values.quantized else "BF16" for ref in self.sources}
         dtype = dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
         wrong = []
         for name, shape in shapes.items():
@@ -74,7 +74,7 @@ class _Module:
     def _halves(self, dtype: str) -> Iterator[tuple[str, str]]:
         (kv_b,) = self.sources
         rows = kv_b.shape[0]
-        if kv_b.key in self.values.quantised:
+        if kv_b.key in self.values.quantized:
             weight = self._rows(kv_b, 0, rows, torch.float32).to(TORCH[dtype])
         else:
             weight = Reader().rows(kv_b, 0, rows, "kv_b").view(TORCH[kv_b.dtype]).view(kv_b.shape)

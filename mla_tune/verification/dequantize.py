@@ -14,7 +14,7 @@ import torch
 
 from mla_tune.adapter.files import AdapterDelta
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, matrix_shape
-from mla_tune.checkpoint.quantized.fp8 import Quantised, quantised_weights
+from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights
 from mla_tune.checkpoint.tensor_io import fill
 
 TORCH = {
@@ -114,14 +114,14 @@ class Scaled:
 class Values:
     """The numbers of a checkpoint's tensors."""
 
-    def __init__(self, checkpoint: Checkpoint, quantised: Mapping[str, Quantised] | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantized: Mapping[str, Quantized] | None = None) -> None:
         self.checkpoint = checkpoint
-        self.quantised = dict(quantised_weights(checkpoint) if quantised is None else quantised)
+        self.quantized = dict(quantized_weights(checkpoint) if quantized is None else quantized)
         self._scales: dict[str, Scaled] = {}
 
     def scaled(self, key: str) -> Scaled | None:
-        """The scales of this weight, or None for one that is not quantised."""
-        how = self.quantised.get(key)
+        """The scales of this weight, or None for one that is not quantized."""
+        how = self.quantized.get(key)
         if how is None:
             return None
         if key not in self._scales:

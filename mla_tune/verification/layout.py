@@ -12,8 +12,8 @@ from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.index import INDEX_FILE, Checkpoint, TensorRef
-from mla_tune.checkpoint.quantized.config import quantisation_field
-from mla_tune.checkpoint.quantized.fp8 import Quantised
+from mla_tune.checkpoint.quantized.config import quantization_field
+from mla_tune.checkpoint.quantized.fp8 import Quantized
 from mla_tune.errors import InputError
 from mla_tune.verification.dequantize import PRECISION, Values
 
@@ -101,14 +101,14 @@ class Layout:
         self, base: Values, merged: Values, arch: Architecture, expected: dict[str, Expected], rules: Rules
     ) -> None:
         self.base, self.merged, self.arch, self.expected, self.rules = base, merged, arch, expected, rules
-        self.raised = base.quantised.keys() - merged.quantised.keys()
+        self.raised = base.quantized.keys() - merged.quantized.keys()
         self.experts = {site.disk_path: site.count for site in arch if site.disk == "per_expert"}
         self.untied = not _tied(merged.checkpoint.config, arch)
 
     def failures(self) -> list[Failure]:
         return [
             Failure(key, what)
-            for found in (self._keys(), self._dtypes(), self._quantised(), self._fused(), self._files())
+            for found in (self._keys(), self._dtypes(), self._quantized(), self._fused(), self._files())
             for key, what in found
         ]
 
@@ -136,7 +136,7 @@ class Layout:
     def _keys(self) -> Iterator[tuple[str, str]]:
         base, merged = self.base.checkpoint.tensors, self.merged.checkpoint.tensors
         scales = {
-            k for w in self.raised for k in (self.base.quantised[w].scale.key, *self.base.quantised[w].companions)
+            k for w in self.raised for k in (self.base.quantized[w].scale.key, *self.base.quantized[w].companions)
         }
         for key in base:
             if key not in merged and key not in scales:
@@ -144,7 +144,7 @@ class Layout:
         for key, ref in merged.items():
             expected = self.source(key)
             if key in scales:
-                yield key, "is a scale of a weight that is not quantised any more"
+                yield key, "is a scale of a weight that is not quantized any more"
             elif expected is None:
                 yield key, "is in the output and not in the base"
             elif expected.source.shape != ref.shape:
@@ -173,22 +173,22 @@ class Layout:
     def _dtype(self, key: str, base: TensorRef) -> str:
         """The dtype in which merge-absorb writes a tensor."""
         wanted = DTYPES.get(self.rules.dtype)
-        if key in self.base.quantised:
+        if key in self.base.quantized:
             return wanted or ("BF16" if key in self.raised else base.dtype)
         return wanted if wanted and base.dtype in PRECISION and not self._keeps(key) else base.dtype
 
     def _keeps(self, key: str) -> bool:
         return key.endswith(self.arch.family.keeps_dtype)
 
-    def _quantised(self) -> Iterator[tuple[str, str]]:
+    def _quantized(self) -> Iterator[tuple[str, str]]:
         """Whether config.json of the output describes the FP8 weights that are there, and no other."""
         ours, theirs = (_ignored(v.checkpoint.config) for v in (self.base, self.merged))
-        still = quantisation_field(self.merged.checkpoint.config) is not None
+        still = quantization_field(self.merged.checkpoint.config) is not None
         for key in sorted(self.raised & self.merged.checkpoint.tensors.keys()):
             if still and not _names(theirs, key):
                 yield key, "is not FP8 any more, but quantization_config of config.json does not leave it out"
-        for key, how in self.merged.quantised.items():
-            was = self.base.quantised.get(key)
+        for key, how in self.merged.quantized.items():
+            was = self.base.quantized.get(key)
             if was is not None and _reading(was) != _reading(how):
                 yield key, f"is read {_reading(how)}, and {_reading(was)} in the base"
             elif _names(theirs, key) and not _names(ours, key):
@@ -235,13 +235,13 @@ def _matrices(arch: Architecture) -> set[tuple[str, tuple[int, int], int]]:
     return {(site.path, site.shape, site.count) for site in arch}
 
 
-def _reading(how: Quantised) -> str:
+def _reading(how: Quantized) -> str:
     return "with one scale" if how.block is None else f"in blocks of {how.block[0]} × {how.block[1]}"
 
 
 def _ignored(config: dict) -> list[str]:
     """The modules that a quantization_config leaves out, under the names that engines give to that list."""
-    quant = config.get(quantisation_field(config) or "") or {}
+    quant = config.get(quantization_field(config) or "") or {}
     lists = (quant.get(name) or [] for name in ("modules_to_not_convert", "ignored_layers", "ignore"))
     return [str(entry) for entries in lists for entry in entries]
 

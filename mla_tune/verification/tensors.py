@@ -20,7 +20,7 @@ A whole adapter can hide below an ulp, so there is the projection onto the chang
 Q rounds to the nearest.  O can differ from Q(S) only where S lies so near to a border between two roundings that the
 tool's own errors d carry it across: σ² = Σ (ulp + d)²Δ² / ‖Δ‖⁴ over these numbers.  An adapter that was dropped has
 kept = 0, an rsLoRA scaled by alpha/r has 1/√r.  For stochastic rounding kept(O) = 1 with σ² = Σ f(1 - f)ulp²Δ² / ‖Δ‖⁴,
-f the part of an ulp that S lies above its lower neighbour.
+f the part of an ulp that S lies above its lower neighbor.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class NumberCheck:
         # Stochastic: Σ (O - S)/ulp, Σ (|O| - |S|)/ulp, and of how many numbers.
         self.drift, self.outward, self.drawn = 0.0, 0.0, 0
         # Only what an adapter changes may be rounded otherwise than once to the nearest, by other tools too.
-        quantised = expected.source.key in values.quantised
-        self.strict = rules.strict or not (expected.updates or quantised or self.quant is not None)
+        quantized = expected.source.key in values.quantized
+        self.strict = rules.strict or not (expected.updates or quantized or self.quant is not None)
         self.ours = 2.0**-53 if self.dtype == torch.float64 else 2.0**-24
         self.theirs = 2.0**-53 if rules.exact else 2.0**-24
 
@@ -323,8 +323,8 @@ class NumberCheck:
         self.due += float(((Q - W.double()) * D).sum())
         rho = 2.0 ** -PRECISION["BF16" if unit is not None else self.out.dtype][0]
         d = slack.double() + rho * D.abs() + ulp / 2 * (len(self.expected.updates) - 1)
-        if self.expected.source.key in self.values.quantised:
-            d = d + rho * W.double().abs()  # other tools round the dequantised weight to bfloat16 first
+        if self.expected.source.key in self.values.quantized:
+            d = d + rho * W.double().abs()  # other tools round the dequantized weight to bfloat16 first
         if self.dora:
             # Four roundings, of which that of the row's factor moves the whole row.
             self.spread += float((4 * ulp * ulp / 3 * D2).sum())

@@ -144,7 +144,7 @@ class _Prover:
             self.problems.append(Failure("config.json", str(error)))
             self.out_values = Values(merged, {})
         self.layout = Layout(self.values, self.out_values, arch, self.expected, rules)
-        self.out_scales = {q.scale.key: key for key, q in self.out_values.quantised.items()}
+        self.out_scales = {q.scale.key: key for key, q in self.out_values.quantized.items()}
         self.reader, self.factors = Reader(), Factors()
         self.progress, self.lock, self.stop = progress, threading.Lock(), threading.Event()
 

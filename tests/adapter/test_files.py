@@ -184,7 +184,7 @@ def test_settings_that_peft_writes_by_default_are_taken(adapter: Path, base: Pat
 
 
 @pytest.mark.parametrize("value", [True, False, "gaussian", "eva", "orthogonal", "mica"])
-def test_initialisations_that_leave_the_base_alone_are_plain_lora(value: Any, adapter: Path, base: Path) -> None:
+def test_initializations_that_leave_the_base_alone_are_plain_lora(value: Any, adapter: Path, base: Path) -> None:
     assert len(opened(settings(adapter, init_lora_weights=value), base).deltas) == 3
 
 

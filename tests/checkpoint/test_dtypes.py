@@ -42,7 +42,7 @@ def test_every_code_is_read_as_torch_reads_it(dtype: str, kind: type) -> None:
 
 
 def numbers(dtype: str) -> np.ndarray:
-    """Every number of the type, all midpoints between neighbours, and numbers a hair beside both, in float32."""
+    """Every number of the type, all midpoints between neighbors, and numbers a hair beside both, in float32."""
     grid = np.unique(decode(all_codes(dtype), dtype, np.float64))
     grid = grid[np.isfinite(grid)]
     middle = (grid[1:] + grid[:-1]) / 2
@@ -83,7 +83,7 @@ def test_float64_is_rounded_once(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F32"])
-def test_stochastic_rounding_is_one_of_the_two_neighbours_and_exact_on_average(dtype: str) -> None:
+def test_stochastic_rounding_is_one_of_the_two_neighbors_and_exact_on_average(dtype: str) -> None:
     rng = np.random.default_rng(0)
     for value in (1.003, -1.0471, 3e-4, -2.7e-3, 0.0, 100.3):
         x = np.full(200_000, value, np.float64)

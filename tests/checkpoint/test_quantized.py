@@ -25,10 +25,10 @@ from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.dtypes import decode
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.checkpoint.quantized.config import edit_config, raise_together
-from mla_tune.checkpoint.quantized.fp8 import Quantised, dequantise, quantised_weights, read_scales, requantise
+from mla_tune.checkpoint.quantized.fp8 import Quantized, dequantize, quantized_weights, read_scales, requantize
 from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import CheckError, InputError
-from tests.helpers.fp8 import MATRIX, dequantised, make_fp8, quantise
+from tests.helpers.fp8 import MATRIX, dequantized, make_fp8, quantize
 from tests.helpers.merging import edit_json, edit_tensors, make_base
 
 Edit = Callable[[dict[str, torch.Tensor]], Any]
@@ -50,15 +50,15 @@ def reference(shape: tuple[int, ...], dtype: str = "F32", key: str = "x.weight")
     return TensorRef(key, Path("model.safetensors"), dtype, shape, 0, 0)
 
 
-def quantised(
+def quantized(
     shape: tuple[int, ...],
     block: tuple[int, int] | None,
     scale_shape: tuple[int, ...] = (),
     dtype: str = "F32",
     power_of_two: bool = False,
-) -> Quantised:
+) -> Quantized:
     scale = reference(scale_shape, dtype, "x.weight_scale_inv")
-    return Quantised(reference(shape, "F8_E4M3"), scale, block, power_of_two)
+    return Quantized(reference(shape, "F8_E4M3"), scale, block, power_of_two)
 
 
 def by_loops(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
@@ -95,20 +95,20 @@ BLOCKS = [
 def test_numbers_equal_those_by_loops(shape: tuple[int, int], block: tuple[int, int]) -> None:
     codes = random_codes(shape)
     scales = random_scales((-(-shape[0] // block[0]), -(-shape[1] // block[1])))
-    q, expected = quantised(shape, block, scales.shape), by_loops(codes, scales, block)
+    q, expected = quantized(shape, block, scales.shape), by_loops(codes, scales, block)
     # A product of 4 and 24 bits is exact in float64, and rounded once in float32.
-    assert np.array_equal(dequantise(codes, scales, q, float_type=np.float64), expected)
-    assert np.array_equal(dequantise(codes, scales, q), expected.astype(np.float32))
+    assert np.array_equal(dequantize(codes, scales, q, float_type=np.float64), expected)
+    assert np.array_equal(dequantize(codes, scales, q), expected.astype(np.float32))
     for begin in range(shape[0]):
         for end in range(begin + 1, shape[0] + 1):
-            part = dequantise(codes[begin:end], scales, q, begin, np.float64)
+            part = dequantize(codes[begin:end], scales, q, begin, np.float64)
             assert np.array_equal(part, expected[begin:end]), (begin, end)
 
 
 def test_576_rows_in_blocks_of_128_have_five_rows_of_scales() -> None:
     """The published shape; the last block has 64 rows, where blocks of ⌈576/5⌉ = 116 would fit the shapes too."""
     codes, scales = random_codes((576, 130)), random_scales((5, 2))
-    ours = dequantise(codes, scales, quantised((576, 130), (128, 128), (5, 2)))
+    ours = dequantize(codes, scales, quantized((576, 130), (128, 128), (5, 2)))
     stored = torch.from_numpy(codes).view(torch.float8_e4m3fn)
     theirs = _dequantize_fp8_weight(stored, torch.from_numpy(scales), [128, 128], torch.float32)
     assert np.array_equal(ours, theirs.numpy())
@@ -118,7 +118,7 @@ def test_576_rows_in_blocks_of_128_have_five_rows_of_scales() -> None:
 def test_one_scale_for_the_whole_weight() -> None:
     codes, scale = random_codes((5, 6)), np.float32(0.013)
     for stored in (np.array(scale), np.array([scale])):
-        ours = dequantise(codes, stored, quantised((5, 6), None, stored.shape), 2, np.float64)
+        ours = dequantize(codes, stored, quantized((5, 6), None, stored.shape), 2, np.float64)
         assert np.array_equal(ours, by_loops(codes, np.full((1, 1), scale), (5, 6)))
 
 
@@ -141,20 +141,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_checkpoints_are_read_like_in_torch(variant: str, other_shard: bool, sharded: Path, tmp_path: Path) -> None:
     settings = VARIANTS[variant]
     folder = make_fp8(sharded, tmp_path / "fp8", scales_in_other_shard=other_shard, **settings)
-    checkpoint, expected = Checkpoint.open(folder), dequantised(folder)
-    found = quantised_weights(checkpoint)
+    checkpoint, expected = Checkpoint.open(folder), dequantized(folder)
+    found = quantized_weights(checkpoint)
     wanted = [k for k in expected if MATRIX.fullmatch(k) and not any(s in k for s in settings.get("skip", ()))]
     assert sorted(found) == sorted(wanted)
     assert any(q.scale.file != q.codes.file for q in found.values()) == other_shard
     assert {q.power_of_two for q in found.values()} == {settings.get("ue8m0", False)}
     for key, q in found.items():
-        numbers = dequantise(read_raw(q.codes), read_scales(q), q)
+        numbers = dequantize(read_raw(q.codes), read_scales(q), q)
         assert np.array_equal(numbers, expected[key].numpy()), key
 
 
 def test_scales_of_a_single_file_may_lie_in_a_second_one(base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", scales_in_other_shard=True))
-    assert all(q.scale.file != q.codes.file for q in quantised_weights(checkpoint).values())
+    assert all(q.scale.file != q.codes.file for q in quantized_weights(checkpoint).values())
 
 
 def test_e8m0_scales_are_powers_of_two_whatever_the_config_says(base: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_e8m0_scales_are_powers_of_two_whatever_the_config_says(base: Path, tmp_
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     del quantization["scale_fmt"]
     edit_json(folder / "config.json", quantization_config=quantization)
-    assert all(q.power_of_two for q in quantised_weights(Checkpoint.open(folder)).values())
+    assert all(q.power_of_two for q in quantized_weights(Checkpoint.open(folder)).values())
 
 
 def test_one_scale_may_be_stored_as_a_vector_of_one_and_without_inv(base: Path, tmp_path: Path) -> None:
@@ -173,15 +173,15 @@ def test_one_scale_may_be_stored_as_a_vector_of_one_and_without_inv(base: Path, 
             tensors[key.removesuffix("_inv")] = tensors.pop(key).reshape(1)
 
     folder = make_fp8(base, tmp_path / "fp8", None)
-    expected = dequantised(folder)
+    expected = dequantized(folder)
     edit_tensors(folder / "model.safetensors", rename)
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "activation_scheme": "static"})
-    q = quantised_weights(Checkpoint.open(folder))[KV_A]
-    assert np.array_equal(dequantise(read_raw(q.codes), read_scales(q), q), expected[KV_A].numpy())
+    q = quantized_weights(Checkpoint.open(folder))[KV_A]
+    assert np.array_equal(dequantize(read_raw(q.codes), read_scales(q), q), expected[KV_A].numpy())
 
 
 def test_plain_checkpoints_have_none(base: Path) -> None:
-    assert quantised_weights(Checkpoint.open(base)) == {}
+    assert quantized_weights(Checkpoint.open(base)) == {}
 
 
 @pytest.mark.parametrize("block", [(4, 4), None])
@@ -189,12 +189,12 @@ def test_stacked_experts_have_scales_each(block: tuple[int, int] | None, tmp_pat
     weight = torch.randn(3, 9, 14, generator=torch.Generator().manual_seed(0))
     key = f"{LAYER}.mlp.experts.gate_up_proj"
     folder = make_fp8(plain(tmp_path / "base", {key: weight}), tmp_path / "fp8", block)
-    q = quantised_weights(Checkpoint.open(folder))[key]
+    q = quantized_weights(Checkpoint.open(folder))[key]
     assert q.block == (block or (9, 14))
     codes, scales = read_raw(q.codes), read_scales(q)
     for expert in range(3):
-        numbers = dequantise(codes[expert, 2:], scales, q, 2, expert=expert)
-        assert np.array_equal(numbers, dequantised(folder)[key][expert, 2:].numpy())
+        numbers = dequantize(codes[expert, 2:], scales, q, 2, expert=expert)
+        assert np.array_equal(numbers, dequantized(folder)[key][expert, 2:].numpy())
 
 
 def plain(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -210,9 +210,9 @@ def test_transformers_reads_the_same_numbers(base: Path, tmp_path: Path) -> None
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     checkpoint = Checkpoint.open(folder)
     compared = 0
-    for key, q in quantised_weights(checkpoint).items():
+    for key, q in quantized_weights(checkpoint).items():
         if ".experts." not in key:
-            assert np.array_equal(dequantise(read_raw(q.codes), read_scales(q), q), theirs[key].numpy()), key
+            assert np.array_equal(dequantize(read_raw(q.codes), read_scales(q), q), theirs[key].numpy()), key
             compared += 1
     assert compared == 3 * 2 + 3 + 2 * 3  # q_a, q_b; the dense MLP; the shared experts
 
@@ -225,9 +225,9 @@ def test_transformers_reads_the_same_numbers(base: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("shape, block", BLOCKS)
 def test_codes_and_scales_equal_torchs(shape: Any, block: Any, power_of_two: bool, kind: Any) -> None:
     x = np.random.default_rng(2).normal(0, 0.02, shape).astype(np.float32)
-    codes, scales = quantise(torch.from_numpy(x), block, power_of_two)
-    q = quantised(shape, block, tuple(scales.shape), power_of_two=power_of_two)
-    ours = requantise(x.astype(kind), q)
+    codes, scales = quantize(torch.from_numpy(x), block, power_of_two)
+    q = quantized(shape, block, tuple(scales.shape), power_of_two=power_of_two)
+    ours = requantize(x.astype(kind), q)
     assert ours[0].dtype == np.uint8
     assert ours[1].dtype == np.float32
     assert np.array_equal(ours[1], scales.numpy())
@@ -241,8 +241,8 @@ def test_codes_and_scales_equal_torchs(shape: Any, block: Any, power_of_two: boo
 def test_no_number_is_further_off_than_half_a_step(dtype: str, size: float) -> None:
     shape, block = (9, 14), (4, 4)
     x = np.random.default_rng(3).normal(0, size, shape).astype(np.float32)
-    q = quantised(shape, block, (3, 4), dtype, power_of_two=dtype == "F8_E8M0")
-    codes, raw = requantise(x, q)
+    q = quantized(shape, block, (3, 4), dtype, power_of_two=dtype == "F8_E8M0")
+    codes, raw = requantize(x, q)
     scales = decode(raw, dtype, np.float64)
     numbers = by_loops(codes, scales, block)
     for (i, j), number in np.ndenumerate(x):
@@ -254,7 +254,7 @@ def test_no_number_is_further_off_than_half_a_step(dtype: str, size: float) -> N
 
 def test_powers_of_two_are_rounded_up_and_exact_ones_kept() -> None:
     x = np.array([[448.0, 0, 449.0, 0, 447.0, 0]], np.float32) / 1024
-    codes, raw = requantise(x, quantised((1, 6), (1, 2), (1, 3), "F8_E8M0", True))
+    codes, raw = requantize(x, quantized((1, 6), (1, 2), (1, 3), "F8_E8M0", True))
     assert decode(raw, "F8_E8M0").tolist() == [[2.0**-10, 2.0**-9, 2.0**-10]]
     # 449/1024 is 224.5 in units of its scale, and the codes there are 16 apart.
     assert by_loops(codes, decode(raw, "F8_E8M0"), (1, 2)).tolist() == [[448 / 1024, 0, 448 / 1024, 0, 448 / 1024, 0]]
@@ -264,8 +264,8 @@ def test_powers_of_two_are_rounded_up_and_exact_ones_kept() -> None:
 def test_blocks_of_nothing_stay_finite(dtype: str) -> None:
     x = np.zeros((4, 8), np.float32)
     x[:, 4:] = 1e-44  # absmax / 448 is no float32
-    q = quantised((4, 8), (4, 4), (1, 2), dtype, power_of_two=dtype == "F8_E8M0")
-    codes, raw = requantise(x, q)
+    q = quantized((4, 8), (4, 4), (1, 2), dtype, power_of_two=dtype == "F8_E8M0")
+    codes, raw = requantize(x, q)
     scales = decode(raw, dtype)
     assert scales[0, 0] == 1
     assert 0 < scales[0, 1] < 1e-5
@@ -274,9 +274,9 @@ def test_blocks_of_nothing_stay_finite(dtype: str) -> None:
 
 def test_rows_in_parts_give_the_codes_of_the_whole() -> None:
     x = np.random.default_rng(4).normal(0, 1, (9, 14)).astype(np.float32)
-    q = quantised((9, 14), (4, 4), (3, 4))
-    codes, scales = requantise(x, q)
-    parts = [requantise(x[a:b], q) for a, b in ((0, 4), (4, 8), (8, 9))]
+    q = quantized((9, 14), (4, 4), (3, 4))
+    codes, scales = requantize(x, q)
+    parts = [requantize(x[a:b], q) for a, b in ((0, 4), (4, 8), (8, 9))]
     assert np.array_equal(np.vstack([c for c, _ in parts]), codes)
     assert np.array_equal(np.vstack([s for _, s in parts]), scales)
     assert x[0, 0] == np.random.default_rng(4).normal(0, 1, (9, 14)).astype(np.float32)[0, 0]  # not overwritten
@@ -285,7 +285,7 @@ def test_rows_in_parts_give_the_codes_of_the_whole() -> None:
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_one_scale_comes_from_the_callers_absmax(shape: tuple[int, ...]) -> None:
     x = np.array([[1.0, -2.0, 9.0]], np.float32)
-    codes, scale = requantise(x, quantised((3, 3), None, shape, "BF16"), absmax=7.0)
+    codes, scale = requantize(x, quantized((3, 3), None, shape, "BF16"), absmax=7.0)
     assert scale.shape == shape
     number = decode(scale, "BF16").reshape(())
     assert number == 7 / 448
@@ -295,15 +295,15 @@ def test_one_scale_comes_from_the_callers_absmax(shape: tuple[int, ...]) -> None
 def test_stochastic_rounding_is_seeded_and_right_on_average() -> None:
     x = np.full((200, 400), 0.3, np.float32)
     x[:, 0] = 448  # the scale is 1
-    q = quantised(x.shape, x.shape, (1, 1))
+    q = quantized(x.shape, x.shape, (1, 1))
     rng = np.random.default_rng
-    codes, scales = requantise(x, q, rng(5))
-    numbers = dequantise(codes, scales, q)[:, 1:]
+    codes, scales = requantize(x, q, rng(5))
+    numbers = dequantize(codes, scales, q)[:, 1:]
     assert set(np.unique(numbers)) == {np.float32(0.28125), np.float32(0.3125)}
     # 79,800 draws of a step of 1/32: standard error 5.5e-5
     assert abs(numbers.mean(dtype=np.float64) - 0.3) < 3e-4
-    assert np.array_equal(codes, requantise(x, q, rng(5))[0])
-    assert not np.array_equal(codes, requantise(x, q, rng(6))[0])
+    assert np.array_equal(codes, requantize(x, q, rng(5))[0])
+    assert not np.array_equal(codes, requantize(x, q, rng(6))[0])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -312,7 +312,7 @@ def test_numbers_that_have_no_code_are_an_error(bad: float, block: Any) -> None:
     x = np.ones((8, 8), np.float32)
     x[5, 6] = bad
     with pytest.raises(CheckError, match=r"'x\.weight'.*NaN or infinite"):
-        requantise(x, quantised((8, 8), block, (2, 2) if block else ()), absmax=1.0)
+        requantize(x, quantized((8, 8), block, (2, 2) if block else ()), absmax=1.0)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_tensors_that_are_not_certain_are_refused(edit: Edit, message: str, base
     folder = make_fp8(base, tmp_path / "fp8")
     edit_tensors(folder / "model.safetensors", edit)
     with pytest.raises(InputError, match=message):
-        quantised_weights(Checkpoint.open(folder))
+        quantized_weights(Checkpoint.open(folder))
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 4]}
@@ -370,13 +370,13 @@ def test_configs_that_do_not_fit_are_refused(quantization: Any, message: str, ba
     folder = make_fp8(base, tmp_path / "fp8")
     edit_json(folder / "config.json", quantization_config=quantization)
     with pytest.raises(InputError, match=message):
-        quantised_weights(Checkpoint.open(folder))
+        quantized_weights(Checkpoint.open(folder))
 
 
-def test_a_config_that_says_quantised_where_nothing_is_fp8(base: Path, tmp_path: Path) -> None:
+def test_a_config_that_says_quantized_where_nothing_is_fp8(base: Path, tmp_path: Path) -> None:
     folder = make_fp8(base, tmp_path / "fp8", skip=("",))
     with pytest.raises(InputError, match="no tensor is F8_E4M3"):
-        quantised_weights(Checkpoint.open(folder))
+        quantized_weights(Checkpoint.open(folder))
 
 
 COMPRESSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
@@ -388,7 +388,7 @@ COMPRESSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda q: q["config_groups"]["group_0"]["weights"].update(strategy="group"), "strategy is 'group'"),
     (lambda q: q["config_groups"]["group_0"]["weights"].update(strategy=None, group_size=32), "strategy is 'group'"),
     (lambda q: q["config_groups"]["group_0"]["weights"].update(block_structure=None), "block_structure is None"),
-    (lambda q: q["config_groups"]["group_0"].update(weights=None), "quantises no weights"),
+    (lambda q: q["config_groups"]["group_0"].update(weights=None), "quantizes no weights"),
     (lambda q: q["config_groups"]["group_0"].update(targets=["re:.*o_proj"]), "has no group for model.layers"),
     (lambda q: q["config_groups"]["group_0"].update(format="mxfp8-quantized"), "format is 'mxfp8-quantized'"),
     (lambda q: q.update(format="pack-quantized"), "format is 'pack-quantized'"),
@@ -401,12 +401,12 @@ COMPRESSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 @pytest.mark.parametrize("edit, message", COMPRESSED)
 def test_compressed_tensors_that_are_not_certain(edit: Any, message: str, base: Path, tmp_path: Path) -> None:
     folder = make_fp8(base, tmp_path / "fp8", style="compressed-tensors")
-    quantised_weights(Checkpoint.open(folder))
+    quantized_weights(Checkpoint.open(folder))
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     edit(quantization)
     edit_json(folder / "config.json", quantization_config=quantization)
     with pytest.raises(InputError, match=message):
-        quantised_weights(Checkpoint.open(folder))
+        quantized_weights(Checkpoint.open(folder))
 
 
 def test_groups_are_told_apart_by_name(base: Path, tmp_path: Path) -> None:
@@ -417,11 +417,11 @@ def test_groups_are_told_apart_by_name(base: Path, tmp_path: Path) -> None:
     other = {"targets": ["Linear"], "weights": groups["group_0"]["weights"] | {"block_structure": [2, 2]}}
     groups["group_0"]["targets"] = [r"re:.*\.(self_attn|mlp)\."]
     edit_json(folder / "config.json", quantization_config=quantization | {"config_groups": groups | {"other": other}})
-    assert {q.block for q in quantised_weights(Checkpoint.open(folder)).values()} == {(4, 4)}
+    assert {q.block for q in quantized_weights(Checkpoint.open(folder)).values()} == {(4, 4)}
     other["targets"] = ["re:.*o_proj"]
     edit_json(folder / "config.json", quantization_config=quantization | {"config_groups": groups | {"other": other}})
     with pytest.raises(InputError, match=r"has 2 groups that differ for .*o_proj"):
-        quantised_weights(Checkpoint.open(folder))
+        quantized_weights(Checkpoint.open(folder))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
@@ -431,14 +431,14 @@ def test_scales_that_are_no_positive_numbers_are_refused_when_read(bad: float, b
 
     folder = make_fp8(base, tmp_path / "fp8")
     edit_tensors(folder / "model.safetensors", spoil)
-    found = quantised_weights(Checkpoint.open(folder))
+    found = quantized_weights(Checkpoint.open(folder))
     read_scales(found[f"{LAYER}.self_attn.q_a_proj.weight"])
     with pytest.raises(InputError, match=f"'{KV_A}_scale_inv' holds {bad}, where scales are positive"):
         read_scales(found[KV_A])
 
 
 def test_scales_of_static_activations_belong_to_their_weight(base: Path, tmp_path: Path) -> None:
-    found = quantised_weights(Checkpoint.open(make_fp8(base, tmp_path / "fp8", None, input_scales=True)))
+    found = quantized_weights(Checkpoint.open(make_fp8(base, tmp_path / "fp8", None, input_scales=True)))
     assert all(q.companions == (key.removesuffix("weight") + "input_scale",) for key, q in found.items())
 
 
@@ -570,7 +570,7 @@ def test_transformers_and_vllm_keep_what_was_raised(touched: Any, lists: Any, ba
     config["quantization_config"].pop("modules_to_not_convert", None)
     config["quantization_config"] |= lists
     before = json.dumps(config)
-    weights = quantised_weights(checkpoint)
+    weights = quantized_weights(checkpoint)
     raised = raise_together(architecture(config), checkpoint, set(touched))
     edited = edit_config(config, raised, weights)
     assert json.dumps(config) == before
@@ -595,7 +595,7 @@ def test_transformers_and_vllm_keep_what_was_raised(touched: Any, lists: Any, ba
 @pytest.mark.parametrize("touched", RAISED)
 def test_compressed_tensors_ignore_what_was_raised(touched: Any, base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", style="compressed-tensors"))
-    weights = quantised_weights(checkpoint)
+    weights = quantized_weights(checkpoint)
     raised = raise_together(architecture(checkpoint.config), checkpoint, set(touched))
     entries = edit_config(checkpoint.config, raised, weights)["quantization_config"]["ignore"]
     assert entries[0] == "lm_head"
@@ -609,7 +609,7 @@ def test_compressed_tensors_ignore_what_was_raised(touched: Any, base: Path, tmp
 @pytest.mark.parametrize("style", ["deepseek", "compressed-tensors"])
 def test_the_description_goes_with_the_last_fp8_weight(style: str, base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", style=style))
-    weights = quantised_weights(checkpoint)
+    weights = quantized_weights(checkpoint)
     config = checkpoint.config | {"torch_dtype": "bfloat16"}
     plain_config = {k: v for k, v in config.items() if k != "quantization_config"}
     assert edit_config(config, set(weights), weights) == plain_config
@@ -621,7 +621,7 @@ def test_the_description_goes_with_the_last_fp8_weight(style: str, base: Path, t
 
 def test_a_calibrated_kv_cache_keeps_its_description(base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", style="compressed-tensors"))
-    weights = quantised_weights(checkpoint)
+    weights = quantized_weights(checkpoint)
     config = checkpoint.config
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
     quantization = edit_config(config, set(weights), weights)["quantization_config"]

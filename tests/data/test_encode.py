@@ -33,7 +33,7 @@ def one(tokenizer, row, max_length=200, **keys):
 
 
 def pieces(tokenizer, *parts):
-    """(ids, labels) of text pieces given as (text or special id, counts): pieces tokenised one by one by hand."""
+    """(ids, labels) of text pieces given as (text or special id, counts): pieces tokenized one by one by hand."""
     ids, labels = [], []
     for part, counts in parts:
         tokens = [part] if isinstance(part, int) else tokenizer(part, add_special_tokens=False)["input_ids"]

@@ -12,7 +12,7 @@ from mla_tune.arch.build import architecture
 from mla_tune.data import cache as cache_module
 from mla_tune.data.encode import IGNORED, encode
 from mla_tune.data.files import read_file
-from mla_tune.data.formats import normalise
+from mla_tune.data.formats import normalize
 from mla_tune.data.mixing import mixed, shares
 from mla_tune.data.prepare import Prepared, prepare
 from mla_tune.errors import InputError
@@ -217,7 +217,7 @@ CHAT = [
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
 def test_a_chat_with_tools_trains_the_assistants_turns_alone(tmp_path: Path, tools: Any) -> None:
     table = read_file(jsonl(tmp_path / "d.jsonl", {"messages": CHAT, "tools": tools}), "data.path")
-    kind, rows = normalise(table, section())
+    kind, rows = normalize(table, section())
     (sample,) = encode(rows, kind, make_tokenizer(WITH_TOOLS), section(), 1000).samples
     tokenizer = make_tokenizer(WITH_TOOLS)
     text = tokenizer.decode(sample.input_ids)
@@ -229,7 +229,7 @@ def test_a_chat_with_tools_trains_the_assistants_turns_alone(tmp_path: Path, too
 
 def test_a_template_that_knows_no_tools_is_refused(tmp_path: Path) -> None:
     for row, word in (({"messages": CHAT}, "tool_calls"), ({"messages": CHAT[:1] + CHAT[3:], "tools": TOOLS}, "tools")):
-        kind, rows = normalise(read_file(jsonl(tmp_path / "d.jsonl", row), "data.path"), section())
+        kind, rows = normalize(read_file(jsonl(tmp_path / "d.jsonl", row), "data.path"), section())
         with pytest.raises(InputError, match=f"the chat has {word}, of which the tokenizer's chat"):
             encode(rows, kind, make_tokenizer(TEMPLATE), section(), 1000)
 
@@ -242,11 +242,11 @@ def test_tokens_come_from_the_cache_only_for_the_same_content(tmp_path: Path, mo
     path = jsonl(tmp_path / "d.jsonl", *({"prompt": "q", "completion": f"a{i}"} for i in range(9)))
     sets = [f"data.path={path}"]
     first = prepared(*sets)
-    assert not any("tokenised earlier" in line for line in first.lines)
+    assert not any("tokenized earlier" in line for line in first.lines)
     made: list[Any] = []
     monkeypatch.setattr("mla_tune.data.prepare.encode", lambda *a: made.append(a) or encode(*a))
     again = prepared(*sets)
-    assert any("9 samples, tokenised earlier (data.cache)" in line for line in again.lines)
+    assert any("9 samples, tokenized earlier (data.cache)" in line for line in again.lines)
     assert not made
     assert again.train_rows == first.train_rows
     assert again.summary() == first.summary()
@@ -283,7 +283,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
     (entry,) = (tmp_path / "cache" / "tokens").iterdir()
     entry.write_bytes(entry.read_bytes()[:-3] if harm is None else harm)
     assert prepared(f"data.path={path}").train_rows == first.train_rows
-    assert any("tokenised earlier" in line for line in prepared(f"data.path={path}").lines)
+    assert any("tokenized earlier" in line for line in prepared(f"data.path={path}").lines)
 
 
 def test_a_cache_that_cant_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

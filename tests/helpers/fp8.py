@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-#: What published FP8 checkpoints quantise: not norms, routers, embeddings and the head.
+#: What published FP8 checkpoints quantize: not norms, routers, embeddings and the head.
 MATRIX = re.compile(
     r".*\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj)\.weight"
     r"|.*\.experts\.(gate_up_proj|down_proj)"
@@ -59,7 +59,7 @@ def make_fp8(
                     skipped.append(_module(key) if style == "deepseek" else key.removesuffix(".weight"))
                 written[name][key] = tensor
                 continue
-            codes, scale = quantise(tensor, (1, tensor.shape[-1]) if channel else block, ue8m0, scale_dtype)
+            codes, scale = quantize(tensor, (1, tensor.shape[-1]) if channel else block, ue8m0, scale_dtype)
             written[name][key] = codes
             written[beside][key + ending] = scale
             if input_scales:
@@ -82,7 +82,7 @@ def make_fp8(
     return out
 
 
-def quantise(
+def quantize(
     weight: torch.Tensor, block: tuple[int, int] | None, ue8m0: bool = False, scale_dtype: str = "F32"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes float8_e4m3fn, scales): absmax / 448 of each block of the last two dimensions, or of the whole tensor."""
@@ -107,7 +107,7 @@ def spread(scale: torch.Tensor, shape: Sequence[int], block: tuple[int, int] | N
     return scale[..., rows[:, None], columns]
 
 
-def dequantised(folder: Path) -> dict[str, torch.Tensor]:
+def dequantized(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint made by `make_fp8`, FP8 weights as float32 numbers and without their scales."""
     config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
     tensors = {key: t for shard in _shards(folder).values() for key, t in shard.items()}

@@ -223,7 +223,7 @@ FAMILIES: dict[str, Config] = {
 def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """The family's model with random weights, in eval mode; one `seed` gives the same weights in every dtype."""
     model = build(name, torch.float32, seed)
-    randomise(model, torch.Generator().manual_seed(seed))
+    randomize(model, torch.Generator().manual_seed(seed))
     if dtype != torch.float32:
         # Built anew rather than cast: a cast would round the rotary frequencies too, which transformers never does.
         weights, model = model.state_dict(), build(name, dtype, seed)
@@ -237,7 +237,7 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTra
 
 
 def build(name: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """The family's model as transformers initialises it."""
+    """The family's model as transformers initializes it."""
     # A copy, because a config keeps and edits the dictionaries that it is made of.
     config = AutoConfig.for_model(**deepcopy(FAMILIES[name]))
     auto = auto_class(name)
@@ -253,10 +253,10 @@ def auto_class(name: str) -> Any:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, generator: torch.Generator) -> None:
+def randomize(model: nn.Module, generator: torch.Generator) -> None:
     """Draw every matrix anew, and move whatever has a natural value (norms, biases, buffers) away from it.
 
-    A vector or a constant tensor keeps the value that the family initialises it with, plus noise: the decay of a KDA
+    A vector or a constant tensor keeps the value that the family initializes it with, plus noise: the decay of a KDA
     layer only works around its own.  Buffers that checkpoints don't hold (rotary frequencies) are left alone.
     """
     stored = {id(t): (key, t) for key, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}
@@ -280,5 +280,5 @@ def text_model(model: PreTrainedModel) -> nn.Module:
 
 
 def mla_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """name → MLA attention module, recognised by what it can do: expand a cached latent with its `kv_b_proj`."""
+    """name → MLA attention module, recognized by what it can do: expand a cached latent with its `kv_b_proj`."""
     return {n: m for n, m in model.named_modules() if hasattr(m, "kv_b_proj") and hasattr(m, "expand_kv")}

@@ -38,7 +38,7 @@ PATH = "model.layers.0.self_attn"
 
 
 class Coded(nn.Linear):
-    """A linear layer whose weight is 8-bit codes, as those of quantised models are."""
+    """A linear layer whose weight is 8-bit codes, as those of quantized models are."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -81,7 +81,7 @@ def copied(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_a_quantised_kv_b_proj(folder: Path, absorbed_calls: list[int]) -> None:  # noqa: F811
+def test_a_quantized_kv_b_proj(folder: Path, absorbed_calls: list[int]) -> None:  # noqa: F811
     model = coded(folder)
     right, tokens = logits(model, ids()), generate(model, ids(), 40)
     with mla_tune.absorb(model):

@@ -27,7 +27,7 @@ from mla_tune.arch.build import architecture
 from mla_tune.arch.dims import MLADims
 from mla_tune.arch.site import Architecture, Attention
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quantized.fp8 import quantised_weights
+from mla_tune.checkpoint.quantized.fp8 import quantized_weights
 from mla_tune.errors import CheckError, InputError
 from mla_tune.merge import absorb as absorb_module
 from mla_tune.merge.absorb import write_absorbed
@@ -238,12 +238,12 @@ def test_workers_give_the_same_file(base_of: Any, tmp_path: Path, mode: str) -> 
 def test_small_blocks_give_the_same_bits(
     base_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, codes: tuple[str, ...]
 ) -> None:
-    quantise(base_of(), tmp_path / "model", codes)
+    quantize(base_of(), tmp_path / "model", codes)
     arch, merged = opened(tmp_path / "model")
     written = []
     for block in (1 << 22, 700, 1):
         monkeypatch.setattr(absorb_module, "_BLOCK", block)
-        write_absorbed(arch, merged, tmp_path, mode, quantised=quantised_weights(merged) if codes else None)
+        write_absorbed(arch, merged, tmp_path, mode, quantized=quantized_weights(merged) if codes else None)
         written.append((tmp_path / "absorbed.safetensors").read_bytes())
     # Sums in another order differ by float32's last bits, which bfloat16 seldom shows.
     if mode == "split":
@@ -256,7 +256,7 @@ def test_small_blocks_give_the_same_bits(
 # --- FP8 -------------------------------------------------------------------------------------------------------------
 
 
-def quantise(folder: Path, target: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def quantize(folder: Path, target: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """The model with FP8 codes for these matrices of each attention module, in blocks of 4 × 8: heads of 25 rows lie
     across them, the last ones are ragged.  Returns their true values in float64."""
     target.mkdir()
@@ -280,10 +280,10 @@ def quantise(folder: Path, target: Path, names: tuple[str, ...]) -> dict[str, to
     return truth
 
 
-def test_fp8_is_dequantised_and_then_split(base_of: Any, tmp_path: Path) -> None:
-    truth = quantise(base_of(), tmp_path / "fp8", ("kv_b_proj",))
+def test_fp8_is_dequantized_and_then_split(base_of: Any, tmp_path: Path) -> None:
+    truth = quantize(base_of(), tmp_path / "fp8", ("kv_b_proj",))
     arch, merged = opened(tmp_path / "fp8")
-    report = write_absorbed(arch, merged, tmp_path, "split", quantised=quantised_weights(merged))
+    report = write_absorbed(arch, merged, tmp_path, "split", quantized=quantized_weights(merged))
     absorbed = load_file(tmp_path / "absorbed.safetensors")
     for path in arch.attention_paths:
         expected = split_kv_b(truth[f"{path}.kv_b_proj.weight"].float().bfloat16(), arch.dims)
@@ -299,10 +299,10 @@ def test_fp8_is_dequantised_and_then_split(base_of: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("names", [("kv_b_proj", "q_b_proj", "o_proj"), ("o_proj",)])
-def test_fp8_is_dequantised_and_then_folded(base_of: Any, tmp_path: Path, names: tuple[str, ...]) -> None:
-    truth = quantise(base_of(), tmp_path / "fp8", names)
+def test_fp8_is_dequantized_and_then_folded(base_of: Any, tmp_path: Path, names: tuple[str, ...]) -> None:
+    truth = quantize(base_of(), tmp_path / "fp8", names)
     arch, merged = opened(tmp_path / "fp8")
-    write_absorbed(arch, merged, tmp_path, "fold", quantised=quantised_weights(merged))
+    write_absorbed(arch, merged, tmp_path, "fold", quantized=quantized_weights(merged))
     absorbed, d = load_file(tmp_path / "absorbed.safetensors"), arch.dims
     for path in arch.attention_paths:
         matrix = weights(base_of(), path, d) | {n: truth[f"{path}.{n}.weight"] for n in names}

@@ -82,10 +82,10 @@ def test_kv_b_is_checked_for_absorption_where_the_adapter_leaves_it_alone(place:
     merge_absorb(place / "adapter", place / "base", place / "out", options=Options(absorb="none"), probe=False)
 
 
-def test_quantised_bases_that_cannot_be_read_for_certain(place: Path) -> None:
+def test_quantized_bases_that_cannot_be_read_for_certain(place: Path) -> None:
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     edit_json(place / "base" / "config.json", quantization_config=fp8)
-    refused(place, InputError, "says that the weights are quantised, but no tensor is F8_E4M3")
+    refused(place, InputError, "says that the weights are quantized, but no tensor is F8_E4M3")
     edit_json(place / "base" / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     refused(place, InputError, "gptq")
     edit_json(place / "base" / "config.json", quantization_config=None)

@@ -305,7 +305,7 @@ def test_an_unknown_type_that_is_read_as_a_relative(cli, tmp_path: Path) -> None
 )
 def test_fp8_bases(cli, name: str, fp8: str, tmp_path: Path) -> None:
     """Block FP8 in the family's own names: what is changed is written as bfloat16, or as FP8 with fresh scales.  The
-    oracle dequantises in torch and adds B·A."""
+    oracle dequantizes in torch and adds B·A."""
     trained(name, tmp_path)
     make_fp8(tmp_path / "base", tmp_path / "fp8", block=(16, 16))
     out = tmp_path / "out"
@@ -328,17 +328,17 @@ def test_fp8_bases(cli, name: str, fp8: str, tmp_path: Path) -> None:
         if not change.any():
             assert torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) or fp8 == "bf16"
             continue
-        exact = dequantised(before, key, 16) + change
+        exact = dequantized(before, key, 16) + change
         if fp8 == "bf16":
             assert after[key].dtype == torch.bfloat16
             assert (after[key].float() - exact).abs().max() <= exact.abs().max() * 2**-8
         else:
             assert after[key].dtype == torch.float8_e4m3fn
-            assert (dequantised(after, key, 16) - exact).abs().max() <= exact.abs().max() * 2**-4
+            assert (dequantized(after, key, 16) - exact).abs().max() <= exact.abs().max() * 2**-4
     assert cli("verify", out).code == 0
 
 
-def dequantised(tensors: dict[str, torch.Tensor], key: str, block: int) -> torch.Tensor:
+def dequantized(tensors: dict[str, torch.Tensor], key: str, block: int) -> torch.Tensor:
     scale = tensors[f"{key}_scale_inv"]
     wide = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
     rows, columns = tensors[key].shape

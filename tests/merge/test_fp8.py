@@ -1,4 +1,4 @@
-"""Merging into FP8 checkpoints.  The oracle: the FP8 base dequantised in torch, merged by PEFT in float32."""
+"""Merging into FP8 checkpoints.  The oracle: the FP8 base dequantized in torch, merged by PEFT in float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import InputError
 from mla_tune.merge.run import merge_absorb
-from tests.helpers.fp8 import dequantised, make_fp8
+from tests.helpers.fp8 import dequantized, make_fp8
 from tests.helpers.merging import edit_json, load, make_adapter, make_base
 
 ATTENTION = ["q_a_proj", "kv_b_proj", "o_proj"]
@@ -40,7 +40,7 @@ def make(tmp_path: Path, fmt: dict[str, Any], adapter: dict[str, Any], shard: st
     fp8 = make_fp8(plain, tmp_path / "fp8", **fmt)
     full = tmp_path / "full"
     shutil.copytree(plain, full, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors = {key: value.float().contiguous() for key, value in dequantised(fp8).items() if "input_scale" not in key}
+    tensors = {key: value.float().contiguous() for key, value in dequantized(fp8).items() if "input_scale" not in key}
     save_file(tensors, full / "model.safetensors", metadata={"format": "pt"})
     edit_json(full / "config.json", dtype="float32")
     return fp8, make_adapter(tmp_path / "adapter", full, **adapter), full
@@ -78,7 +78,7 @@ def test_to_bf16(name: str, tmp_path: Path) -> None:
     )
     report = merge_absorb(adapter, fp8, tmp_path / "out")
     base, out, want = tensors_of(fp8), tensors_of(tmp_path / "out"), expected(full, adapter)
-    before = dequantised(fp8)
+    before = dequantized(fp8)
     touched = {k for k in base if re.search(r"q_a_proj|kv_b_proj|o_proj|experts\.\d+\.down_proj", k)}
     beside = {k for k in base if re.search(r"kv_a_proj_with_mqa|experts\.\d+\.(gate|up)_proj", k)}
     fp8_keys = {k for k, t in base.items() if t.dtype == torch.float8_e4m3fn}
@@ -116,7 +116,7 @@ def test_keep_writes_fp8_with_fresh_scales(name: str, tmp_path: Path) -> None:
     assert {k: (t.dtype, t.shape) for k, t in out.items()} == {k: (t.dtype, t.shape) for k, t in base.items()}
     config = (tmp_path / "out" / "config.json").read_text()
     assert json.loads(config) == json.loads((fp8 / "config.json").read_text())
-    values = dequantised(tmp_path / "out")
+    values = dequantized(tmp_path / "out")
     touched = [k for k in base if re.search(r"(q_a_proj|kv_b_proj|o_proj|experts\.\d+\.\w+)\.weight$", k)]
     assert len(touched) > 20
     for key in touched:
@@ -128,12 +128,12 @@ def test_keep_writes_fp8_with_fresh_scales(name: str, tmp_path: Path) -> None:
         assert (error <= allowed).all(), key
         if FORMATS[name].get("ue8m0"):
             assert (torch.log2(scale.float()) % 1 == 0).all()
-    assert any("quantised anew" in line for line in report.notes)
+    assert any("quantized anew" in line for line in report.notes)
     rows = {row.role: row for row in report.roles}
     assert all(row.cosine is not None and row.cosine < 0.9999 for row in rows.values())
 
 
-def test_everything_raised_is_no_longer_quantised(tmp_path: Path) -> None:
+def test_everything_raised_is_no_longer_quantized(tmp_path: Path) -> None:
     skip = ("mlp",)
     fp8, adapter, full = make(
         tmp_path, {"block": (4, 4), "skip": skip}, {"target_modules": ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]}
@@ -146,7 +146,7 @@ def test_everything_raised_is_no_longer_quantised(tmp_path: Path) -> None:
         assert merged(tokens).logits.shape == reference(tokens).logits.shape
 
 
-def test_dtype_dequantises_all(tmp_path: Path) -> None:
+def test_dtype_dequantizes_all(tmp_path: Path) -> None:
     fp8, adapter, full = make(tmp_path, {"block": (4, 4)}, {"target_modules": ATTENTION})
     merge_absorb(adapter, fp8, tmp_path / "out", options=Options(dtype="float32"))
     out, want = tensors_of(tmp_path / "out"), expected(full, adapter)
@@ -157,11 +157,11 @@ def test_dtype_dequantises_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fp8", ["bf16", "keep"])
-def test_absorbed_tensors_of_an_fp8_model_are_split_after_dequantising(fp8: str, tmp_path: Path) -> None:
+def test_absorbed_tensors_of_an_fp8_model_are_split_after_dequantizing(fp8: str, tmp_path: Path) -> None:
     base, adapter, _ = make(tmp_path, {"block": (4, 4)}, {"target_modules": ["o_proj"]})
     merge_absorb(adapter, base, tmp_path / "out", options=Options(fp8=fp8))
     absorbed = load_file(tmp_path / "out" / "absorbed.safetensors")
-    kv_b = dequantised(base)["model.layers.1.self_attn.kv_b_proj.weight"].bfloat16().view(3, 25, 28)
+    kv_b = dequantized(base)["model.layers.1.self_attn.kv_b_proj.weight"].bfloat16().view(3, 25, 28)
     path = "model.layers.1.self_attn"
     assert torch.equal(absorbed[f"{path}.W_UK"], kv_b[:, :10].transpose(1, 2))
     assert torch.equal(absorbed[f"{path}.W_UV"], kv_b[:, 10:])

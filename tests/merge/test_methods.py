@@ -239,7 +239,7 @@ def test_stochastic_rounding_is_seeded_and_right_on_average(tmp_path: Path) -> N
         assert not torch.equal(one[key], two[key])
         step = torch.exp2(torch.floor(torch.log2(torch.from_numpy(np.abs(value)).clamp_min(1e-30))) - 7).numpy()
         each = np.stack([r[key].double().numpy() for r in runs])
-        assert (np.abs(each - value) <= step * 1.001).all(), "one of the two neighbours"
+        assert (np.abs(each - value) <= step * 1.001).all(), "one of the two neighbors"
         bias = (each.mean(0) - value) / step
         assert abs(bias.mean()) < 0.01, "no drift"
     nearest = merge_absorb(adapter, base, tmp_path / "nearest", **QUICK)

@@ -1,4 +1,4 @@
-"""Every method × initialisation × target × LoRA+ trains, reloads in plain PEFT and merges, or is refused by name."""
+"""Every method × initialization × target × LoRA+ trains, reloads in plain PEFT and merges, or is refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from mla_tune.adapter.placement import place
 from mla_tune.model.attach import attach, attached
 from mla_tune.model.load import load_model
-from mla_tune.model.lora_init import initialise
+from mla_tune.model.lora_init import initialize
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.training import loop as train_loop
@@ -96,7 +96,7 @@ def tiny_with(init: str, method: str = "lora", rank: int = 4) -> tuple[Any, Any,
     recipe = load_recipe("safe", [f"adapter.method={method}", f"adapter.init={init}", f"adapter.rank={rank}"])
     placement = place(loaded.arch, recipe.adapter)
     model = attach(loaded.model, loaded.arch, placement, 0)
-    initialise(model, placement, 0)
+    initialize(model, placement, 0)
     return model, before, placement
 
 
@@ -122,7 +122,7 @@ def test_nothing_is_changed_before_the_first_step(init: str, method: str) -> Non
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("method", ["lora", "rslora"])
 def test_the_trained_half_begins_where_pefts_own_does(init: str, method: str) -> None:
-    """The oracle: PEFT's initialisation of the same matrix, whose B A is s-free and equal up to signs of vectors."""
+    """The oracle: PEFT's initialization of the same matrix, whose B A is s-free and equal up to signs of vectors."""
     model, before, placement = tiny_with(init, method)
     lora = next(x for x in attached(model) if x.parameter.endswith("layers.2.self_attn.o_proj.weight"))
     weight = before[lora.parameter]

@@ -186,7 +186,7 @@ def test_plan_counts_them(cli: Callable[..., Any]) -> None:
         (["adapter.modules_to_save=[lm_head]", "adapter.method=none"], "with method none every weight is trained"),
         (["adapter.modules_to_save=[experts]"], "holds other modules"),
         (["adapter.modules_to_save=[kv_b_proj]", "model.quantize=nf4", "model.preset=null", "model.base=embedded"],
-         "is quantised in this base"),
+         "is quantized in this base"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_trained_whole(

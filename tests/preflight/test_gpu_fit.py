@@ -105,16 +105,16 @@ def test_from_how_many_gpus() -> None:
     assert not by_config(fit(recipe, least - 8, 80 * 10**9))["zero3", "bfloat16"]["fits"]
 
 
-def test_quantised_bases_take_what_is_measured(tmp_path: Path) -> None:
+def test_quantized_bases_take_what_is_measured(tmp_path: Path) -> None:
     fp8 = make_fp8(EMBEDDED_MODEL, tmp_path / "fp8", block=(128, 128))
     for section in (ModelSection(base=str(fp8)), ModelSection(base="embedded", quantize="nf4")):
-        loaded = load_model(section, quantised=True)
-        assert loaded.quantised is not None
+        loaded = load_model(section, quantized=True)
+        assert loaded.quantized is not None
         others = sum(p.numel() * p.element_size() for p in loaded.model.parameters() if not p.isnan().all())
         kind = "nf4" if section.quantize == "nf4" else "fp8"
         # Tables of NF4 and scales of matrices that are no whole blocks come on top in so small a model.
         found = base_bytes(architecture_of(section), kind, 4)
-        assert found == pytest.approx(loaded.quantised["bytes"] + others, rel=0.03)
+        assert found == pytest.approx(loaded.quantized["bytes"] + others, rel=0.03)
 
 
 def test_the_issues_command_and_its_json(cli: Callable[..., Any]) -> None:

@@ -75,7 +75,7 @@ finally:
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
-def test_the_table_fits_the_terminal_and_has_no_colour_in_a_pipe(columns: str) -> None:
+def test_the_table_fits_the_terminal_and_has_no_color_in_a_pipe(columns: str) -> None:
     result = run("inspect", "deepseek-v3", COLUMNS=columns)
     assert result.returncode == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= int(columns)

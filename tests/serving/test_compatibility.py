@@ -22,7 +22,7 @@ from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
-from mla_tune.serving.compatibility import Judgement, judge
+from mla_tune.serving.compatibility import Judgment, judge
 from mla_tune.serving.engines import FILE, VERDICTS, Engine, Fact, load_engines
 from tests.helpers.fp8 import make_fp8
 from tests.helpers.merging import edit_json, edit_tensors, make_adapter, make_base
@@ -73,17 +73,17 @@ def plain(root: Path, v3: Path) -> Path:
     return make_adapter(root / "plain", v3, target_modules=ATTENTION, target_parameters=MLP + SHARED)
 
 
-def judged(engine: str, base: Path, adapter: Path | None = None) -> Judgement:
+def judged(engine: str, base: Path, adapter: Path | None = None) -> Judgment:
     checkpoint = Checkpoint.open(base)
     arch = architecture(checkpoint.config)
     opened: Adapter | None = open_adapter(adapter, arch, checkpoint.tensors) if adapter else None
     return judge(ENGINES[engine], checkpoint, arch, opened)
 
 
-def verdicts(judgement: Judgement) -> dict[str, str]:
+def verdicts(judgment: Judgment) -> dict[str, str]:
     """Subject → verdict; a subject that comes twice must not differ."""
     found: dict[str, str] = {}
-    for check in judgement.checks:
+    for check in judgment.checks:
         assert found.setdefault(check.item.subject, check.verdict) == check.verdict
     return found
 
@@ -395,7 +395,7 @@ def test_minicpm3_is_its_own_case(root: Path, minicpm3: Path) -> None:
 def test_fp8(v3: Path, tmp_path: Path) -> None:
     whole = make_fp8(v3, tmp_path / "whole")
     found = verdicts(judged("vllm", whole))
-    assert (found["quantisation"], found["fused layers"]) == ("unknown", "applied")  # blocks of 4 x 4
+    assert (found["quantization"], found["fused layers"]) == ("unknown", "applied")  # blocks of 4 x 4
     assert "plain weights" not in found
     mixed = make_fp8(v3, tmp_path / "mixed", skip=("q_a_proj",))
     assert verdicts(judged("vllm", mixed))["fused layers"] == "refused"
@@ -403,7 +403,7 @@ def test_fp8(v3: Path, tmp_path: Path) -> None:
     edit_json(mixed / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [4, 4]})
     assert verdicts(judged("vllm", mixed))["plain weights"] == "unknown"
     ragged = make_fp8(v3, tmp_path / "ragged", block=(16, 16))  # q_lora_rank is 36
-    assert verdicts(judged("vllm", ragged))["quantisation"] == "refused"
+    assert verdicts(judged("vllm", ragged))["quantization"] == "refused"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ end_worker()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
-def test_fsdp2_shards_quantised_bases(kind: str, rows: Path, tmp_path: Path) -> None:
+def test_fsdp2_shards_quantized_bases(kind: str, rows: Path, tmp_path: Path) -> None:
     """Losses and adapter as in one process; each of two holds half of the codes."""
     base = "embedded"
     if kind == "fp8":

@@ -1,4 +1,4 @@
-"""Training above quantised weights.  The oracle: the same numbers in a plain model under plain PEFT, in torch."""
+"""Training above quantized weights.  The oracle: the same numbers in a plain model under plain PEFT, in torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mla_tune.recipe.schema import AdapterSection, ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.training.kernels.lora_linear import by_factors
 from mla_tune.training.kernels.mla_checkpointing import recompute_mla
-from tests.helpers.fp8 import dequantised, make_fp8
+from tests.helpers.fp8 import dequantized, make_fp8
 from tests.helpers.merging import edit_json
 from tests.helpers.tiny_families import tiny, vocabulary
 
@@ -38,7 +38,7 @@ FP8: dict[str, dict[str, Any]] = {
     "block larger than a matrix": {"block": (128, 128)},
     "ue8m0 as codes": {"block": (16, 16), "ue8m0": True, "scale_dtype": "F8_E8M0"},
     "scales bf16": {"block": (16, 16), "scale_dtype": "BF16"},
-    "some not quantised": {"block": (16, 16), "skip": ["layers.1.mlp.experts", "layers.0.self_attn.kv_b_proj"]},
+    "some not quantized": {"block": (16, 16), "skip": ["layers.1.mlp.experts", "layers.0.self_attn.kv_b_proj"]},
     "compressed-tensors": {"block": (16, 16), "style": "compressed-tensors"},
     "a scale a row": {"block": None, "style": "compressed-tensors", "channel": True},
 }
@@ -48,7 +48,7 @@ ADAPTER = {"targets": "all-linear", "rank": 3, "alpha": 5}
 def plain_copy(folder: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     """An FP8 checkpoint's numbers as a plain checkpoint."""
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors = {key: t.to(dtype).contiguous() for key, t in dequantised(folder).items()}
+    tensors = {key: t.to(dtype).contiguous() for key, t in dequantized(folder).items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     edit_json(out / "config.json", quantization_config=None, dtype=str(dtype).removeprefix("torch."))
     return out
@@ -62,7 +62,7 @@ def fp8_pair(tmp_path: Path, family: str = "deepseek_v3", fmt: str = "deepseek")
 
 
 def load(folder: Path | str, **keys: Any) -> Loaded:
-    return load_model(ModelSection(base=str(folder), device="cpu", **keys), quantised=True)
+    return load_model(ModelSection(base=str(folder), device="cpu", **keys), quantized=True)
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -70,7 +70,7 @@ def adapter_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def both_adapted(loaded: Loaded, oracle: Any) -> tuple[Any, Any]:
-    """The same adapter, away from zero, on the quantised model as train attaches it and on the oracle by plain PEFT."""
+    """The same adapter, away from zero, on the quantized model as train attaches it and on the oracle by plain PEFT."""
     placement = place(loaded.arch, AdapterSection(**ADAPTER))
     ours = attach(loaded.model, loaded.arch, placement, 0)
     theirs: Any = get_peft_model(oracle, peft_config(loaded.arch, placement))
@@ -128,7 +128,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["PEFT's own forward", "mla", "full"])
 def test_ways_of_running_the_layers(way: str, tmp_path: Path) -> None:
-    """PEFT adapts parameters by parametrisation; recomputation runs the layers twice."""
+    """PEFT adapts parameters by parametrization; recomputation runs the layers twice."""
     fp8, full = fp8_pair(tmp_path)
     ours, theirs = both_adapted(load(fp8), plain(full))
     if way != "PEFT's own forward":
@@ -212,7 +212,7 @@ def test_memory_is_a_byte_a_weight_and_one_matrix_in_numbers(tmp_path: Path) -> 
         loaded = load(fp8)
     matrices = {m: math.prod(m.shape) for m in loaded.model.modules() if isinstance(m, Matrix)}
     weights = sum(matrices.values())
-    assert loaded.quantised == {
+    assert loaded.quantized == {
         "kind": "fp8",
         "matrices": sum(math.prod(m.shape[:-2]) for m in matrices),
         "weights": weights,
@@ -221,7 +221,7 @@ def test_memory_is_a_byte_a_weight_and_one_matrix_in_numbers(tmp_path: Path) -> 
     others = {n: p for n, p in loaded.model.named_parameters() if not p.isnan().all()}
     assert not any(n.endswith("_proj.weight") for n in others)
     stand_ins = 4 * len(matrices)
-    assert owned_bytes(loaded.model) <= loaded.quantised["bytes"] + stand_ins + 4 * (
+    assert owned_bytes(loaded.model) <= loaded.quantized["bytes"] + stand_ins + 4 * (
         sum(p.numel() for p in others.values()) + sum(b.numel() for n, b in loaded.model.named_buffers() if "freq" in n)
         + sum(b.numel() for n, b in loaded.model.named_buffers() if n.endswith("correction_bias"))
     )  # fmt: skip
@@ -281,15 +281,15 @@ def test_loss_and_gradients_above_nf4_equal_those_above_the_same_numbers(tmp_pat
     tiny("deepseek_v3").save_pretrained(tmp_path / "drawn")
     loaded = load(tmp_path / "drawn", quantize="nf4")
     oracle = plain(tmp_path / "drawn")
-    quantised = 0
+    quantized = 0
     for name, module in loaded.model.named_modules():
         if isinstance(module, Matrix):
             weight = oracle.get_parameter(name.removesuffix("_matrix"))
             numbers = [module.numbers(torch.float32, e) for e in range(len(weight))] if weight.ndim == 3 else None
             weight.data = torch.stack(numbers) if numbers else module.numbers(torch.float32)
-            quantised += weight.numel()
-    assert loaded.quantised is not None
-    assert loaded.quantised["weights"] == quantised
+            quantized += weight.numel()
+    assert loaded.quantized is not None
+    assert loaded.quantized["weights"] == quantized
     assert {n for n, m in loaded.model.named_modules() if type(m) is torch.nn.Linear} == {"lm_head"}
     ours, theirs = both_adapted(loaded, oracle)
     by_factors(ours)
@@ -344,8 +344,8 @@ def test_a_run_above_fp8_equals_one_above_its_numbers_and_merges_into_it(
             assert "base kept in fp8: " in done.err
             assert "bytes a weight" in done.err
     a, b = (json.loads((tmp_path / name / "run.json").read_text()) for name in "ab")
-    assert a["quantised"]["kind"] == "fp8"
-    assert b["quantised"] is None
+    assert a["quantized"]["kind"] == "fp8"
+    assert b["quantized"] is None
     assert a["held_out_loss"] == pytest.approx(b["held_out_loss"], rel=1e-4)
     adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab"]
     assert adapters[0].keys() == adapters[1].keys()
@@ -359,7 +359,7 @@ def test_a_run_above_fp8_equals_one_above_its_numbers_and_merges_into_it(
     assert merged.code == 0, merged.err
 
 
-def test_a_run_above_nf4_stops_resumes_and_fits_the_unquantised_base(
+def test_a_run_above_nf4_stops_resumes_and_fits_the_unquantized_base(
     cli: Callable[..., Any], rows: Path, tmp_path: Path
 ) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -367,8 +367,8 @@ def test_a_run_above_nf4_stops_resumes_and_fits_the_unquantised_base(
     done = cli(*options(rows, "embedded", whole, *sets))
     assert done.code == 0, done.err
     run = json.loads((whole / "run.json").read_text())
-    assert run["quantised"]["kind"] == "nf4"
-    assert run["quantised"]["bytes"] < 0.56 * run["quantised"]["weights"]
+    assert run["quantized"]["kind"] == "nf4"
+    assert run["quantized"]["bytes"] < 0.56 * run["quantized"]["weights"]
     shutil.copytree(whole, halves)
     shutil.rmtree(halves / "checkpoints" / "checkpoint-3", ignore_errors=True)
     again = cli(*options(rows, "embedded", halves, *sets), "--resume")
@@ -387,10 +387,10 @@ CONTRADICTIONS = [
     (["model.quantize=nf4"], "model.quantize: nf4 is for plain weights"),
     (
         ["adapter.method=dora", "adapter.targets=attention-only"],
-        "adapter.method: dora does not go with a quantised base",
+        "adapter.method: dora does not go with a quantized base",
     ),
-    (["train.compile=true"], "train.compile does not go with a quantised base"),
-    (["model.experts=grouped_mm"], "model.experts: grouped_mm does not go with a quantised base"),
+    (["train.compile=true"], "train.compile does not go with a quantized base"),
+    (["model.experts=grouped_mm"], "model.experts: grouped_mm does not go with a quantized base"),
 ]
 
 
@@ -491,6 +491,6 @@ def test_one_scale_a_tensor_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "fp8")
 
 
-def test_who_can_not_work_with_quantised_weights_refuses_them(tmp_path: Path) -> None:
+def test_who_can_not_work_with_quantized_weights_refuses_them(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="which only train works with"):
         load_model(ModelSection(base=str(fp8_pair(tmp_path)[0]), device="cpu"))

@@ -17,7 +17,7 @@ import pytest
 from mla_tune.runs.checkpoints import checkpoints
 from mla_tune.training.callbacks import Metrics
 from tests.training.test_spike_guard import BAD, rows_with_bad_batches, run_in_order
-from tests.training.test_train import hash_of, metrics, options, rows_file, signalled  # noqa: F401
+from tests.training.test_train import hash_of, metrics, options, rows_file, signaled  # noqa: F401
 
 LONG = ["train.max_steps=12", "train.packing=false", "output.samples=0"]
 
@@ -39,7 +39,7 @@ def test_sigterm_saves_and_resume_with_dropout_ends_bit_equal(cli, rows_file: Pa
     assert without.code == 0
     assert hash_of(tmp_path / "without" / "adapter") != hash_of(straight / "adapter")
 
-    done = signalled("TERM", "attention-only", options(rows_file, stopped, *sets))
+    done = signaled("TERM", "attention-only", options(rows_file, stopped, *sets))
     assert done.returncode == 128 + signal.SIGTERM or done.returncode == 130, done.stderr
     assert "Go on with the same command and --resume" in done.stderr
     assert json.loads((stopped / "run.json").read_text())["state"] == "interrupted"

@@ -159,7 +159,7 @@ def test_full_trains_every_weight_and_writes_a_model(cli, rows_file: Path, tmp_p
 
 
 # The process signals itself after it has logged step 5, so that no clock decides where it stops.
-SIGNALLED = """
+SIGNALED = """
 import os, signal
 from mla_tune.cli.app import main
 from mla_tune.training.callbacks import Metrics
@@ -173,9 +173,9 @@ main()
 """
 
 
-def signalled(name: str, recipe: str, args: list[str]) -> subprocess.CompletedProcess[str]:
+def signaled(name: str, recipe: str, args: list[str]) -> subprocess.CompletedProcess[str]:
     """Run `train` in a process of its own that gets SIGINT or SIGKILL after step 5."""
-    command = [sys.executable, "-c", SIGNALLED.replace("{name}", name), "train", "--recipe", recipe, *args]
+    command = [sys.executable, "-c", SIGNALED.replace("{name}", name), "train", "--recipe", recipe, *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -188,7 +188,7 @@ def test_ctrl_c_saves_and_resume_ends_bit_equal(rows_file: Path, tmp_path: Path,
     sets = ["train.max_steps=12", "train.epochs=9", "train.packing=false"]
     assert cli("train", "--recipe", "safe", *options(rows_file, straight, *sets)).code == 0
 
-    done = signalled("INT", "safe", options(rows_file, stopped, *sets))
+    done = signaled("INT", "safe", options(rows_file, stopped, *sets))
     err = done.stderr
     assert done.returncode == 130, err
     assert "--resume" in err
@@ -238,7 +238,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_bit_equal(rows_file: Path, tmp
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     sets = ["train.max_steps=12", "train.epochs=9", "train.packing=false", "train.save_every=3", "train.eval_every=4"]
     assert cli("train", "--recipe", "all-linear", *options(rows_file, straight, *sets)).code == 0
-    assert signalled("KILL", "all-linear", options(rows_file, killed, *sets)).returncode == -signal.SIGKILL
+    assert signaled("KILL", "all-linear", options(rows_file, killed, *sets)).returncode == -signal.SIGKILL
     at = RunFolder(killed).last_checkpoint()
     assert at is not None
     assert at.name == "checkpoint-3"

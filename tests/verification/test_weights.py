@@ -27,7 +27,7 @@ from mla_tune.errors import FileError, InputError
 from mla_tune.merge.run import merge_absorb
 from mla_tune.verification.dequantize import same_bytes
 from mla_tune.verification.verify import Verified, verify
-from tests.helpers.fp8 import dequantised, make_fp8, quantise, spread
+from tests.helpers.fp8 import dequantized, make_fp8, quantize, spread
 from tests.helpers.merging import edit_json, edit_tensors, load, make_adapter, make_base
 from tests.merge.test_fp8 import FORMATS
 from tests.merge.test_methods import save_trained
@@ -265,8 +265,8 @@ def test_no_tool_is_accused_for_how_it_rounds(
         holds(by_hand(base, tmp_path / f"out-{size}", changes(base, this), rule), base, this)
 
 
-def test_no_tool_is_accused_for_dequantising_to_bfloat16_first(fp8: Path, adapter: Path, tmp_path: Path) -> None:
-    values = {key: value.bfloat16() for key, value in dequantised(fp8).items()}
+def test_no_tool_is_accused_for_dequantizing_to_bfloat16_first(fp8: Path, adapter: Path, tmp_path: Path) -> None:
+    values = {key: value.bfloat16() for key, value in dequantized(fp8).items()}
     for size in (1e-3, 1e-2, 0.1, 1):
         for seed in range(5):
             this = scaled(adapter, tmp_path / f"adapter-{seed}-{size}", size, seed)
@@ -406,13 +406,13 @@ def test_fused_experts_on_disk(
         deltas = changes(base, adapter)
         names = [[f"model.layers.2.mlp.experts.{e}.{x}_proj.weight" for x in ("gate", "up")] for e in range(4)]
         delta = torch.stack([torch.cat([deltas[name].delta for name in pair]) for pair in names])
-        codes = (dequantised(this)[key] + delta) / spread(wide, delta.shape, (8, 16))
+        codes = (dequantized(this)[key] + delta) / spread(wide, delta.shape, (8, 16))
         edit_tensors(
             tmp_path / "out" / "model.safetensors",
             lambda t: t.update({key: codes.to(torch.float8_e4m3fn), f"{key}_scale_inv": wide}),
         )
     else:
-        old = dequantised(this)[key].to(torch.bfloat16) if fp8 else tensors_of(this)[key]
+        old = dequantized(this)[key].to(torch.bfloat16) if fp8 else tensors_of(this)[key]
         edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t[key][3].copy_(old[3]))
     found = wrong(tmp_path / "out", this)[key]
     assert fp8 != "keep" or "scales are too large, by up to 64 times" in found
@@ -483,7 +483,7 @@ def test_merge_and_unload_drops_mtp_layers(base: Path, tmp_path: Path) -> None:
 
 
 def raised(fp8: Path, out: Path, adapter: Path, values: dict[str, torch.Tensor]) -> Path:
-    """All FP8 weights as bfloat16 `values` with the changes on top, as a tool does that dequantises first."""
+    """All FP8 weights as bfloat16 `values` with the changes on top, as a tool does that dequantizes first."""
     shutil.copytree(fp8, out, ignore=shutil.ignore_patterns("*.safetensors*"))
     deltas = changes(fp8, adapter)
     tensors = {}
@@ -504,8 +504,8 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def test_block_sizes_guessed_from_shapes(fp8: Path, adapter: Path, tmp_path: Path) -> None:
     """§5: guessing the block as ceil(576/5) cost another engine 5 points of GSM8K."""
-    holds(raised(fp8, tmp_path / "right", adapter, dequantised(fp8)), fp8, adapter)
-    tensors, values = tensors_of(fp8), dequantised(fp8)
+    holds(raised(fp8, tmp_path / "right", adapter, dequantized(fp8)), fp8, adapter)
+    tensors, values = tensors_of(fp8), dequantized(fp8)
     guessed = set()
     for key in values:
         if tensors[key].dtype == torch.float8_e4m3fn:
@@ -528,13 +528,13 @@ def test_deltas_on_raw_codes(fp8: Path, adapter: Path, tmp_path: Path) -> None:
     assert found.keys() == deltas.keys()
     assert (by_hand(fp8, tmp_path / "right", {}) / "config.json").is_file()
 
-    def requantised(tensors: dict[str, torch.Tensor]) -> None:
+    def requantized(tensors: dict[str, torch.Tensor]) -> None:
         for key in tensors.keys() & deltas.keys():
-            W = dequantised(fp8)[key] + deltas[key].delta
-            tensors[key], tensors[f"{key}_scale_inv"] = quantise(W, (8, 16))
+            W = dequantized(fp8)[key] + deltas[key].delta
+            tensors[key], tensors[f"{key}_scale_inv"] = quantize(W, (8, 16))
 
     for file in (tmp_path / "right").glob("*.safetensors"):
-        edit_tensors(file, requantised)
+        edit_tensors(file, requantized)
     assert holds(tmp_path / "right", fp8, small).proof.recomputed == 2 * len(deltas)
 
 
@@ -542,7 +542,7 @@ def test_fp8_scales_that_are_too_large(fp8: Path, adapter: Path, tmp_path: Path)
     """Numbers that such codes stand for are as near as a rounding, of a step that is 64 times too wide."""
     merge_absorb(adapter, fp8, tmp_path / "out", options=Options(fp8="keep", absorb="none"), verify=False)
     wide, scale = 64.0, f"{KV_B}_scale_inv"
-    W = dequantised(fp8)[KV_B] + changes(fp8, adapter)[KV_B].delta
+    W = dequantized(fp8)[KV_B] + changes(fp8, adapter)[KV_B].delta
     codes = W / spread(tensors_of(tmp_path / "out")[scale], W.shape, (8, 16)) / wide
     edit(tmp_path / "out", KV_B, lambda _: codes.to(torch.float8_e4m3fn))
     edit(tmp_path / "out", scale, lambda s: s * wide)
@@ -584,7 +584,7 @@ def test_a_quantization_config_left_behind_or_taken_away(fp8: Path, adapter: Pat
     assert any("in blocks of 8 × 17, and in blocks of 8 × 16" in what for what in wrong(out, fp8).values())
     edit_config(out, lambda config: config.pop("quantization_config"))
     assert "has no quantization_config" in wrong(out, fp8)["config.json"]
-    right = raised(fp8, tmp_path / "all", adapter, dequantised(fp8))
+    right = raised(fp8, tmp_path / "all", adapter, dequantized(fp8))
     shutil.copy(fp8 / "config.json", right)
     assert "no tensor is F8_E4M3" in wrong(right, fp8, adapter)["config.json"]
 
@@ -617,8 +617,8 @@ def test_total_size_as_a_count_of_tensors(base: Path, adapter: Path, tmp_path: P
     assert "total_size is 67, and the tensors have" in wrong(out, base, adapter)[INDEX]
 
 
-def test_absorbed_tensors_split_before_dequantising(fp8: Path, adapter: Path, tmp_path: Path) -> None:
-    """§5: 25 rows a head are not 8-aligned: split only after dequantising."""
+def test_absorbed_tensors_split_before_dequantizing(fp8: Path, adapter: Path, tmp_path: Path) -> None:
+    """§5: 25 rows a head are not 8-aligned: split only after dequantizing."""
     merge_absorb(adapter, fp8, tmp_path / "out", options=Options(fp8="keep"), verify=False)
     holds(tmp_path / "out", fp8)
     t = tensors_of(tmp_path / "out")

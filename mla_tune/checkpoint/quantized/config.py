@@ -1,4 +1,4 @@
-"""config.json about quantised weights: which scheme it declares, and how it is told that some weights no longer are.
+"""config.json about quantized weights: which scheme it declares, and how it is told that some weights no longer are.
 
 Two descriptions are understood: `quant_method: fp8` (DeepSeek, transformers' FineGrainedFP8, vLLM) and
 `quant_method: compressed-tensors` with 8-bit floats (llm-compressor).  Nothing is inferred from shapes.
@@ -55,17 +55,17 @@ class Scheme:
     targets: tuple[str, ...] = ()
 
 
-def quantisation_field(config: Mapping[str, Any]) -> str | None:
-    """The key of config.json that describes quantised weights; None where they are not quantised."""
+def quantization_field(config: Mapping[str, Any]) -> str | None:
+    """The key of config.json that describes quantized weights; None where they are not quantized."""
     return next((name for name in FIELDS if config.get(name)), None)
 
 
 def read_schemes(config: Mapping[str, Any], where: Path) -> tuple[Scheme, ...]:
-    """The schemes that a parsed config.json at `where` declares; none for a model that is not quantised.
+    """The schemes that a parsed config.json at `where` declares; none for a model that is not quantized.
 
     Raises `InputError` for whatever could not be turned into numbers for certain.
     """
-    field = quantisation_field(config)
+    field = quantization_field(config)
     if field is None:
         return ()
     quant = config[field]
@@ -124,7 +124,7 @@ def _compressed_tensors(quant: Mapping[str, Any], where: str) -> tuple[Scheme, .
             raise InputError(f"{at}: format is {kind!r}; understood are {', '.join(_PLAIN_FORMATS)}. {_ADVICE}")
         schemes.append(_compressed_group(group["weights"], tuple(group.get("targets") or ()), f"{at}.weights"))
     if not schemes:
-        raise InputError(f"{where}: config_groups quantises no weights; {UNDERSTOOD}. {_ADVICE}")
+        raise InputError(f"{where}: config_groups quantizes no weights; {UNDERSTOOD}. {_ADVICE}")
     return tuple(schemes)
 
 
@@ -177,10 +177,10 @@ def raise_together(arch: Architecture, checkpoint: Checkpoint, touched: Collecti
     return raised.union(*(layer for layer in layers.values() if not layer.isdisjoint(raised)))
 
 
-def edit_config(config: Mapping[str, Any], raised: Collection[str], quantised: Collection[str]) -> dict[str, Any]:
+def edit_config(config: Mapping[str, Any], raised: Collection[str], quantized: Collection[str]) -> dict[str, Any]:
     """A copy of config.json for a checkpoint in which the weights `raised` (keys) are not FP8 any more.
 
-    `quantised` are all weights that were.  Where none is left the description goes.  Otherwise the modules are named so
+    `quantized` are all weights that were.  Where none is left the description goes.  Otherwise the modules are named so
     that transformers and vLLM both keep them as they are:
 
     - `modules_to_not_convert` (or `ignored_layers`, which vLLM reads first and transformers second): vLLM compares full
@@ -191,12 +191,12 @@ def edit_config(config: Mapping[str, Any], raised: Collection[str], quantised: C
       pattern stands for all of a block.
     """
     result = deepcopy(dict(config))
-    field = quantisation_field(config)
+    field = quantization_field(config)
     if field is None or not raised:
         return result
     quant = result[field]
     # A calibrated KV cache is described in the same table.
-    if set(raised) >= set(quantised) and not quant.get("kv_cache_scheme"):
+    if set(raised) >= set(quantized) and not quant.get("kv_cache_scheme"):
         del result[field]
         return result
     modules = dict.fromkeys(_module(key) for key in raised)
@@ -205,7 +205,7 @@ def edit_config(config: Mapping[str, Any], raised: Collection[str], quantised: C
         quant["ignore"] = _joined(quant.get("ignore"), entries)
         return result
     entries = list(modules)
-    if "lm_head.weight" not in quantised:
+    if "lm_head.weight" not in quantized:
         # transformers leaves it out by itself only as long as there is no list.
         entries.append("lm_head")
     if quant.get("ignored_layers"):

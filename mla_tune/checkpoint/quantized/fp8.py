@@ -16,7 +16,7 @@ import numpy as np
 
 from mla_tune.checkpoint.dtypes import E4M3_MAX, decode, encode
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, nearest
-from mla_tune.checkpoint.quantized.config import CODES, UNDERSTOOD, Scheme, quantisation_field, read_schemes, scheme_of
+from mla_tune.checkpoint.quantized.config import CODES, UNDERSTOOD, Scheme, quantization_field, read_schemes, scheme_of
 from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import CheckError, InputError
 
@@ -24,7 +24,7 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 #: Smallest scale that is written: 1 / it and its relative precision are still good in each dtype.
 _SMALLEST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20, "F8_E8M0": 2.0**-126}
 _ADVICE = "Give the bfloat16 or float32 checkpoint of the same model with --base"
-#: Endings of tensors that belong to other ways of quantising.
+#: Endings of tensors that belong to other ways of quantizing.
 _FOREIGN = {
     "weight_packed": "packed integers",
     "qweight": "packed integers",
@@ -38,7 +38,7 @@ _ACTIVATION_SCALES = ("input_scale", "activation_scale")
 
 
 @dataclass(frozen=True, slots=True)
-class Quantised:
+class Quantized:
     """One FP8 weight.  `codes` is (out, in) or, for stacked experts, (E, out, in).
 
     `block` is (rows, columns) of the part of an (out, in) matrix that shares a scale: (1, in) for one scale a row; None
@@ -54,7 +54,7 @@ class Quantised:
     companions: tuple[str, ...] = ()
 
 
-def quantised_weights(checkpoint: Checkpoint) -> dict[str, Quantised]:
+def quantized_weights(checkpoint: Checkpoint) -> dict[str, Quantized]:
     """The FP8 weights of a checkpoint by key, in its order, from headers and config.json; empty for a plain one.
 
     Raises `InputError`, which names the tensor, for whatever can't be turned into numbers for certain.
@@ -70,10 +70,10 @@ def quantised_weights(checkpoint: Checkpoint) -> dict[str, Quantised]:
         )
     if schemes and not codes:
         raise InputError(
-            f"{where}: {quantisation_field(checkpoint.config)} says that the weights are quantised, but no tensor is "
+            f"{where}: {quantization_field(checkpoint.config)} says that the weights are quantized, but no tensor is "
             f"{CODES}: weights and configuration are of different models, or the entry was left over"
         )
-    result = {ref.key: _quantised(checkpoint, ref, scheme_of(_module(ref.key), schemes, where)) for ref in codes}
+    result = {ref.key: _quantized(checkpoint, ref, scheme_of(_module(ref.key), schemes, where)) for ref in codes}
     used = {q.scale.key for q in result.values()}
     for key, ref in checkpoint.tensors.items():
         if key.endswith(("_scale_inv", ".weight_scale")) and key not in used:
@@ -84,7 +84,7 @@ def quantised_weights(checkpoint: Checkpoint) -> dict[str, Quantised]:
     return result
 
 
-def read_scales(q: Quantised, float_type: type = np.float32) -> np.ndarray:
+def read_scales(q: Quantized, float_type: type = np.float32) -> np.ndarray:
     """All scales of a weight, in the shape of the tensor.  Raises `InputError` unless all are positive and finite."""
     scales = np.asarray(decode(read_raw(q.scale), q.scale.dtype, float_type))
     bad = scales[~((scales > 0) & np.isfinite(scales))]
@@ -95,10 +95,10 @@ def read_scales(q: Quantised, float_type: type = np.float32) -> np.ndarray:
     return scales
 
 
-def dequantise(
+def dequantize(
     codes: np.ndarray,
     scales: np.ndarray,
-    q: Quantised,
+    q: Quantized,
     row0: int = 0,
     float_type: type = np.float32,
     expert: int | None = None,
@@ -120,8 +120,8 @@ def dequantise(
     return result
 
 
-def requantise(
-    x: np.ndarray, q: Quantised, rng: np.random.Generator | None = None, absmax: float | None = None
+def requantize(
+    x: np.ndarray, q: Quantized, rng: np.random.Generator | None = None, absmax: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whole blocks of rows of a weight, floats (n, in) → (codes uint8 (n, in), fresh scales in the base's dtype).
 
@@ -149,7 +149,7 @@ def requantise(
     return encode(scaled, CODES, rng), raw
 
 
-def _fresh_scales(largest: np.ndarray, q: Quantised) -> tuple[np.ndarray, np.ndarray]:
+def _fresh_scales(largest: np.ndarray, q: Quantized) -> tuple[np.ndarray, np.ndarray]:
     """Scales for blocks with these largest magnitudes: (as stored, as float64 numbers)."""
     scales = np.where(largest > 0, np.maximum(largest.astype(np.float64) / E4M3_MAX, _SMALLEST[q.scale.dtype]), 1.0)
     if q.power_of_two:
@@ -189,7 +189,7 @@ def _refuse_foreign(checkpoint: Checkpoint) -> None:
             raise InputError(f"{ref.file}: '{key}' is {ref.dtype}; of these formats only {CODES} is read. {_ADVICE}")
 
 
-def _quantised(checkpoint: Checkpoint, codes: TensorRef, scheme: Scheme) -> Quantised:
+def _quantized(checkpoint: Checkpoint, codes: TensorRef, scheme: Scheme) -> Quantized:
     names = [codes.key + ending for ending in scheme.scale_endings]
     scale = next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
     if scale is None:
@@ -213,7 +213,7 @@ def _quantised(checkpoint: Checkpoint, codes: TensorRef, scheme: Scheme) -> Quan
         )
     stem = _module(codes.key) + ("." if codes.key.endswith(".weight") else "_")
     companions = tuple(stem + name for name in _ACTIVATION_SCALES if stem + name in checkpoint.tensors)
-    return Quantised(codes, scale, block, scheme.power_of_two or scale.dtype == "F8_E8M0", companions)
+    return Quantized(codes, scale, block, scheme.power_of_two or scale.dtype == "F8_E8M0", companions)
 
 
 def _layout(shape: tuple[int, ...], scheme: Scheme) -> tuple[tuple[int, int] | None, list[tuple[int, ...]]]:

@@ -42,7 +42,7 @@ _LOST = (
 )
 
 
-def refuse(recipe: Recipe, placement: Placement, here: Worker, quantised: str | None) -> None:
+def refuse(recipe: Recipe, placement: Placement, here: Worker, quantized: str | None) -> None:
     """Raises `InputError` for a launch that contradicts itself, and for what was not tried in many processes."""
     sharded = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}.get(here.sharding)
     if os.environ.get("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2" and sharded == "FSDP2":
@@ -61,7 +61,7 @@ def refuse(recipe: Recipe, placement: Placement, here: Worker, quantised: str | 
         )
     if not sharded:
         return
-    wrong = not_sharded(recipe, placement, here.sharding or "", quantised)
+    wrong = not_sharded(recipe, placement, here.sharding or "", quantized)
     if wrong:
         raise InputError(f"{sharded} is not tried together with {'; '.join(wrong)}; use --launch ddp, or change that")
 

@@ -2,9 +2,9 @@
 
 PEFT's layer makes s·B A x as a tensor of its own and adds it in a second pass; for a matrix that it reaches as a
 parameter (`target_parameters`) it makes W + s·B A, and its gradient as large as W.  This is the same mathematics as
-(W + s·B·A) x for one linear layer, plain or with a quantised weight (Hu et al., arXiv:2106.09685, section 4.1); layers
+(W + s·B·A) x for one linear layer, plain or with a quantized weight (Hu et al., arXiv:2106.09685, section 4.1); layers
 of any other kind (DoRA, dropout, plain experts, a sharded base, several adapters) keep PEFT's forward.  Experts with
-quantised weights find A and B in `lora_factors` and add s·B(A x) themselves, an expert at a time.
+quantized weights find A and B in `lora_factors` and add s·B(A x) themselves, an expert at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mla_tune.model.quantized_linear import FrozenLinear, matrix_of
 
 
 def by_factors(model: torch.nn.Module, adapter: str = "default") -> int:
-    """Give every LoRA of `adapter` on a linear layer or on quantised experts the forward above; returns how many have
+    """Give every LoRA of `adapter` on a linear layer or on quantized experts the forward above; returns how many have
     it."""
     count = 0
     for layer in model.modules():

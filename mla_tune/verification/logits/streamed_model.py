@@ -34,7 +34,7 @@ _ROWS = 1 << 24
 
 
 def build(checkpoint: Checkpoint, arch: Architecture, attention: str) -> PreTrainedModel:
-    """The model of config.json in float32 with parameters on the meta device and real buffers, as if not quantised."""
+    """The model of config.json in float32 with parameters on the meta device and real buffers, as if not quantized."""
     left_out = ("quantization_config", "compression_config", "auto_map", "model_type")
     settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
     # A published type may be an alias that transformers doesn't know.

@@ -56,7 +56,7 @@ class Weights:
         for first in range(begin, end, step):
             last = min(first + step, end)
             raw = self.reader.rows(ref, first, last, "probe")
-            if ref.key in self.values.quantised:
+            if ref.key in self.values.quantized:
                 numbers = self.values.of(ref, raw, first, last, torch.float32)
             else:
                 numbers = raw.view(TORCH[ref.dtype]).view(last - first, columns)
@@ -92,7 +92,7 @@ class Slot:
         self.module._parameters[self.leaf] = nn.Parameter(tensor, requires_grad=False)
 
     def empty(self) -> None:
-        # Whoever still holds the parameter (PEFT's parametrisations, until they are collected) keeps no memory with it.
+        # Whoever still holds the parameter (PEFT's parametrizations, until they are collected) keeps no memory with it.
         if not self.value.is_meta:
             self.value.data = torch.empty(0)
         self.put(torch.empty(self.shape, device="meta"))

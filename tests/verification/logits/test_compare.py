@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from mla_tune.checkpoint.index import Checkpoint
 from tests.helpers import merging as merge_helpers
-from tests.helpers.fp8 import dequantised, make_fp8
+from tests.helpers.fp8 import dequantized, make_fp8
 from tests.helpers.logits import (
     ATTENTION,
     EXPERTS,
@@ -166,10 +166,10 @@ def test_fp8(tmp_path: Path, style: str, fp8: str) -> None:
         assert 0 < report.absorbed.kl < 1e-3
 
 
-def _with_numbers(like: Path, quantised: Path, out: Path) -> Path:
+def _with_numbers(like: Path, quantized: Path, out: Path) -> Path:
     """A float32 checkpoint with the numbers that an FP8 one stands for."""
     shutil.copytree(like, out)
-    numbers = dequantised(without_absorbed(quantised))
+    numbers = dequantized(without_absorbed(quantized))
     save_file({k: t.float().contiguous() for k, t in numbers.items()}, out / WEIGHTS, metadata={"format": "pt"})
     return out
 
