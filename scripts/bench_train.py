@@ -93,7 +93,7 @@ def flat(steps: int) -> dict[str, Any]:
     sets = [f"train.max_steps={steps}", "train.batch_size=1", "train.max_length=128", "train.log_every=10"]
     with tempfile.TemporaryDirectory() as folder:
         sets += [f"output.dir={folder}/run", "data.path=gsm8k", "data.eval_fraction=0", "output.samples=0"]
-        sets += [f"train.save_every={steps // 4}", "data.too_long=drop"]
+        sets += [f"train.save_every={steps // 4}", "data.on_overflow=drop"]
         command = [sys.executable, "-c", LONG, "safe", str(steps), *sets]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

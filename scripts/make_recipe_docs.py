@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mla_tune.recipe.schema import Recipe, RoleOverride, Section, Source, SpikeSection
+from mla_tune.recipe.schema import DataSource, Recipe, RoleOverride, Section, SpikeSection
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 HEAD = """# Recipe keys
@@ -82,7 +82,7 @@ def page() -> str:
                 "\n".join(f"| `{p}` | {', '.join(f'`{t}`' for t in ts)} |" for p, ts in PRESETS.items()) + "\n"
             )
         if name == "data":
-            parts.append(f"### data.sources[]\n\n{Source.__doc__}\n\n{table(Source)}\n")
+            parts.append(f"### data.sources[]\n\n{DataSource.__doc__}\n\n{table(DataSource)}\n")
         if name == "train":
             parts.append(f"### train.spike\n\n{SpikeSection.__doc__}\n\n{table(SpikeSection)}\n")
     return "\n".join(parts)

@@ -21,11 +21,11 @@ _PLAIN = {"gradient_checkpointing": False, "bf16": False}
 CASES: dict[str, Case] = {
     c.name: c
     for c in (
-        Case("none", sets=("train.checkpointing=none",)),
-        Case("unpacked", sets=("train.checkpointing=none", "train.packing=false")),
-        Case("mla", sets=("train.checkpointing=mla",)),
-        Case("full", sets=("train.checkpointing=full",)),
-        Case("compiled", sets=("train.checkpointing=none", "train.compile=true")),
+        Case("none", sets=("train.activation_checkpointing=none",)),
+        Case("unpacked", sets=("train.activation_checkpointing=none", "train.packing=false")),
+        Case("mla", sets=("train.activation_checkpointing=mla",)),
+        Case("full", sets=("train.activation_checkpointing=full",)),
+        Case("compiled", sets=("train.activation_checkpointing=none", "train.compile=true")),
         Case("trl", trl=True, keys={"packing": False}),
         Case("trl-packed", trl=True, keys={"packing": True}),
         Case("trl-plain", trl=True, keys={"packing": False, **_PLAIN}),

@@ -148,7 +148,7 @@ def _with_trl(recipe: Recipe, case: Case, rows: list[dict[str, Any]], rounds: Ro
     arguments = SFTConfig(
         output_dir=str(Path(recipe.output.dir) / "trl"),
         per_device_train_batch_size=t.batch_size,
-        gradient_accumulation_steps=t.accumulation,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
         num_train_epochs=t.epochs,
         max_steps=t.max_steps or -1,
         max_length=t.max_length,

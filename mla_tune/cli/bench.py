@@ -213,7 +213,7 @@ def train(
         str,
         typer.Option(
             metavar="NAME,…",
-            help="Of none, mla, full (train.checkpointing), compiled; trl, trl-packed (SFTTrainer at its defaults), "
+            help="Of none, mla, full (train.activation_checkpointing), compiled; trl, trl-packed (TRL's defaults), "
             "trl-plain, trl-plain-packed (without its checkpointing and bfloat16).",
         ),
     ] = "none,mla,full",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: Changed whenever `encode` makes other tokens of the same rows.
 VERSION = 1
 #: Keys of the recipe on which the tokens of given rows depend.
-KEYS = ("template", "loss_on", "too_long", "bad_rows")
+KEYS = ("template", "train_on", "on_overflow", "on_invalid_row")
 
 
 def cache_folder() -> Path:

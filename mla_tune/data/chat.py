@@ -89,7 +89,7 @@ def _border(
         raise InputError(
             f"the chat template renders the first {len(head)} messages otherwise once the chat goes on, so the "
             "assistant's tokens can't be told apart; mark them in the template with {% generation %}, set "
-            "data.loss_on: all, or (prompt and completion) data.template: none"
+            "data.train_on: all, or (prompt and completion) data.template: none"
         )
     # A generation prompt may end in text that the finished turn lacks (an opened <think>): only what agrees counts.
     pairs = zip(tokens_of(tokenizer, render(tokenizer, head, True, tools) if prompt else opening), ids, strict=False)

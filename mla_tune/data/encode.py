@@ -48,7 +48,7 @@ class Encoded:
     untrained: int = 0
     """Pieces of split rows left out, because none of their tokens counts."""
     skipped: list[str] = field(default_factory=list)
-    """What is wrong with each row that `bad_rows: skip` left out."""
+    """What is wrong with each row that `on_invalid_row: skip` left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def encode(
     apart so that no token spans the border.  chat: rendered by the template.  text: bos + text + eos.  Rendered ids are
     those of `tokenizer.apply_chat_template`.  tokens: as they are.
 
-    A text longer than `max_length` is cut into several samples unless `too_long` says drop or error, and any other row
+    A text longer than `max_length` is cut into several samples unless `on_overflow` is drop or error, and any other row
     where it says split.  Each piece begins with the last token of the piece before it, so that every token but the
     first is predicted once; a piece without trained tokens is left out, and counted.
 
@@ -86,7 +86,7 @@ def encode(
 
     Raises:
         InputError: the tokenizer lacks a template or an end token, the template refuses a row, a row is too long for
-            what `too_long` says, or no token is left to train on.  No rows at all is no error.
+            what `on_overflow` says, or no token is left to train on.  No rows at all is no error.
     """
     tokenized = _tokenized(rows, kind, tokenizer, data, part)
     samples: list[Sample] = []
@@ -98,20 +98,20 @@ def encode(
             skipped.append(str(row))
         elif len(row.ids) <= max_length:
             samples.append(_sample(row, 0, max_length))
-        elif data.too_long == "drop":
+        elif data.on_overflow == "drop":
             dropped += 1
-        elif data.too_long == "split" or (kind == "text" and data.too_long != "error"):
+        elif data.on_overflow == "split" or (kind == "text" and data.on_overflow != "error"):
             split += 1
             pieces = [_sample(row, start, max_length) for start in range(0, len(row.ids) - 1, max_length - 1)]
             kept = [piece for piece in pieces if any(label != IGNORED for label in piece.labels)]
             untrained += len(pieces) - len(kept)
             samples += kept
-        elif data.too_long == "error" or row.answer >= max_length:
+        elif data.on_overflow == "error" or row.answer >= max_length:
             misfits.append((number, row))
         else:
             truncated += 1
             samples.append(_sample(row, 0, max_length))
-    if misfits and data.bad_rows == "skip" and data.too_long != "error":
+    if misfits and data.on_invalid_row == "skip" and data.on_overflow != "error":
         skipped += [_too_long(rows, [misfit], data, max_length, part) for misfit in misfits]
         misfits = []
     if misfits:
@@ -123,7 +123,7 @@ def encode(
         why = (
             f"all {dropped} rows are longer than train.max_length ({max_length} tokens) and were dropped; raise it"
             if dropped == len(rows)
-            else f"all labels are masked in all {len(samples)} samples, so nothing would be learned; see data.loss_on, "
+            else f"all labels are masked in all {len(samples)} samples: nothing would be learned; see data.train_on, "
             "and whether the chat template's {% generation %} part holds the assistant's turns"
         )
         raise InputError(f"{part}: {why}")
@@ -140,8 +140,8 @@ def _sample(row: _Tokens, start: int, max_length: int) -> Sample:
 
 def _too_long(rows: list[Row], misfits: list[tuple[int, _Tokens]], data: DataSection, length: int, part: str) -> str:
     number, row = misfits[0]
-    if data.too_long == "error":
-        fault = f"{len(row.ids)} tokens, but train.max_length is {length} and data.too_long says error"
+    if data.on_overflow == "error":
+        fault = f"{len(row.ids)} tokens, but train.max_length is {length} and data.on_overflow says error"
     else:
         fault = (
             f"its first {row.answer} tokens are prompt and train.max_length is {length}, "
@@ -149,7 +149,7 @@ def _too_long(rows: list[Row], misfits: list[tuple[int, _Tokens]], data: DataSec
         )
     longest = max(len(r.ids) for _, r in misfits)
     others = f" ({len(misfits)} such rows, the longest of {longest} tokens)" if len(misfits) > 1 else ""
-    todo = f"set data.too_long: drop to leave such rows out, or train.max_length: {longest} to keep them whole"
+    todo = f"set data.on_overflow: drop to leave such rows out, or train.max_length: {longest} to keep them whole"
     return f"{_where(rows, number, part)}: {fault}{others}; {todo}"
 
 
@@ -180,10 +180,10 @@ def _tokenized(
         raise InputError("the tokenizer has no eos token to end a row with; set one in its tokenizer_config.json")
     for number, row in enumerate(rows, start=1):
         try:
-            yield _row(row, kind, chat, tokenizer, data.loss_on == "all")
+            yield _row(row, kind, chat, tokenizer, data.train_on == "all")
         except InputError as err:
             told = InputError(f"{_where(rows, number, part)}: {err}")
-            if data.bad_rows == "error":
+            if data.on_invalid_row == "error":
                 raise told from err
             yield told
 

@@ -47,7 +47,7 @@ def normalize(
 ) -> tuple[Kind, list[Row]]:
     """Rows of one kind, in the table's order.
 
-    `faults`: where `data.bad_rows` says skip, what is wrong with each row left out is added there.
+    `faults`: where `data.on_invalid_row` says skip, what is wrong with each row left out is added there.
     `partial`: the table is a piece of a data set, of which all rows may be left out.
 
     Raises:
@@ -66,9 +66,11 @@ def normalize(
             rows.append(convert(raw, data))
         except _Fault as fault:
             found.append(f"{table.where(i)}: {fault}")
-    if found and (faults is None or data.bad_rows == "error" or not (rows or partial)):
+    if found and (faults is None or data.on_invalid_row == "error" or not (rows or partial)):
         more = f"\n… and {len(found) - _SHOWN} more rows" if len(found) > _SHOWN else ""
-        todo = "" if data.bad_rows == "skip" else "\ndata.bad_rows: skip leaves such rows out, and counts them"
+        todo = (
+            "" if data.on_invalid_row == "skip" else "\ndata.on_invalid_row: skip leaves such rows out, and counts them"
+        )
         raise InputError("\n".join(found[:_SHOWN]) + more + todo)
     if faults is not None:
         faults += found
@@ -187,9 +189,9 @@ def _chat(raw: Row, data: DataSection, role_key: str, content_key: str, roles: d
             content = ""  # a turn that only calls a tool
         messages.append({"role": roles[role], "content": _checked(content, f"{at}.{content_key}"), **extras})
     said = [m for m in messages if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
-    if data.loss_on == "completion" and not said:
+    if data.train_on == "completion" and not said:
         raise _Fault(
-            f"{column}: no assistant's turn with content, so nothing to learn; remove the row or set data.loss_on: all"
+            f"{column}: no assistant's turn with content, so nothing to learn; remove the row or set data.train_on: all"
         )
     tools = _tools(raw, data)
     return {"messages": messages, **({"tools": tools} if tools else {})}

@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, arch: Architecture, tokenizer: Any) -> Prepared:
     if skipped := prepared.skipped:
         more = f"\n  … and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
         named = "\n  ".join(skipped[:_NAMED])
-        lines.insert(0, f"data.bad_rows: skip: {len(skipped)} rows are left out:\n  {named}{more}")
+        lines.insert(0, f"data.on_invalid_row: skip: {len(skipped)} rows are left out:\n  {named}{more}")
     return prepared
 
 
@@ -191,5 +191,5 @@ def steps_of(recipe: Recipe, rows: Any, processes: int = 1) -> int:
         return recipe.train.max_steps
     rows = len(rows)
     batches = -(-rows // (recipe.train.batch_size * processes))
-    per_epoch = -(-batches // recipe.train.accumulation)
+    per_epoch = -(-batches // recipe.train.gradient_accumulation_steps)
     return max(1, -(-int(recipe.train.epochs * per_epoch * 1_000_000) // 1_000_000))

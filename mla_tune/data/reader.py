@@ -35,7 +35,7 @@ class Reader:
 
     def __init__(self, data: DataSection) -> None:
         """Raises `FileError` or `InputError` for what can't be read at all."""
-        self.data, self.skip = data, data.bad_rows == "skip"
+        self.data, self.skip = data, data.on_invalid_row == "skip"
         self.path: Path | None = None
         self.unit = "row"
         if data.path in EMBEDDED:
@@ -55,8 +55,8 @@ class Reader:
     def take(self, count: int, cursor: Cursor, once: bool = False) -> Table:
         """The next `count` records after `cursor`, which moves on; at its end the data set begins again.
 
-        `once`: it does not, and fewer may come.  A broken record is among the table's faults where `data.bad_rows` is
-        skip, and raised elsewhere.
+        `once`: it does not, and fewer may come.  A broken record is among the table's faults where
+        `data.on_invalid_row` is skip, and raised elsewhere.
         """
         rows: list[Any] = []
         places: list[int] = []

@@ -34,7 +34,7 @@ class RowSet:
     """Of the content of both sides: the same rows on the same sides have the same hash."""
     kind: Kind
     skipped: list[str] = field(default_factory=list)
-    """What is wrong with each row that `bad_rows: skip` left out."""
+    """What is wrong with each row that `on_invalid_row: skip` left out."""
 
 
 def load_rows(data: DataSection, seed: int) -> RowSet:
@@ -83,7 +83,7 @@ def _read(where: str, data: DataSection, part: str, key: str) -> tuple[Table, st
         return read_file(EMBEDDED_DATA / f"{where}.{part}.jsonl", key), f"{where} (embedded)"
     path = Path(where).expanduser()
     if is_file_name(where, path):
-        return read_file(path, key, data.bad_rows == "skip"), where
+        return read_file(path, key, data.on_invalid_row == "skip"), where
     if "/" not in where and (hint := did_you_mean(where, EMBEDDED)):
         raise InputError(
             f"{key}: no data set '{where}'{hint} Allowed: {', '.join(EMBEDDED)}, a file ({', '.join(SUFFIXES)}), "

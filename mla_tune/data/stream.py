@@ -90,7 +90,7 @@ class Origin:
         if not table.rows:
             faults += table.faults
             return []
-        skip = self.data.bad_rows == "skip"
+        skip = self.data.on_invalid_row == "skip"
         kind, rows = normalize(table, self.data, faults if skip else None, partial=True)
         self.kind = kind
         return rows

@@ -47,7 +47,7 @@ class Need:
 
     config: str
     base: str
-    checkpointing: str
+    activation_checkpointing: str
     weights: int
     trained: int
     gathered: int
@@ -82,7 +82,7 @@ def need(config: str, arch: Architecture, run: Run, m: Memory, gpus: int, memory
     return Need(
         config=config,
         base=run.base if run.base != "plain" else run.dtype,
-        checkpointing=run.checkpointing,
+        activation_checkpointing=run.activation_checkpointing,
         weights=weights,
         trained=states,
         gathered=gathered,
@@ -131,7 +131,7 @@ def fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[st
         "batch_size": run.batch,
         "max_length": run.length,
         "dtype": dtype,
-        "checkpointing": run.checkpointing,
+        "activation_checkpointing": run.activation_checkpointing,
         "published": arch.quantization,
         "configs": rows,
         "left_out": left_out,
@@ -140,11 +140,11 @@ def fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[st
 
 
 def _row(config: str, arch: Architecture, placement: Placement, run: Run, gpus: int, memory: int) -> dict[str, Any]:
-    def of(checkpointing: str) -> tuple[Run, Memory]:
-        other = replace(run, checkpointing=checkpointing)
+    def of(activation_checkpointing: str) -> tuple[Run, Memory]:
+        other = replace(run, activation_checkpointing=activation_checkpointing)
         return other, estimate(arch, placement, other)
 
-    n = need(config, arch, *of(run.checkpointing), gpus, memory)
+    n = need(config, arch, *of(run.activation_checkpointing), gpus, memory)
     # Checkpointing changes activations alone: if the recipe's does not fit, perhaps the next one does.
     lighter = {name: of(name) for name in ("mla", "full")}
     fitting = (name for name, other in lighter.items() if need(config, arch, *other, gpus, memory).total <= memory)
@@ -188,12 +188,13 @@ def _advice(rows: list[dict[str, Any]], gpus: int) -> str:
             return _command(row, gpus)
     for row in rows:
         if row["fits_with"]:
-            return f"{_command(row, gpus)} --set train.checkpointing={row['fits_with']}"
+            return f"{_command(row, gpus)} --set train.activation_checkpointing={row['fits_with']}"
     fewest = min((r for r in rows if r["from_gpus"]), key=lambda r: r["from_gpus"], default=None)
     if fewest is None:
         return "no number of such GPUs holds it; lower train.batch_size or train.max_length"
     return (
-        f"none fits; {fewest['config']} from {fewest['from_gpus']} such GPUs on, with train.checkpointing: full. "
+        f"none fits; {fewest['config']} from {fewest['from_gpus']} such GPUs on, with "
+        f"train.activation_checkpointing: full. "
         "Lower train.batch_size or train.max_length, or take larger GPUs"
     )
 

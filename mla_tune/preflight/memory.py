@@ -41,7 +41,7 @@ class Run:
     gpu: bool = False
     packing: bool = True
     attention: str = "sdpa"
-    checkpointing: str = "none"
+    activation_checkpointing: str = "none"
     #: How the base's matrices lie in memory: `plain`, or quantized as `fp8` or `nf4`.
     base: str = "plain"
 
@@ -87,9 +87,9 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
     layers = [_layer_bytes(arch, placement, run, i) for i in range(arch.num_layers)]
     tokens = run.batch * run.length
     again = 0  # what one layer's backward pass makes anew
-    if run.checkpointing == "full":
+    if run.activation_checkpointing == "full":
         again, kept = max(layers), arch.num_layers * tokens * arch.dims.D * DTYPE_BYTES[run.dtype]
-    elif run.checkpointing == "mla":
+    elif run.activation_checkpointing == "mla":
         less = [_layer_bytes(arch, placement, run, i, recomputed=True) for i in range(arch.num_layers)]
         again, kept = max(a - b for a, b in zip(layers, less, strict=True)), sum(less)
     else:
@@ -115,7 +115,7 @@ def base_bytes(arch: Architecture, base: str, size: int) -> int:
 
 
 def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int, recomputed: bool = False) -> int:
-    """Bytes that autograd keeps for one decoder layer; `recomputed`: with `checkpointing: mla`."""
+    """Bytes that autograd keeps for one decoder layer; `recomputed`: with `activation_checkpointing: mla`."""
     full = placement.method == "none"
     adapted = {p.site.parameter: p for p in placement.sites if p.site.layer == layer}
     sites = [s for s in arch.sites if s.layer == layer]

@@ -22,7 +22,7 @@ def role_rates(placement: Placement, recipe: Recipe) -> dict[str, float]:
         return {"all": o.learning_rate}
     base = o.learning_rate * o.mla_lr_scale
     rates = {r.value: base * placement.by_role(r)[0].lr_scale for r in placement.roles}
-    return rates | dict.fromkeys(placement.whole_names, base * o.whole_lr_scale)
+    return rates | dict.fromkeys(placement.whole_names, base * o.modules_to_save_lr_scale)
 
 
 def serving_notes(arch: Architecture, placement: Placement) -> list[str]:
@@ -68,7 +68,7 @@ def run_of(recipe: Recipe, arch: Architecture, dtype: str, gpu: bool) -> Run:
         None if section.preset else arch.quantization or (section.quantize if section.quantize != "none" else None)
     )
     base = "plain" if quantized is None else "nf4" if quantized == "nf4" else "fp8"
-    return Run(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.checkpointing, base)
+    return Run(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.activation_checkpointing, base)
 
 
 def plan(
@@ -96,7 +96,7 @@ def plan(
             "params": sum(p.lora_params for p in placement.by_role(r)),
             "learning_rate": rates[r.value],
             # LoRA+: B is faster than A.
-            "learning_rate_b": rates[r.value] * recipe.optimizer.lora_plus,
+            "learning_rate_b": rates[r.value] * recipe.optimizer.lora_plus_ratio,
         }
         for r in placement.roles
     ]
@@ -117,7 +117,7 @@ def plan(
     tokens = None
     if data and steps:
         per_row = data["train"]["tokens"] / max(1, data["train"]["rows"])
-        tokens = round(steps * t.batch_size * t.accumulation * per_row)
+        tokens = round(steps * t.batch_size * t.gradient_accumulation_steps * per_row)
     return {
         "model": section.source,
         "model_type": arch.model_type,

@@ -22,10 +22,11 @@ def warnings(recipe: Recipe) -> list[str]:
             notes.append(
                 f"optimizer.learning_rate × mla_lr_scale is {effective:g}, high for LoRA; 1e-4 to 5e-4 is usual"
             )
-        of_b = opt.learning_rate * opt.mla_lr_scale * opt.lora_plus
-        if opt.lora_plus > 1 and of_b > 1e-2:
+        of_b = opt.learning_rate * opt.mla_lr_scale * opt.lora_plus_ratio
+        if opt.lora_plus_ratio > 1 and of_b > 1e-2:
             notes.append(
-                f"optimizer.lora_plus makes the rate of B {of_b:g}, high even for LoRA+; lower optimizer.learning_rate"
+                f"optimizer.lora_plus_ratio makes the rate of B {of_b:g}, high even for LoRA+; "
+                "lower optimizer.learning_rate"
             )
         if adapter.alpha / adapter.rank > 4:
             notes.append(f"adapter.alpha / adapter.rank is {adapter.alpha / adapter.rank:g}; 1 to 2 is usual")

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from mla_tune.errors import FileError, RecipeError, did_you_mean
+from mla_tune.recipe.renamed import OLD_KEYS
 from mla_tune.recipe.schema import Recipe
 from mla_tune.recipe.yaml import Document, parse, scalar
 from mla_tune.resources import RECIPES, recipe_names
@@ -107,6 +108,8 @@ def _what(error: Any, loc: tuple) -> str:
     if kind == "extra_forbidden":
         fields = list(_model_at(loc[:-1]).model_fields)
         section = ".".join(map(str, loc[:-1]))
+        if (new := OLD_KEYS.get(f"{section}.{loc[-1]}")) in fields:
+            return f"renamed: the key is now {section}.{new}"
         kind_of = f"keys of {section}" if section else "sections"
         return f"unknown key '{loc[-1]}'{did_you_mean(str(loc[-1]), fields) or '.'} The {kind_of}: {', '.join(fields)}"
     if kind == "value_error":

@@ -153,7 +153,7 @@ class OptimizerSection(Section):
     mla_lr_scale: float = Field(default=0.65, gt=0)
     """Factor on the learning rate of every adapter on an MLA model. A hypothesis with range 0.5 to 0.8, not a law.
     Without an adapter it is not applied."""
-    whole_lr_scale: float = Field(default=0.1, gt=0)
+    modules_to_save_lr_scale: float = Field(default=0.1, gt=0)
     """Factor on the learning rate of `adapter.modules_to_save`, after `mla_lr_scale`: whole matrices want a smaller one
     than LoRA's factors."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -170,11 +170,11 @@ class OptimizerSection(Section):
     """AdamW's decay of the second moment."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are clipped to this norm; 0: not clipped."""
-    lora_plus: float = Field(default=1.0, ge=1)
+    lora_plus_ratio: float = Field(default=1.0, ge=1)
     """Factor on the learning rate of B over that of A (LoRA+, arXiv:2402.12354, advises 16). 1: the same."""
 
 
-class Source(Section):
+class DataSource(Section):
     """One of several data sets that are mixed."""
 
     path: str
@@ -210,7 +210,7 @@ class DataSection(Section):
     """Split of a hub data set."""
     name: str | None = None
     """Configuration name of a hub data set."""
-    sources: list[Source] = []
+    sources: list[DataSource] = []
     """Several data sets, mixed by weight, instead of `path`."""
     format: Literal["auto", "prompt", "chat", "text", "alpaca", "sharegpt", "tokens"] = "auto"
     """auto: by the columns found. prompt: prompt and completion. chat: a list of {role, content}.
@@ -228,13 +228,13 @@ class DataSection(Section):
     template: Literal["auto", "chat", "none"] = "auto"
     """How prompt and completion are joined. chat: with the tokenizer's chat template. none: as they stand.
     auto: chat where the tokenizer has a template."""
-    loss_on: Literal["completion", "all"] = "completion"
+    train_on: Literal["completion", "all"] = "completion"
     """Tokens that count. completion: the answer, or the assistant's turns of a chat. Plain text: always all."""
-    too_long: Literal["truncate", "split", "drop", "error"] = "truncate"
+    on_overflow: Literal["truncate", "split", "drop", "error"] = "truncate"
     """A row of more than max_length tokens: cut its end, split it into several samples, leave it out (each is counted
     and told), or stop. A row whose completion lies wholly beyond max_length can't be cut and is an error under
     `truncate`. Plain text is always split."""
-    bad_rows: Literal["error", "skip"] = "error"
+    on_invalid_row: Literal["error", "skip"] = "error"
     """A row that can't be used (an empty completion, other columns, a broken line): stop and name it, or leave it out,
     counted and told."""
     streaming: bool = False
@@ -282,13 +282,13 @@ class TrainSection(Section):
     """Optimizer steps."""
     batch_size: int = Field(default=8, ge=1)
     """Rows a forward pass and device."""
-    accumulation: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Forward passes an optimizer step."""
     max_length: int = Field(default=512, ge=8)
     """Tokens a row at most."""
     packing: bool = True
     """Put several samples in one row; attention and positions stay within each sample."""
-    checkpointing: Literal["none", "mla", "full"] = "none"
+    activation_checkpointing: Literal["none", "mla", "full"] = "none"
     """What the backward pass computes again instead of keeping it. mla: norms and MLA up-projections with the keys and
     values that they make, as DeepSeek-V3's report does. full: whole layers, for about a third more time."""
     compile: bool = False
@@ -349,8 +349,8 @@ class Recipe(Section):
             raise ValueError("model.quantize is for a trained base; the weights of a preset are drawn, not read")
         if self.model.quantize != "none" and a.method == "none":
             raise ValueError("model.quantize keeps the weights frozen, and adapter.method: none would train them")
-        if a.method == "none" and o.lora_plus != 1:
-            raise ValueError("optimizer.lora_plus is about the factors of an adapter, and adapter.method is none")
+        if a.method == "none" and o.lora_plus_ratio != 1:
+            raise ValueError("optimizer.lora_plus_ratio is about the factors of an adapter, and adapter.method is none")
         if a.method == "none" and a.init != "default":
             raise ValueError(f"adapter.init: {a.init} begins an adapter, and adapter.method is none")
         if a.init in ("pissa", "olora") and o.weight_decay:

@@ -26,7 +26,7 @@ def print_view(found: dict[str, Any]) -> None:
         if side in found:
             _print_counts(name + ", the stream's first" * (side == "train" and "streamed" in found), found[side])
     if "skipped" in found:
-        out.print(f"left out: {found['skipped']['rows']} rows (data.bad_rows: skip)")
+        out.print(f"left out: {found['skipped']['rows']} rows (data.on_invalid_row: skip)")
     for s in found.get("sources", []):
         share = s["used"] / found["train"]["used"]
         out.print(

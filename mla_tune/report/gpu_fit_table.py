@@ -9,8 +9,8 @@ from rich.table import Table
 from mla_tune.console import human_bytes, human_count, out
 
 NOTE = (
-    "GB on one GPU, estimated from shapes. A word in the last column is the train.checkpointing that makes it fit; "
-    "a number of GPUs, from how many on it fits with train.checkpointing: full."
+    "GB on one GPU, estimated from shapes. A word in the last column is the train.activation_checkpointing "
+    "that makes it fit; a number of GPUs, from how many on it fits with train.activation_checkpointing: full."
 )
 COLUMNS = ("weights", "trained", "gathered", "activations", "working", "reserve", "total")
 
@@ -21,7 +21,8 @@ def print_fit(fit: dict[str, Any]) -> None:
     counts = f"{human_count(fit['params_total'])} parameters, {human_count(fit['trainable_params'])} trained"
     out.print(
         f"{fit['model']} ({counts}) on {one} of {human_bytes(fit['memory'])}: {fit['batch_size']} rows of "
-        f"{fit['max_length']:,} tokens a GPU, {fit['dtype']}, checkpointing {fit['checkpointing']}"
+        f"{fit['max_length']:,} tokens a GPU, {fit['dtype']}, "
+        f"activation checkpointing {fit['activation_checkpointing']}"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", caption_justify="left")
     for name in ("config", "base"):

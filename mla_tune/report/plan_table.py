@@ -23,7 +23,7 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
     )
     if plan["roles"]:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        plus = recipe.optimizer.lora_plus != 1
+        plus = recipe.optimizer.lora_plus_ratio != 1
         rates = ("learning rate A", "B") if plus else ("learning rate",)
         for name in ("role", "matrices", "rank", "alpha", "parameters", *rates):
             table.add_column(name, justify="left" if name == "role" else "right")
@@ -47,7 +47,9 @@ def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
                 f"{d['trained_tokens']:,} of them count{note}"
             )
     t = recipe.train
-    batch = f"{t.batch_size} rows" + (f" × {t.accumulation}" if t.accumulation > 1 else "")
+    batch = f"{t.batch_size} rows" + (
+        f" × {t.gradient_accumulation_steps}" if t.gradient_accumulation_steps > 1 else ""
+    )
     tokens = f", {plan['tokens']:,} tokens" if plan["tokens"] else ""
     out.print(f"{plan['steps'] or '?'} steps of {batch} of up to {t.max_length} tokens{tokens}")
     m = plan["memory"]

@@ -183,7 +183,7 @@ def _measure(job: Job, trainer: RoleTrainer, start: _Start, steps: int) -> int:
         job.run["streamed"] = counts = job.data.train_rows.counts_at(trainer.rows)
         if counts["skipped"]:
             told = "\n  ".join(counts["faults"])
-            err.print(f"data.bad_rows: skip: {counts['skipped']} rows were left out:\n  {told}", markup=False)
+            err.print(f"data.on_invalid_row: skip: {counts['skipped']} rows were left out:\n  {told}", markup=False)
     return done
 
 

@@ -54,9 +54,12 @@ def _advice(recipe: Recipe, where: str) -> str:
     t = recipe.train
     lower = [f"train.max_length (now {t.max_length})"]
     if t.batch_size > 1:
-        lower.insert(0, f"train.batch_size (now {t.batch_size}; raise train.accumulation to keep the global batch)")
-    if t.checkpointing == "none":
-        lower.append("or set train.checkpointing: full")
+        lower.insert(
+            0,
+            f"train.batch_size (now {t.batch_size}; raise train.gradient_accumulation_steps to keep the global batch)",
+        )
+    if t.activation_checkpointing == "none":
+        lower.append("or set train.activation_checkpointing: full")
     if recipe.model.dtype in ("auto", "float32"):
         lower.append("or model.dtype: bfloat16")
     return f"out of {where} memory: lower {', '.join(lower)}. `mla-tune plan` estimates what is needed"

@@ -19,11 +19,11 @@ def param_groups(model: torch.nn.Module, placement: Placement, recipe: Recipe) -
     """Groups for AdamW, one a role and kind of decay, each with its peak `lr` and its `role`.
 
     With LoRA+ (Hayou et al., arXiv:2402.12354) a role is two groups, `W_O.A` and `W_O.B`, and B's rate is
-    `optimizer.lora_plus` times A's; DoRA's magnitudes go with A.  Matrices get `weight_decay`, vectors (norms, biases,
-    magnitudes) none.  Every trainable parameter is in exactly one group, or `CheckError`.
+    `optimizer.lora_plus_ratio` times A's; DoRA's magnitudes go with A.  Matrices get `weight_decay`, vectors (norms,
+    biases, magnitudes) none.  Every trainable parameter is in exactly one group, or `CheckError`.
     """
     rates, weight_decay = role_rates(placement, recipe), recipe.optimizer.weight_decay
-    faster = recipe.optimizer.lora_plus
+    faster = recipe.optimizer.lora_plus_ratio
     rates |= {
         f"{role}.{factor}": r for role in rates for factor, r in (("A", rates[role]), ("B", rates[role] * faster))
     }

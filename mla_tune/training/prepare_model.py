@@ -55,12 +55,12 @@ def prepare_model(
     score_by_chunks(base)
     if recipe.adapter.method != "none":
         by_factors(model)
-    if recipe.train.checkpointing == "mla":
+    if recipe.train.activation_checkpointing == "mla":
         recompute_mla(model)
     else:
         lean_norms(model, None)
     if recipe.train.compile:
-        _compile(base, recipe.train.checkpointing == "full")
+        _compile(base, recipe.train.activation_checkpointing == "full")
     return Ways(attention, {"attention": attention, **({"experts": experts} if experts else {})}, lines)
 
 

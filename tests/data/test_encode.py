@@ -65,7 +65,7 @@ def test_prompt_without_template_never_merges_the_border():
     assert (sample.input_ids, sample.labels) == want
     tokenizer.chat_template = None
     assert one(tokenizer, row) == sample  # auto
-    sample = one(tokenizer, row, loss_on="all")
+    sample = one(tokenizer, row, train_on="all")
     assert sample.labels == [-100, *sample.input_ids[1:]]
     tokenizer.bos_token = None
     assert one(tokenizer, row).input_ids == want[0][1:]
@@ -117,7 +117,7 @@ def test_chat_trains_every_assistants_turn(template):
     )
     assert (sample.input_ids, sample.labels) == want
     assert sample.input_ids == tokenizer.apply_chat_template(CHAT)["input_ids"]
-    whole = one(tokenizer, {"messages": CHAT}, loss_on="all")
+    whole = one(tokenizer, {"messages": CHAT}, train_on="all")
     assert whole.input_ids == sample.input_ids
     assert whole.labels == [-100, *whole.input_ids[1:]]
 
@@ -127,9 +127,9 @@ def test_a_template_that_rewrites_the_past_needs_marks():
         "{%- if m['role'] == 'system' -%}", "{%- if loop.last -%}!{%- endif -%}{%- if m['role'] == 'system' -%}"
     )
     tokenizer = make_tokenizer(shifting)
-    with pytest.raises(InputError, match=r"first 2 messages otherwise.*{% generation %}.*data.loss_on: all"):
+    with pytest.raises(InputError, match=r"first 2 messages otherwise.*{% generation %}.*data.train_on: all"):
         one(tokenizer, {"messages": CHAT})
-    assert one(tokenizer, {"messages": CHAT}, loss_on="all")
+    assert one(tokenizer, {"messages": CHAT}, train_on="all")
 
 
 def test_template_refusals_name_the_row(tokenizer):
@@ -137,7 +137,7 @@ def test_template_refusals_name_the_row(tokenizer):
     with pytest.raises(
         InputError, match=r"held-out: row 2 \('ab'\): .*refuses the messages \(tool\): unknown role tool"
     ):
-        encode(rows, "chat", tokenizer, section(loss_on="all"), 200, part="held-out")
+        encode(rows, "chat", tokenizer, section(train_on="all"), 200, part="held-out")
 
 
 def test_templates_that_cannot_serve():
@@ -180,25 +180,25 @@ def test_too_long_rows(tokenizer):
     cut = encode(rows, "prompt", tokenizer, section(), 16)
     assert [len(s.input_ids) for s in cut.samples] == [16, 16, 16]
     assert (cut.truncated, cut.dropped, cut.tokens, cut.trained_tokens) == (2, 0, 48, 11 + 1 + 6)
-    dropped = encode(rows, "prompt", tokenizer, section(too_long="drop"), 16)
+    dropped = encode(rows, "prompt", tokenizer, section(on_overflow="drop"), 16)
     assert (len(dropped.samples), dropped.truncated, dropped.dropped, dropped.tokens) == (1, 0, 2, 16)
     with pytest.raises(
         InputError, match=r"row 2 \('x{12}'\): 26 tokens, but train.max_length is 16.*2 such rows, the longest of 26"
     ):
-        encode(rows, "prompt", tokenizer, section(too_long="error"), 16)
+        encode(rows, "prompt", tokenizer, section(on_overflow="error"), 16)
     with pytest.raises(InputError, match=r"all 3 rows are longer than train.max_length \(8 tokens\) and were dropped"):
-        encode(rows, "prompt", tokenizer, section(too_long="drop"), 8)
+        encode(rows, "prompt", tokenizer, section(on_overflow="drop"), 8)
     with pytest.raises(InputError, match=r"row 1 .*: 26 tokens"):
-        encode([{"text": "x" * 24}], "text", tokenizer, section(too_long="error"), 16)
+        encode([{"text": "x" * 24}], "text", tokenizer, section(on_overflow="error"), 16)
 
 
-@pytest.mark.parametrize("keys", [{}, {"loss_on": "all"}, {"template": "none"}])
+@pytest.mark.parametrize("keys", [{}, {"train_on": "all"}, {"template": "none"}])
 def test_a_prompt_that_fills_the_window_is_an_error(tokenizer, keys):
     room = 16 - (1 if "template" in keys else 3)  # none: bos; chat: bos and two role marks
     fits, fills = ({"prompt": "x" * n, "completion": "yy"} for n in (room - 1, room))
     assert encode([fits], "prompt", tokenizer, section(**keys), 16).truncated == 1
     words = r"row 2 \('x+'\): its first 16 tokens are prompt and train.max_length is 16, so no token of the completion "
-    with pytest.raises(InputError, match=words + ".*data.too_long: drop.*train.max_length: 19"):
+    with pytest.raises(InputError, match=words + ".*data.on_overflow: drop.*train.max_length: 19"):
         encode([fits, fills], "prompt", tokenizer, section(**keys), 16)
     assert encode([fits, fills], "prompt", tokenizer, section(**keys), 19).truncated == 0
 
@@ -207,7 +207,7 @@ def test_all_masked_is_an_error():
     nothing = TEMPLATE.replace("{%- generation -%}{{-", "{{-").replace(
         "{%- endgeneration -%}", "{%- generation -%}{%- endgeneration -%}"
     )
-    with pytest.raises(InputError, match=r"data: all labels are masked in all 1 samples.*data.loss_on"):
+    with pytest.raises(InputError, match=r"data: all labels are masked in all 1 samples.*data.train_on"):
         one(make_tokenizer(nothing), {"messages": CHAT})
 
 

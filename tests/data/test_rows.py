@@ -166,7 +166,7 @@ def test_configured_columns_are_used(tmp_path):
             r"messages\[0\]: unknown role 'asistant'; did you mean 'assistant'\? allowed: system, user, assistant",
         ),
         ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\].content must be a string"),
-        ({"messages": [{"role": "user", "content": "x"}]}, {}, "no assistant's turn.*data.loss_on: all"),
+        ({"messages": [{"role": "user", "content": "x"}]}, {}, "no assistant's turn.*data.train_on: all"),
         (
             {"conversations": [{"from": "bot", "value": "x"}]},
             {},
@@ -188,7 +188,7 @@ def test_many_bad_rows_are_counted(tmp_path):
     lines = str(err.value).split("\n")
     assert "line 2:" in lines[0]
     assert "line 6:" in lines[4]
-    assert lines[5:] == ["… and 3 more rows", "data.bad_rows: skip leaves such rows out, and counts them"]
+    assert lines[5:] == ["… and 3 more rows", "data.on_invalid_row: skip leaves such rows out, and counts them"]
     assert load(path, limit=1).train == [PROMPT]
 
 

@@ -119,17 +119,17 @@ def test_a_bad_row_stops_or_is_left_out_and_counted(tmp_path: Path, bad: Any, wo
     with pytest.raises(Exception, match=words.replace("(", r"\(")) as error:
         prepared(f"data.path={path}")
     assert type(error.value).__name__ in ("InputError", "FileError")
-    found = prepared(f"data.path={path}", "data.bad_rows=skip")
+    found = prepared(f"data.path={path}", "data.on_invalid_row=skip")
     assert found.summary()["train"]["samples"] == 2
     assert found.summary()["skipped"]["rows"] == 1
     assert words in found.summary()["skipped"]["first"][0]
-    assert found.lines[0].startswith("data.bad_rows: skip: 1 rows are left out:\n  ")
+    assert found.lines[0].startswith("data.on_invalid_row: skip: 1 rows are left out:\n  ")
 
 
 def test_where_no_row_is_left_the_first_fault_is_told(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", b"{", b"{")
     with pytest.raises(InputError, match=r"line 1, column 2: not JSON.*\nall 2 lines"):
-        prepared(f"data.path={path}", "data.bad_rows=skip")
+        prepared(f"data.path={path}", "data.on_invalid_row=skip")
 
 
 def test_a_short_record_of_a_csv_is_left_out(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_one_sample_of_ten_megabytes(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", GOOD, {"prompt": "q", "completion": "the cat sat " * 850_000})
     found = prepared(f"data.path={path}").summary()["train"]
     assert (found["samples"], found["truncated"]) == (2, 1)
-    found = prepared(f"data.path={path}", "data.too_long=drop").summary()["train"]
+    found = prepared(f"data.path={path}", "data.on_overflow=drop").summary()["train"]
     assert (found["samples"], found["dropped"]) == (1, 1)
 
 
@@ -154,7 +154,7 @@ def test_one_sample_of_ten_megabytes(tmp_path: Path) -> None:
 def test_split_keeps_every_trained_token_once() -> None:
     row = {"prompt": "the " * 30, "completion": "ab " * 50}
     whole = encode([row], "prompt", TOKENIZER, section(), 1000).samples[0]
-    cut = encode([row], "prompt", TOKENIZER, section(too_long="split"), 16)
+    cut = encode([row], "prompt", TOKENIZER, section(on_overflow="split"), 16)
     assert cut.split == 1
     assert cut.untrained > 0
     assert all(len(s.input_ids) <= 16 for s in cut.samples)
@@ -251,10 +251,10 @@ def test_tokens_come_from_the_cache_only_for_the_same_content(tmp_path: Path, mo
     assert again.train_rows == first.train_rows
     assert again.summary() == first.summary()
     for changed in (
-        "data.loss_on=all",
+        "data.train_on=all",
         "data.template=none",
         "train.max_length=32",
-        "data.too_long=split",
+        "data.on_overflow=split",
         "data.cache=false",
     ):
         made.clear()

@@ -182,7 +182,7 @@ def test_bad_rows_are_counted_or_stop(cli: Callable[..., Any], tmp_path: Path) -
     done = cli("train", "--recipe", "safe", *options(path, tmp_path / "stops", *sets))
     assert done.code == 2
     assert "rows.jsonl: line 21, column" in done.err
-    done = cli("train", "--recipe", "safe", *options(path, tmp_path / "skips", *sets, "data.bad_rows=skip"))
+    done = cli("train", "--recipe", "safe", *options(path, tmp_path / "skips", *sets, "data.on_invalid_row=skip"))
     assert done.code == 0, done.err
     streamed = json.loads((tmp_path / "skips" / "run.json").read_text())["streamed"]
     # 40 rows of two: one pass, in which both are, and some of the next.
@@ -202,7 +202,7 @@ def test_what_can_not_be_streamed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no rows"):
         stream_of(f"data.path={empty}")
     long = write(tmp_path / "long.jsonl", [{"prompt": "x " * 500, "completion": "y"}] * 3)
-    _, stream, _ = stream_of(f"data.path={long}", "data.too_long=drop", "data.eval_fraction=0")
+    _, stream, _ = stream_of(f"data.path={long}", "data.on_overflow=drop", "data.eval_fraction=0")
     with pytest.raises(InputError, match="a whole pass left no sample"):
         take(stream, 1)
     broken = tmp_path / "broken.csv"

@@ -34,7 +34,7 @@ CELLS = [
 
 def recipe_of(method: str, init: str, targets: str, plus: float) -> Any:
     sets = [f"adapter.method={method}", f"adapter.init={init}", f"adapter.targets={targets}", "adapter.rank=4"]
-    return load_recipe("safe", [*sets, "adapter.alpha=6", f"optimizer.lora_plus={plus}"])
+    return load_recipe("safe", [*sets, "adapter.alpha=6", f"optimizer.lora_plus_ratio={plus}"])
 
 
 @pytest.mark.parametrize("method, init, targets, plus", CELLS)
@@ -51,7 +51,7 @@ def test_trains_reloads_and_merges_or_is_refused(
     out = tmp_path / "run"
     sets = [f"adapter.method={method}", f"adapter.init={init}", f"adapter.targets={targets}", "adapter.rank=4"]
     sets += ["model.attention=sdpa"]  # the model is also called below without the borders that packed attention needs
-    sets += ["adapter.alpha=6", f"optimizer.lora_plus={plus}", "train.max_steps=3", "data.eval_fraction=0"]
+    sets += ["adapter.alpha=6", f"optimizer.lora_plus_ratio={plus}", "train.max_steps=3", "data.eval_fraction=0"]
     seen: list[torch.Tensor] = []
     real = train_loop.save_result
 
@@ -155,7 +155,7 @@ def test_the_frozen_half_stays(cli, rows_file: Path, tmp_path: Path, init: str) 
     assert json.loads((tmp_path / "5" / "adapter" / "adapter_config.json").read_text())["r"] == 8
 
 
-@pytest.mark.parametrize("keys", [["adapter.init=pissa", "adapter.dropout=0.1"], ["optimizer.lora_plus=8"]])
+@pytest.mark.parametrize("keys", [["adapter.init=pissa", "adapter.dropout=0.1"], ["optimizer.lora_plus_ratio=8"]])
 def test_resume_ends_bit_equal(cli, rows_file: Path, tmp_path: Path, keys: list[str]) -> None:  # noqa: F811
     from tests.training.test_resume import cut_back
 
@@ -175,7 +175,7 @@ def test_resume_ends_bit_equal(cli, rows_file: Path, tmp_path: Path, keys: list[
 
 def test_lora_plus_groups_are_those_of_peft() -> None:
     model, _, placement = tiny_with("default")
-    recipe = load_recipe("safe", ["optimizer.lora_plus=16", "adapter.rank=4", "optimizer.mla_lr_scale=1.0"])
+    recipe = load_recipe("safe", ["optimizer.lora_plus_ratio=16", "adapter.rank=4", "optimizer.mla_lr_scale=1.0"])
     groups = param_groups(model, placement, recipe)
     ours = {id(p): g["lr"] for g in groups for p in g["params"]}
     lr = recipe.optimizer.learning_rate
@@ -192,8 +192,8 @@ def test_lora_plus_groups_are_those_of_peft() -> None:
         (["adapter.init=orthogonal", "adapter.rank=3"], "has to be even; 3 is not"),
         (["adapter.init=pissa", "optimizer.weight_decay=0.1"], "decay would shrink"),
         (["adapter.method=none", "adapter.init=pissa"], "adapter.method is none"),
-        (["adapter.method=none", "optimizer.lora_plus=2"], "adapter.method is none"),
-        (["optimizer.lora_plus=0.5"], "expected at least 1.0, got 0.5"),
+        (["adapter.method=none", "optimizer.lora_plus_ratio=2"], "adapter.method is none"),
+        (["optimizer.lora_plus_ratio=0.5"], "expected at least 1.0, got 0.5"),
         (["adapter.dropout=0.1"], "adapter.dropout: 0.1: PEFT can't do that for"),
     ],
 )

@@ -78,10 +78,10 @@ def test_gradients_and_rates_against_plain_torch(
     tmp_path: Path,
 ) -> None:
     """One step of SGD-like size: AdamW's first step moves every number with a gradient by its learning rate.  So the
-    group of the head has learning_rate × mla_lr_scale × whole_lr_scale, and W_O has no more than its own."""
+    group of the head has learning_rate × mla_lr_scale × modules_to_save_lr_scale, and W_O has no more than its own."""
     out = tmp_path / "run"
     sets = ["train.max_steps=1", "optimizer.warmup_ratio=0", "optimizer.schedule=constant", "optimizer.weight_decay=0"]
-    run = train(cli, rows_file, out, "[lm_head, embed_tokens]", "optimizer.whole_lr_scale=0.25", *sets)
+    run = train(cli, rows_file, out, "[lm_head, embed_tokens]", "optimizer.modules_to_save_lr_scale=0.25", *sets)
     rate = 1e-2 * 0.5 * 0.25
     assert run["adapter"]["learning_rate"]["lm_head"] == pytest.approx(rate)
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -104,7 +104,7 @@ def test_the_trained_head_takes_part_in_the_loss(
     from mla_tune.model.tokenizer import load_tokenizer
 
     out = tmp_path / "run"
-    run = train(cli, rows_file, out, "[lm_head]", "train.checkpointing=mla")
+    run = train(cli, rows_file, out, "[lm_head]", "train.activation_checkpointing=mla")
     config = json.loads((out / "base" / "config.json").read_text())
     tokenizer = load_tokenizer(str(out / "base"))
     data = prepare(load_recipe(str(out / "recipe.yaml")), architecture(config), tokenizer)

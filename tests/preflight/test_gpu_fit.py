@@ -98,7 +98,7 @@ def test_total_is_the_sum_and_decides() -> None:
 
 def test_from_how_many_gpus() -> None:
     """One fewer of the numbers that are tried does not hold it."""
-    recipe = load_recipe("safe", ["model.base=deepseek-v3", "train.checkpointing=full"])
+    recipe = load_recipe("safe", ["model.base=deepseek-v3", "train.activation_checkpointing=full"])
     least = by_config(fit(recipe, 8, 80 * 10**9))["zero3", "bfloat16"]["from_gpus"]
     assert least % 8 == 0
     assert by_config(fit(recipe, least, 80 * 10**9))["zero3", "bfloat16"]["fits"]

@@ -77,11 +77,11 @@ def kept_by_autograd(config: dict[str, Any], recipe: Recipe, run: Run) -> int:
     model.set_attn_implementation(packed.NAME if run.attention == "packed" else run.attention)
     score_by_chunks(model)
     by_factors(net)
-    if run.checkpointing == "mla":
+    if run.activation_checkpointing == "mla":
         recompute_mla(net)
     else:
         lean_norms(net, None)
-    if run.checkpointing == "full":
+    if run.activation_checkpointing == "full":
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     batch = batch_of(config["vocab_size"], run.attention, run.packing)
@@ -106,11 +106,11 @@ def kept_by_autograd(config: dict[str, Any], recipe: Recipe, run: Run) -> int:
         ({}, {"attention": "eager"}),
         ({"q_lora_rank": None}, {}),
         ({}, {"dtype": "bfloat16"}),
-        ({}, {"checkpointing": "mla"}),
-        ({"v_head_dim": 24}, {"checkpointing": "mla"}),
-        ({}, {"checkpointing": "mla", "attention": "sdpa"}),
-        ({}, {"checkpointing": "mla", "dtype": "bfloat16"}),
-        ({}, {"checkpointing": "full"}),
+        ({}, {"activation_checkpointing": "mla"}),
+        ({"v_head_dim": 24}, {"activation_checkpointing": "mla"}),
+        ({}, {"activation_checkpointing": "mla", "attention": "sdpa"}),
+        ({}, {"activation_checkpointing": "mla", "dtype": "bfloat16"}),
+        ({}, {"activation_checkpointing": "full"}),
     ],
     ids=lambda v: " ".join(map(str, v.values())) if isinstance(v, dict) else None,
 )

@@ -61,7 +61,7 @@ def test_epochs_become_steps(cli, rows_file: Path, tmp_path: Path) -> None:  # n
         ("all-linear", [], "routed experts"),
         ("attention-only", ["adapter.method=dora"], "DoRA"),
         ("safe", ["optimizer.mla_lr_scale=0.4"], "0.5 to 0.8"),
-        ("safe", ["optimizer.lora_plus=16"], "makes the rate of B 0.0208"),
+        ("safe", ["optimizer.lora_plus_ratio=16"], "makes the rate of B 0.0208"),
     ],
 )
 def test_warnings(recipe: str, sets: list[str], words: str) -> None:

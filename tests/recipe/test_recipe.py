@@ -15,6 +15,7 @@ import yaml
 from mla_tune.errors import FileError, RecipeError
 from mla_tune.recipe.checks import warnings
 from mla_tune.recipe.load import dump, load_recipe
+from mla_tune.recipe.renamed import OLD_KEYS
 from mla_tune.recipe.schema import Recipe
 from mla_tune.recipe.yaml import parse
 from mla_tune.resources import RECIPES, recipe_names
@@ -129,6 +130,31 @@ def test_single_faults(tmp_path: Path, text: str, part: str) -> None:
     found = problems(tmp_path, text)
     assert len(found) == 1
     assert part in found[0]
+
+
+def test_an_old_key_names_the_new_one_among_all_other_faults(tmp_path: Path) -> None:
+    text = "train:\n  accumulation: 4\n  sede: 1\ndata: {too_long: drop, train_on: none}\n"
+    found = problems(tmp_path, text, "optimizer.lora_plus=16", "train.checkpointing=mla")
+    for part in (
+        ":2: train.accumulation: renamed: the key is now train.gradient_accumulation_steps",
+        ":3: train.sede: unknown key 'sede'; did you mean 'seed'?",
+        ":4: data.too_long: renamed: the key is now data.on_overflow",
+        ":4: data.train_on: expected one of completion, all, got 'none'",
+        "--set optimizer.lora_plus=16: optimizer.lora_plus: renamed: the key is now optimizer.lora_plus_ratio",
+        "--set train.checkpointing=mla: train.checkpointing: renamed: the key is now train.activation_checkpointing",
+    ):
+        assert any(part in p for p in found), (part, found)
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("old", OLD_KEYS)
+def test_every_old_key_leads_to_a_key_that_is_there(old: str) -> None:
+    section, _, key = old.partition(".")
+    fields = Recipe.model_fields[section].annotation.model_fields
+    assert OLD_KEYS[old] in fields
+    assert key not in fields
+    with pytest.raises(RecipeError, match=rf"{old}: renamed: the key is now {section}\.{OLD_KEYS[old]}$"):
+        load_recipe("safe", [f"{old}=1"])
 
 
 def test_overrides_are_yaml_and_nest(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def data(tmp_path: Path) -> Path:
     [
         # The whole way through the compiler's C++, once; where graphs break and are made anew is the same without it.
         (["adapter.targets=safe", "model.attention=packed"], "inductor"),
-        (["adapter.experts=true", "adapter.targets=safe", "train.checkpointing=mla"], "aot_eager"),
-        (["adapter.experts=true", "adapter.targets=safe", "train.checkpointing=full"], "aot_eager"),
+        (["adapter.experts=true", "adapter.targets=safe", "train.activation_checkpointing=mla"], "aot_eager"),
+        (["adapter.experts=true", "adapter.targets=safe", "train.activation_checkpointing=full"], "aot_eager"),
     ],
     ids=["safe", "mla", "full"],
 )

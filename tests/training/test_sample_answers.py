@@ -46,7 +46,7 @@ def losses(out: Path) -> list[Any]:
     [
         (
             "model.attention=packed",
-            "train.checkpointing=mla",
+            "train.activation_checkpointing=mla",
             "adapter.targets=attention",
             "adapter.dropout=0.1",
         ),

@@ -1,4 +1,5 @@
-"""`train.checkpointing: mla`: norms, MLA up-projections and what they make are computed again in the backward pass.
+"""`train.activation_checkpointing: mla`: norms, MLA up-projections and what they make are
+computed again in the backward pass.
 
 DeepSeek-V3's report (arXiv:2412.19437, section 3.2.3) recomputes "all RMSNorm operations and MLA up-projections during
 back-propagation", so that their outputs are not kept.  Kept are the latents (W_DQ's and W_DKV's outputs, C + R + L

@@ -1,4 +1,4 @@
-"""`train.checkpointing`: what it keeps, and that gradients stay those of the stock model."""
+"""`train.activation_checkpointing`: what it keeps, and that gradients stay those of the stock model."""
 
 from __future__ import annotations
 
