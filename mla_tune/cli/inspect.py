@@ -34,7 +34,7 @@ def command(
     from mla_tune.arch.build import architecture
     from mla_tune.arch.lookup import load_config
     from mla_tune.console import out, print_json
-    from mla_tune.preflight.inspect import DEFAULT_RANK, survey
+    from mla_tune.preflight.inspect import DEFAULT_RANK, inspect_architecture
 
     config, where, _ = load_config(model)
     arch = architecture(config, where)
@@ -46,7 +46,7 @@ def command(
         loaded = load_recipe(recipe, [] if rank is None else [f"adapter.rank={rank}"])
         placement = place(arch, loaded.adapter)
         rank = loaded.adapter.rank
-    document = {"model": model, **survey(arch, rank or DEFAULT_RANK, placement=placement)}
+    document = {"model": model, **inspect_architecture(arch, rank or DEFAULT_RANK, placement=placement)}
     if recipe:
         document["recipe"] = recipe
     if check_weights is not None:

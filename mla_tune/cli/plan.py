@@ -36,11 +36,11 @@ def command(
     if recipe is None:
         raise InputError("--recipe is missing: a recipe file, or the name of a shipped recipe")
     from mla_tune.arch.lookup import architecture_of
-    from mla_tune.preflight.family_limits import suited
+    from mla_tune.preflight.family_limits import apply_family_limits
     from mla_tune.preflight.plan import plan
 
     asked = load_recipe(recipe, list(set_ or []))
-    loaded, said = suited(asked, architecture_of(asked.model))
+    loaded, said = apply_family_limits(asked, architecture_of(asked.model))
     summary, steps = _data(loaded) if data else (None, loaded.train.max_steps)
     gpu, dtype = _machine(loaded)
     document = plan(loaded, _placement(loaded), data=summary, steps=steps, gpu=gpu, dtype=dtype)
@@ -59,7 +59,7 @@ MODELS = ("deepseek-v3", "deepseek-v2", "deepseek-v2-lite")
 
 def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool) -> None:
     from mla_tune.console import out, print_json
-    from mla_tune.preflight.gpu_fit import fit, parse_memory
+    from mla_tune.preflight.gpu_fit import gpu_fit, parse_memory
     from mla_tune.recipe.load import load_recipe
     from mla_tune.report.gpu_fit_table import NOTE, print_fit
 
@@ -68,7 +68,7 @@ def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool
         recipes = [load_recipe(recipe, sets)]
     else:
         recipes = [load_recipe("safe", [f"model.base={name}", *sets]) for name in MODELS]
-    documents = [fit(r, _placement(r), gpus, bytes_) for r in recipes]
+    documents = [gpu_fit(r, _placement(r), gpus, bytes_) for r in recipes]
     if json:
         print_json(documents[0] if recipe is not None else documents)
         return

@@ -25,7 +25,7 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights, read_scales
 from mla_tune.errors import InputError
 from mla_tune.model.quantized_linear import Matrix, check_experts, freeze
-from mla_tune.preflight.memory import PIECE
+from mla_tune.tiling import DEQUANTIZED_TILE
 
 METHOD = "mla_tune_fp8"
 
@@ -66,7 +66,7 @@ class Fp8Matrix(Matrix):
         block = row // part * (len(scales) // self.layout.parts) + row % part // self.layout.block[0]
         wide = scales.repeat_interleave(self.layout.block[1], dim=1)[:, :columns]
         result = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-        step = max(1, PIECE // columns)
+        step = max(1, DEQUANTIZED_TILE // columns)
         for i in range(0, rows, step):
             piece = codes[i : i + step].to(torch.float32)
             result[i : i + step] = piece.mul_(wide[block[i : i + step]])

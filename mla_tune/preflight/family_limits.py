@@ -8,7 +8,7 @@ from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
 
 
-def suited(recipe: Recipe, arch: Architecture) -> tuple[Recipe, list[str]]:
+def apply_family_limits(recipe: Recipe, arch: Architecture) -> tuple[Recipe, list[str]]:
     """The recipe with what this family needs, and a sentence for each change.
 
     Linear attention (KDA) carries a state from one sample of a packed row to the next, and transformers gives it no
@@ -37,7 +37,7 @@ def suited(recipe: Recipe, arch: Architecture) -> tuple[Recipe, list[str]]:
     return recipe.model_copy(update=parts), said
 
 
-def not_sharded(recipe: Recipe, placement: Placement, sharding: str, quantized: str | None) -> list[str]:
+def unsupported_when_sharded(recipe: Recipe, placement: Placement, sharding: str, quantized: str | None) -> list[str]:
     """What of a recipe was not tried where `sharding` (fsdp2 or zero3) cuts the model up; `quantized`: how the base's
     weights stay quantized, None for plain ones."""
     wrong = []

@@ -1,6 +1,6 @@
 """Which of the shipped launch configurations (`configs/launch`) holds a model on so many GPUs of such a size.
 
-From shapes alone, with the arithmetic in `Need`.  What a process holds besides its shards: PyTorch's fully_shard
+From shapes alone, with the arithmetic in `GpuNeed`.  What a process holds besides its shards: PyTorch's fully_shard
 gathers the decoder layer that computes and the next one while it comes, and keeps the output head from the end of the
 forward pass to the beginning of the backward pass (torch.distributed.fsdp, "fully_shard"); DeepSpeed gathers up to
 `stage3_max_live_parameters` numbers, a block of experts as a whole, and has buckets for prefetching and for reducing
@@ -19,9 +19,9 @@ from mla_tune.arch.lookup import architecture_of
 from mla_tune.arch.roles import ADAPTABLE
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import InputError
-from mla_tune.preflight.family_limits import not_sharded
-from mla_tune.preflight.memory import QUANTIZED, Memory, Run, estimate
-from mla_tune.preflight.plan import run_of
+from mla_tune.preflight.family_limits import unsupported_when_sharded
+from mla_tune.preflight.memory import QUANTIZED, MemoryEstimate, RunShape, estimate
+from mla_tune.preflight.plan import run_shape
 from mla_tune.recipe.schema import Recipe
 
 #: Bytes that the CUDA context, communication buffers and kernels' workspaces take on a GPU, and the share of it that
@@ -34,7 +34,7 @@ MOST = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class GpuNeed:
     """Bytes on one GPU of a run by `config` (a file of configs/launch) with the base in `base`.
 
     weights      the base, or this GPU's shard of it
@@ -70,7 +70,7 @@ def parse_memory(text: str) -> int:
     return round(size)
 
 
-def need(config: str, arch: Architecture, run: Run, m: Memory, gpus: int, memory: int) -> Need:
+def gpu_need(config: str, arch: Architecture, run: RunShape, m: MemoryEstimate, gpus: int, memory: int) -> GpuNeed:
     """What one of `gpus` GPUs of `memory` bytes has to hold.  `config`: ddp, fsdp2 or zero3; `m`: of one process."""
     states = m.gradients + m.optimizer + m.adapters
     weights, gathered = m.weights, 0
@@ -79,7 +79,7 @@ def need(config: str, arch: Architecture, run: Run, m: Memory, gpus: int, memory
     else:
         weights, states = -(-weights // gpus), -(-states // gpus)
         gathered = _gathered(config, arch, run.base, 2 if run.dtype != "float32" else 4)
-    return Need(
+    return GpuNeed(
         config=config,
         base=run.base if run.base != "plain" else run.dtype,
         activation_checkpointing=run.activation_checkpointing,
@@ -106,7 +106,7 @@ def _gathered(config: str, arch: Architecture, base: str, size: int) -> int:
     return (max(LIVE, *experts, head) + PREFETCH + REDUCE) * size
 
 
-def fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[str, Any]:
+def gpu_fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[str, Any]:
     """One JSON document: for every shipped configuration what a GPU needs, whether it fits, and what would make it fit.
 
     A GPU trains in bfloat16 unless the recipe names a dtype.  Raises `InputError`, and what `architecture_of` raises.
@@ -115,8 +115,8 @@ def fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[st
         raise InputError(f"--gpus: {gpus} is not in 1 to {MOST}")
     arch = architecture_of(recipe.model)
     dtype = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
-    run = run_of(recipe, arch, dtype, gpu=True)
-    left_out = {c: wrong for c in ("fsdp2", "zero3") if (wrong := not_sharded(recipe, placement, c, None))}
+    run = run_shape(recipe, arch, dtype, gpu=True)
+    left_out = {c: wrong for c in ("fsdp2", "zero3") if (wrong := unsupported_when_sharded(recipe, placement, c, None))}
     rows = [
         _row(config, arch, placement, replace(run, base=base), gpus, memory)
         for config, base in _ways(run, placement)
@@ -139,15 +139,17 @@ def fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[st
     }
 
 
-def _row(config: str, arch: Architecture, placement: Placement, run: Run, gpus: int, memory: int) -> dict[str, Any]:
-    def of(activation_checkpointing: str) -> tuple[Run, Memory]:
+def _row(
+    config: str, arch: Architecture, placement: Placement, run: RunShape, gpus: int, memory: int
+) -> dict[str, Any]:
+    def of(activation_checkpointing: str) -> tuple[RunShape, MemoryEstimate]:
         other = replace(run, activation_checkpointing=activation_checkpointing)
         return other, estimate(arch, placement, other)
 
-    n = need(config, arch, *of(run.activation_checkpointing), gpus, memory)
+    n = gpu_need(config, arch, *of(run.activation_checkpointing), gpus, memory)
     # Checkpointing changes activations alone: if the recipe's does not fit, perhaps the next one does.
     lighter = {name: of(name) for name in ("mla", "full")}
-    fitting = (name for name, other in lighter.items() if need(config, arch, *other, gpus, memory).total <= memory)
+    fitting = (name for name, other in lighter.items() if gpu_need(config, arch, *other, gpus, memory).total <= memory)
     return {
         **asdict(n),
         "total": n.total,
@@ -157,7 +159,7 @@ def _row(config: str, arch: Architecture, placement: Placement, run: Run, gpus: 
     }
 
 
-def _ways(run: Run, placement: Placement) -> Iterable[tuple[str, str]]:
+def _ways(run: RunShape, placement: Placement) -> Iterable[tuple[str, str]]:
     """Configuration and state of the base: plain, or as the checkpoint has it or the recipe may ask for it."""
     quantized = []
     if placement.method in ("lora", "rslora"):
@@ -169,12 +171,12 @@ def _ways(run: Run, placement: Placement) -> Iterable[tuple[str, str]]:
             yield from ((config, base) for base in quantized)
 
 
-def _from(config: str, arch: Architecture, run: Run, m: Memory, memory: int) -> int | None:
+def _from(config: str, arch: Architecture, run: RunShape, m: MemoryEstimate, memory: int) -> int | None:
     """The fewest GPUs (by eights from eight on) that hold it; None if no number does."""
     for gpus in (1, 2, 4, *range(8, MOST + 1, 8)):
         if config != "ddp" and gpus == 1:
             continue
-        if need(config, arch, run, m, gpus, memory).total <= memory:
+        if gpu_need(config, arch, run, m, gpus, memory).total <= memory:
             return gpus
     return None
 

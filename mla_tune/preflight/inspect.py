@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # at run time it would load pydantic, a fifth of the command'
 DEFAULT_RANK = 16
 
 
-def survey(
+def inspect_architecture(
     arch: Architecture, rank: int = DEFAULT_RANK, dtype: str = "bfloat16", placement: Placement | None = None
 ) -> dict[str, Any]:
     """The facts of `arch` as a JSON document; `layers` has one entry for each matrix or fused stack of experts,

@@ -13,18 +13,13 @@ from mla_tune.adapter.placement import Placement, reached_as_parameter
 from mla_tune.arch.dims import DTYPE_BYTES, MLADims
 from mla_tune.arch.roles import ADAPTABLE, GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
+from mla_tune.tiling import DEQUANTIZED_TILE, LOGITS_TILE, LOGITS_TILE_MIN_TOKENS
 
-#: Numbers of one tile of logits in training: 16 MB in float32 on a CPU, where it should fit a cache, 512 MB on a GPU.
-TILE = {"cpu": 1 << 22, "cuda": 1 << 27}
-#: Tokens a tile at least, however large the vocabulary.
-TILE_TOKENS = 64
 #: Tiles that are alive at once: logits and their log-softmax; of a trained head, both and their gradients.
 FROZEN_TILES, TRAINED_TILES = 2, 4
 #: Bytes a weight of a matrix that stays quantized, scales included: FP8 in blocks of 128 × 128; NF4 with a byte for the
 #: scale of 64 numbers and 4 bytes for that of 256 scales (`model.nf4`).
 QUANTIZED = {"fp8": 1 + 4 / 128**2, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
-#: Numbers of a quantized matrix that are in float32 at a time.
-PIECE = 1 << 22
 #: Roles whose adapters act before the attention scores.
 BEFORE_SCORES = (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV)
 #: Resident bytes of a process that has imported everything and trained a model of next to no size.
@@ -32,7 +27,7 @@ PROCESS = 620_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunShape:
     """What memory depends on beside the model: `batch` rows of `length` tokens, weights in `dtype`, on a GPU or not."""
 
     batch: int
@@ -47,7 +42,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryEstimate:
     """Bytes by purpose.  `head` and `transient` are the largest working sets of the output head and of the layers
     within a step, beside what is kept; they don't add up.  `process`: the interpreter and its libraries, on a CPU."""
 
@@ -78,7 +73,7 @@ class Memory:
         )
 
 
-def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
+def estimate(arch: Architecture, placement: Placement, run: RunShape) -> MemoryEstimate:
     """Peak bytes of one process that holds the whole model: resident memory on a CPU, allocated memory on a GPU."""
     full = placement.method == "none"
     size = 4 if full else DTYPE_BYTES[run.dtype]
@@ -95,7 +90,7 @@ def estimate(arch: Architecture, placement: Placement, run: Run) -> Memory:
     else:
         kept = sum(layers)
     mask = tokens * run.length if run.packing and run.attention in ("sdpa", "eager") else 0
-    return Memory(
+    return MemoryEstimate(
         process=0 if run.gpu else PROCESS,
         weights=base_bytes(arch, run.base, size),
         adapters=0 if full else trained * 4,
@@ -114,7 +109,7 @@ def base_bytes(arch: Architecture, base: str, size: int) -> int:
     return round((arch.params_total - quantized) * size + quantized * QUANTIZED.get(base, 0))
 
 
-def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int, recomputed: bool = False) -> int:
+def _layer_bytes(arch: Architecture, placement: Placement, run: RunShape, layer: int, recomputed: bool = False) -> int:
     """Bytes that autograd keeps for one decoder layer; `recomputed`: with `activation_checkpointing: mla`."""
     full = placement.method == "none"
     adapted = {p.site.parameter: p for p in placement.sites if p.site.layer == layer}
@@ -170,7 +165,7 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: Run, layer: int,
     return per_token * tokens + weights
 
 
-def _attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: Run, low: int) -> int:
+def _attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: RunShape, low: int) -> int:
     """Bytes a token of one attention module."""
     q = d.H * (d.P + d.R)
     kept = (d.C + d.R + (d.L or 0)) * low  # inputs of the two latent norms
@@ -196,7 +191,7 @@ def _attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: Run, low: 
     return kept
 
 
-def _recomputed_attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: Run, low: int) -> int:
+def _recomputed_attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: RunShape, low: int) -> int:
     """Bytes a token of one attention module whose norms and up-projections are computed again."""
     # The latents, from which queries, keys and values are made again.
     kept = (d.C + d.R + (d.L or 0)) * low
@@ -213,15 +208,16 @@ def _recomputed_attention_bytes(d: MLADims, here: dict[Role, Site], trains, run:
     return kept
 
 
-def _head(arch: Architecture, run: Run, full: bool) -> int:
+def _head(arch: Architecture, run: RunShape, full: bool) -> int:
     """Working set of the output head (`train.loss`), which sees a tile of the logits at a time."""
-    tokens = min(run.batch * run.length, max(TILE_TOKENS, TILE["cuda" if run.gpu else "cpu"] // arch.vocab_size))
+    numbers = LOGITS_TILE["cuda" if run.gpu else "cpu"]
+    tokens = min(run.batch * run.length, max(LOGITS_TILE_MIN_TOKENS, numbers // arch.vocab_size))
     tile = tokens * arch.vocab_size * 4
     gradient = arch.vocab_size * arch.dims.D * 4 if full else 0
     return (TRAINED_TILES if full else FROZEN_TILES) * tile + gradient
 
 
-def _transient(arch: Architecture, placement: Placement, run: Run) -> int:
+def _transient(arch: Architecture, placement: Placement, run: RunShape) -> int:
     """Working set of the widest block: its intermediates and their gradients, in float32 for adapted weights."""
     tokens = run.batch * run.length
     low = DTYPE_BYTES[run.dtype]
@@ -234,5 +230,5 @@ def _transient(arch: Architecture, placement: Placement, run: Run) -> int:
     numbers = 0
     if run.base != "plain":
         gradient = 0
-        numbers = max(s.shape[0] * s.shape[1] for s in arch.sites if s.role in ADAPTABLE) * low + 4 * PIECE
+        numbers = max(s.shape[0] * s.shape[1] for s in arch.sites if s.role in ADAPTABLE) * low + 4 * DEQUANTIZED_TILE
     return 3 * widest * tokens * low + 2 * gradient + numbers

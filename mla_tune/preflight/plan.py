@@ -9,7 +9,7 @@ from mla_tune.adapter.placement import Placement
 from mla_tune.arch.lookup import architecture_of
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
-from mla_tune.preflight.memory import Memory, Run, estimate
+from mla_tune.preflight.memory import MemoryEstimate, RunShape, estimate
 from mla_tune.recipe.checks import warnings
 from mla_tune.recipe.schema import Recipe
 
@@ -58,7 +58,7 @@ def _not_estimated(arch: Architecture) -> list[str]:
     return [f"memory: what {' and '.join(present)} keep for the backward pass is not estimated"] if present else []
 
 
-def run_of(recipe: Recipe, arch: Architecture, dtype: str, gpu: bool) -> Run:
+def run_shape(recipe: Recipe, arch: Architecture, dtype: str, gpu: bool) -> RunShape:
     """What the recipe's memory depends on; the base stays quantized where the checkpoint or the recipe says so."""
     t, section = recipe.train, recipe.model
     attention = section.attention
@@ -68,7 +68,7 @@ def run_of(recipe: Recipe, arch: Architecture, dtype: str, gpu: bool) -> Run:
         None if section.preset else arch.quantization or (section.quantize if section.quantize != "none" else None)
     )
     base = "plain" if quantized is None else "nf4" if quantized == "nf4" else "fp8"
-    return Run(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.activation_checkpointing, base)
+    return RunShape(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.activation_checkpointing, base)
 
 
 def plan(
@@ -84,8 +84,8 @@ def plan(
     section = recipe.model
     arch = architecture_of(section)
     t = recipe.train
-    run = run_of(recipe, arch, dtype, gpu)
-    memory: Memory = estimate(arch, placement, run)
+    run = run_shape(recipe, arch, dtype, gpu)
+    memory: MemoryEstimate = estimate(arch, placement, run)
     rates = role_rates(placement, recipe)
     roles = [
         {

@@ -17,7 +17,7 @@ from mla_tune.model.auto import auto_class
 from mla_tune.model.load import base_hash, load_model, quantized_kind, quiet
 from mla_tune.model.modules_to_save import with_whole
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
-from mla_tune.preflight.family_limits import suited
+from mla_tune.preflight.family_limits import apply_family_limits
 from mla_tune.recipe.checks import check_quantized
 from mla_tune.recipe.schema import Recipe
 from mla_tune.report.run_report import write_report
@@ -57,7 +57,7 @@ def train(
     name_projects()
     section = recipe.model
     config, arch = described(section)
-    recipe, said = suited(recipe, arch)
+    recipe, said = apply_family_limits(recipe, arch)
     for line in [*arch.warnings, *said]:
         err.print(f"note: {line}", markup=False, soft_wrap=True)
     placement = place(arch, recipe.adapter)

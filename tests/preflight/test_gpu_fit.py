@@ -26,9 +26,9 @@ from tests.helpers.fp8 import make_fp8
 MODELS = {"deepseek-v3": 671, "deepseek-v2": 236, "deepseek-v2-lite": 16}
 
 
-def fit(recipe: Any, gpus: int, memory: int) -> dict[str, Any]:
+def gpu_fit(recipe: Any, gpus: int, memory: int) -> dict[str, Any]:
     placement = place(architecture_of(recipe.model), recipe.adapter)
-    return fit_module.fit(recipe, placement, gpus, memory)
+    return fit_module.gpu_fit(recipe, placement, gpus, memory)
 
 
 def on_meta(name: str) -> Any:
@@ -45,7 +45,7 @@ def by_config(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]
 @pytest.mark.parametrize("name", MODELS)
 def test_shards_and_gathered_layers_are_those_of_the_real_model(name: str) -> None:
     recipe = load_recipe("safe", [f"model.base={name}"])
-    rows = by_config(fit(recipe, 8, 80 * 10**9))
+    rows = by_config(gpu_fit(recipe, 8, 80 * 10**9))
     model = on_meta(name)
     numbers = sum(p.numel() for p in model.parameters())
     assert round(numbers / 1e9) == MODELS[name]
@@ -62,7 +62,7 @@ def test_shards_and_gathered_layers_are_those_of_the_real_model(name: str) -> No
 def test_gathered_codes_by_hand() -> None:
     """DeepSeek-V3's MoE layer: 256 routed experts and a shared one of 3 × 7168 × 2048, attention; a plain router."""
     recipe = load_recipe("safe", ["model.base=deepseek-v3"])
-    rows = by_config(fit(recipe, 8, 80 * 10**9))
+    rows = by_config(gpu_fit(recipe, 8, 80 * 10**9))
     experts = 257 * 3 * 7168 * 2048
     attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
     codes, router = experts + attention, 256 * 7168
@@ -76,15 +76,15 @@ def test_trained_numbers_by_hand() -> None:
     """LoRA of rank 16 on W_O of 27 layers of V2-Lite: A (16, 2048), B (2048, 16), float32, with gradient and two
     moments: 16 bytes a number; DDP's buckets 4 more."""
     recipe = load_recipe("safe", ["model.base=deepseek-v2-lite", "adapter.targets=[W_O]"])
-    rows = by_config(fit(recipe, 4, 80 * 10**9))
+    rows = by_config(gpu_fit(recipe, 4, 80 * 10**9))
     numbers = 27 * 16 * (2048 + 2048)
     assert rows["ddp", "bfloat16"]["trained"] == 20 * numbers
     assert rows["fsdp2", "bfloat16"]["trained"] == 16 * numbers / 4
-    assert by_config(fit(recipe, 1, 80 * 10**9))["ddp", "bfloat16"]["trained"] == 16 * numbers
+    assert by_config(gpu_fit(recipe, 1, 80 * 10**9))["ddp", "bfloat16"]["trained"] == 16 * numbers
 
 
 def test_total_is_the_sum_and_decides() -> None:
-    document = fit(load_recipe("safe", ["model.base=deepseek-v2-lite"]), 8, 40 * 10**9)
+    document = gpu_fit(load_recipe("safe", ["model.base=deepseek-v2-lite"]), 8, 40 * 10**9)
     parts = ("weights", "trained", "gathered", "activations", "working", "reserve")
     for row in document["configs"]:
         assert row["total"] == sum(row[p] for p in parts)
@@ -99,10 +99,10 @@ def test_total_is_the_sum_and_decides() -> None:
 def test_from_how_many_gpus() -> None:
     """One fewer of the numbers that are tried does not hold it."""
     recipe = load_recipe("safe", ["model.base=deepseek-v3", "train.activation_checkpointing=full"])
-    least = by_config(fit(recipe, 8, 80 * 10**9))["zero3", "bfloat16"]["from_gpus"]
+    least = by_config(gpu_fit(recipe, 8, 80 * 10**9))["zero3", "bfloat16"]["from_gpus"]
     assert least % 8 == 0
-    assert by_config(fit(recipe, least, 80 * 10**9))["zero3", "bfloat16"]["fits"]
-    assert not by_config(fit(recipe, least - 8, 80 * 10**9))["zero3", "bfloat16"]["fits"]
+    assert by_config(gpu_fit(recipe, least, 80 * 10**9))["zero3", "bfloat16"]["fits"]
+    assert not by_config(gpu_fit(recipe, least - 8, 80 * 10**9))["zero3", "bfloat16"]["fits"]
 
 
 def test_quantized_bases_take_what_is_measured(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_modules_that_are_trained_whole_count(cli: Callable[..., Any]) -> None:
 )
 def test_what_train_refuses_is_not_offered(sets: list[str], left_out: set[str]) -> None:
     recipe = load_recipe("attention-only", ["model.base=deepseek-v2-lite", *sets])
-    found = fit(recipe, 8, 80 * 10**9)
+    found = gpu_fit(recipe, 8, 80 * 10**9)
     assert set(found["left_out"]) == left_out
     assert {row["config"] for row in found["configs"]} == {"ddp", "fsdp2", "zero3"} - left_out
     for wrong in found["left_out"].values():

@@ -13,7 +13,7 @@ import pytest
 from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
 from mla_tune.errors import InputError
-from mla_tune.preflight.inspect import survey
+from mla_tune.preflight.inspect import inspect_architecture
 from mla_tune.recipe.schema import AdapterSection
 from tests.helpers.arch_configs import TINY
 
@@ -121,7 +121,7 @@ def test_errors_are_messages_with_exit_code_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_one_entry_for_each_site(name: str) -> None:
     arch = architecture(TINY[name])
-    document = survey(arch, rank=3)
+    document = inspect_architecture(arch, rank=3)
     assert [layer["path"] for layer in document["layers"]] == [s.path for s in arch]
     for layer, site in zip(document["layers"], arch, strict=True):
         assert layer["params"] == site.params
@@ -133,7 +133,7 @@ def test_one_entry_for_each_site(name: str) -> None:
 
 
 def test_fused_experts_are_one_entry_with_their_count() -> None:
-    document = survey(architecture(TINY["deepseek_v3"]))
+    document = inspect_architecture(architecture(TINY["deepseek_v3"]))
     experts = [layer for layer in document["layers"] if layer["role"].startswith("experts")]
     assert [(e["layer"], e["count"]) for e in experts] == [(1, 6), (1, 6), (2, 6), (2, 6)]
 
@@ -142,7 +142,7 @@ def test_placement_gives_each_entry_its_own_rank() -> None:
     arch = architecture(TINY["deepseek_v3"])
     adapter = AdapterSection.model_validate({"targets": "attention", "rank": 4, "roles": {"W_UKV": {"rank": 8}}})
     placement = place(arch, adapter)
-    document = survey(arch, rank=99, placement=placement)
+    document = inspect_architecture(arch, rank=99, placement=placement)
     by_role = {layer["role"]: layer for layer in document["layers"]}
     assert (by_role["W_UKV"]["rank"], by_role["W_O"]["rank"]) == (8, 4)
     assert by_role["W_UKV"]["lora_params"] == 8 * sum(by_role["W_UKV"]["shape"])
@@ -155,14 +155,14 @@ def test_placement_gives_each_entry_its_own_rank() -> None:
 
 def test_no_adapter_selects_nothing() -> None:
     arch = architecture(TINY["deepseek_v3"])
-    document = survey(arch, placement=place(arch, AdapterSection(method="none")))
+    document = inspect_architecture(arch, placement=place(arch, AdapterSection(method="none")))
     assert not any(layer["selected"] for layer in document["layers"])
     assert document["adapted"]["modules"] == 0
 
 
 def test_mtp_layers_are_noted_and_not_counted() -> None:
-    plain = survey(architecture(TINY["deepseek_v3"]))
-    mtp = survey(architecture({**TINY["deepseek_v3"], "num_nextn_predict_layers": 1}))
+    plain = inspect_architecture(architecture(TINY["deepseek_v3"]))
+    mtp = inspect_architecture(architecture({**TINY["deepseek_v3"], "num_nextn_predict_layers": 1}))
     assert mtp["params_total"] == plain["params_total"]
     assert any("kept by merge-absorb, not adapted, not counted" in note for note in mtp["notes"])
     assert not any("MTP" in note for note in plain["notes"])
@@ -170,7 +170,7 @@ def test_mtp_layers_are_noted_and_not_counted() -> None:
 
 def test_other_cache_dtypes() -> None:
     arch = architecture(TINY["deepseek_v3"])
-    half, full = survey(arch)["kv_cache"], survey(arch, dtype="float32")["kv_cache"]
+    half, full = inspect_architecture(arch)["kv_cache"], inspect_architecture(arch, dtype="float32")["kv_cache"]
     assert full["latent_bytes_per_token"] == 2 * half["latent_bytes_per_token"]
     with pytest.raises(InputError, match="int3"):
-        survey(arch, dtype="int3")
+        inspect_architecture(arch, dtype="int3")

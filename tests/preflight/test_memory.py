@@ -18,7 +18,7 @@ from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
 from mla_tune.data.padding_free import FlatCollator
 from mla_tune.model.attach import attach
-from mla_tune.preflight.memory import Run, estimate
+from mla_tune.preflight.memory import RunShape, estimate
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.kernels import packed_attention as packed
@@ -65,7 +65,7 @@ def batch_of(vocabulary: int, attention: str, packing: bool) -> dict[str, Any]:
     return FlatCollator()(rows)
 
 
-def kept_by_autograd(config: dict[str, Any], recipe: Recipe, run: Run) -> int:
+def kept_by_autograd(config: dict[str, Any], recipe: Recipe, run: RunShape) -> int:
     """Bytes that a forward pass leaves allocated for the backward pass, as torch's profiler counts them."""
     arch = architecture(config)
     packed.register()
@@ -116,7 +116,7 @@ def kept_by_autograd(config: dict[str, Any], recipe: Recipe, run: Run) -> int:
 )
 def test_activations_are_those_that_autograd_keeps(recipe: str, changes: dict, keys: dict[str, Any]) -> None:
     config, loaded = CONFIG | changes, load_recipe(recipe)
-    run = Run(BATCH, LENGTH, **{"dtype": "float32", "attention": "packed", **keys})
+    run = RunShape(BATCH, LENGTH, **{"dtype": "float32", "attention": "packed", **keys})
     arch = architecture(config)
     guess = estimate(arch, place(arch, loaded.adapter), run)
     assert guess.activations == pytest.approx(kept_by_autograd(config, loaded, run), rel=0.06)

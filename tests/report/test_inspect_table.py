@@ -15,7 +15,7 @@ from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
 from mla_tune.arch.lookup import load_config
 from mla_tune.console import human_count
-from mla_tune.preflight.inspect import survey
+from mla_tune.preflight.inspect import inspect_architecture
 from mla_tune.recipe.schema import AdapterSection
 from mla_tune.report.inspect_table import WIDE, Depth, render
 from mla_tune.resources import model_names
@@ -27,7 +27,7 @@ DEPTHS = get_args(Depth)
 def document(model: str, targets: str | None = None, rank: int = 16) -> dict[str, Any]:
     arch = architecture(load_config(model)[0], model)
     placement = place(arch, AdapterSection(targets=targets, rank=rank)) if targets else None
-    return {"model": model, **survey(arch, rank, placement=placement)}
+    return {"model": model, **inspect_architecture(arch, rank, placement=placement)}
 
 
 def show(doc: dict[str, Any], depth: Depth = "roles", width: int = 80) -> str:
@@ -95,7 +95,7 @@ def test_layers_that_a_recipe_treats_apart_are_not_collapsed() -> None:
 
 def test_layers_of_different_kinds_stay_in_order() -> None:
     arch = architecture(TINY["glm4_moe_lite by layer types"])
-    text = show(survey(arch), "layers")
+    text = show(inspect_architecture(arch), "layers")
     assert [t for t in re.findall(r"^layers? \d.*$", text, flags=re.MULTILINE) if t] == [
         line for line in text.splitlines() if re.match(r"layers? \d", line)
     ]
@@ -122,7 +122,7 @@ def test_marks_and_totals_of_a_recipe() -> None:
 
 def test_a_recipe_without_adapter_says_so() -> None:
     arch = architecture(TINY["minicpm3"])
-    text = show({"recipe": "full", **survey(arch, placement=place(arch, AdapterSection(method="none")))})
+    text = show({"recipe": "full", **inspect_architecture(arch, placement=place(arch, AdapterSection(method="none")))})
     assert "full has no adapter (method none): every weight is trained." in text
 
 

@@ -24,7 +24,7 @@ from mla_tune.arch.roles import GROUPS, PRESETS, Role
 from mla_tune.data.collate import Collator
 from mla_tune.errors import InputError, PlacementError
 from mla_tune.model.attach import attach
-from mla_tune.preflight.family_limits import suited
+from mla_tune.preflight.family_limits import apply_family_limits
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
 from mla_tune.training.kernels.chunked_loss import score_by_chunks
@@ -192,7 +192,7 @@ def test_packed_samples_stay_apart_or_packing_is_off(name: str) -> None:
             for x in (torch.tensor([s]) for s in samples)
         )
     apart = abs(packed_loss(model, samples) - alone) < 1e-3
-    recipe, said = suited(load_recipe("safe", []), architecture(FAMILIES[name]))
+    recipe, said = apply_family_limits(load_recipe("safe", []), architecture(FAMILIES[name]))
     assert apart == recipe.train.packing == (name not in KDA)
     assert bool(said) == (name in KDA)
 
@@ -202,11 +202,11 @@ def test_attention_that_a_family_cant_have_is_refused_by_name(name: str) -> None
     arch = architecture(FAMILIES[name])
     asked = load_recipe("safe", ["model.attention=packed"])
     if not arch.family.needs_mask:
-        assert suited(asked, arch)[0].model.attention == "packed"
+        assert apply_family_limits(asked, arch)[0].model.attention == "packed"
         return
     with pytest.raises(InputError, match=re.escape(f"model.attention: packed: {arch.family.title} has")):
-        suited(asked, arch)
-    auto = suited(load_recipe("safe", []), arch)[0].model.attention
+        apply_family_limits(asked, arch)
+    auto = apply_family_limits(load_recipe("safe", []), arch)[0].model.attention
     assert auto == ("eager" if name == "hy_v4" else "sdpa")
 
 

@@ -21,7 +21,7 @@ from mla_tune.console import err
 from mla_tune.errors import InputError, MlaTuneError, WorkError
 from mla_tune.model.load import pick_device
 from mla_tune.model.quantized_linear import let_shard
-from mla_tune.preflight.family_limits import not_sharded
+from mla_tune.preflight.family_limits import unsupported_when_sharded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.distributed.deepspeed import is_handle, use_gloo_alone, whole_parameters
 from mla_tune.training.distributed.launch import Worker, worker
@@ -61,7 +61,7 @@ def refuse(recipe: Recipe, placement: Placement, here: Worker, quantized: str | 
         )
     if not sharded:
         return
-    wrong = not_sharded(recipe, placement, here.sharding or "", quantized)
+    wrong = unsupported_when_sharded(recipe, placement, here.sharding or "", quantized)
     if wrong:
         raise InputError(f"{sharded} is not tried together with {'; '.join(wrong)}; use --launch ddp, or change that")
 

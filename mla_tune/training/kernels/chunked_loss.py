@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mla_tune.data.encode import IGNORED
-from mla_tune.preflight.memory import TILE, TILE_TOKENS
+from mla_tune.tiling import LOGITS_TILE, LOGITS_TILE_MIN_TOKENS
 from mla_tune.training.distributed.deepspeed import is_handle
 
 #: Keyword by which a patched model is asked for the loss instead of logits.
@@ -72,15 +72,15 @@ def token_loss(
     chosen, targets = hidden[:, :-1][keep], labels[:, 1:][keep]
     if divisor != 1.0:
         chosen = chosen / divisor
-    tile = TILE.get(hidden.device.type, TILE["cuda"])
+    tile = LOGITS_TILE.get(hidden.device.type, LOGITS_TILE["cuda"])
     if _is_frozen(head):
-        step = max(TILE_TOKENS, tile // head.weight.shape[0])  # type: ignore[union-attr, arg-type, index]
+        step = max(LOGITS_TILE_MIN_TOKENS, tile // head.weight.shape[0])  # type: ignore[union-attr, arg-type, index]
         weight, bias = head.weight, head.bias
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             chosen = chosen.to(torch.get_autocast_dtype(device))
         return _FrozenHead.apply(chosen, weight, bias, targets, cap, step)  # type: ignore[no-any-return]
-    step = max(TILE_TOKENS, tile // int(getattr(head, "out_features", 1 << 15)))
+    step = max(LOGITS_TILE_MIN_TOKENS, tile // int(getattr(head, "out_features", 1 << 15)))
     # The sum over no token still hangs on the model: a batch without trained tokens has a gradient of zero.
     total = chosen.float().sum() * 0.0
     # Without trained tokens the head is called on none: where it is sharded, other processes wait for this one.

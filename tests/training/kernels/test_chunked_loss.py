@@ -29,8 +29,8 @@ def stock_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, and a last one that is shorter."""
-    monkeypatch.setattr(token_loss_module, "TILE", {"cpu": 1, "cuda": 1})
-    monkeypatch.setattr(token_loss_module, "TILE_TOKENS", 13)
+    monkeypatch.setattr(token_loss_module, "LOGITS_TILE", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(token_loss_module, "LOGITS_TILE_MIN_TOKENS", 13)
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained", "adapted"])
