@@ -1,5 +1,8 @@
-"""`mla-tune`: one thin function a verb.  Commands import what is heavy inside the function, so that `--help`, recipe
-errors and `inspect` answer at once."""
+"""`mla-tune`: the verbs, and how an error becomes a message and an exit code.
+
+Each verb is one function in a module of this package.  Commands import what is heavy inside the function, so that
+`--help`, recipe errors and `inspect` answer at once.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-#: verb → module of this package whose `command` it runs, in the order of `--help`.
+#: Verb → the module of this package whose function `command` it runs, in the order in which `--help` lists them.
 VERBS = {
     "inspect": "inspect",
     "plan": "plan",
@@ -49,8 +52,13 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version of mla-tune and exit."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the Python traceback of an error, for a bug report.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ["MLA_TUNE_DEBUG"] = "1"
@@ -62,7 +70,12 @@ app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Entry point: a message for an error of the user's or of the work, never a traceback (`--debug` shows it)."""
+    """Run the command line.
+
+    An `MlaTuneError` is printed as `error: …` on standard error and ends the process with the exit code of its class
+    (2: the input is wrong; 1: the work failed or a check did not hold; 130: stopped by a signal).  `--debug` raises it
+    instead, with its traceback.
+    """
     hush_imports()
     try:
         app(prog_name="mla-tune")
@@ -70,7 +83,7 @@ def main() -> None:
         if os.environ.get("MLA_TUNE_DEBUG"):
             raise
         lines = error.problems if isinstance(error, RecipeError) else [str(error)]
-        if "RANK" in os.environ:  # what all processes of a run find is said once
+        if "RANK" in os.environ:  # all processes of a run find the same fault: only the first says it
             from mla_tune.training.distributed.launch import is_first_to_say
 
             lines = [line for line in lines if is_first_to_say(line)]
@@ -78,6 +91,6 @@ def main() -> None:
             print(line if isinstance(error, Interrupted) else f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as leaving:
-        if leaving.code == 130:  # Ctrl-C, of which typer says nothing
+        if leaving.code == 130:  # Ctrl-C: typer exits without a word
             print("stopped", file=sys.stderr)
         raise

@@ -1,4 +1,4 @@
-"""`mla-tune inspect`: what a model is made of and where an adapter can sit, from config.json alone."""
+"""`mla-tune inspect`: which layers an adapter can attach to, and what it would do there, from config.json alone."""
 
 from __future__ import annotations
 
@@ -15,22 +15,37 @@ def command(
             metavar="MODEL", help="A folder, a config.json, a shipped name such as deepseek-v3, or a hub id."
         ),
     ],
-    recipe: Annotated[str | None, typer.Option(help="Mark what this recipe adapts, at its ranks.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Mark the layers that this recipe adapts, and count LoRA parameters at its ranks."),
+    ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, show_default="16", help="LoRA rank to count parameters for; with --recipe: adapter.rank."),
+        typer.Option(
+            min=1,
+            show_default="16",
+            help="LoRA rank for which parameters are counted. With --recipe it replaces adapter.rank.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     depth: Annotated[
         Literal["roles", "layers", "all"],
-        typer.Option(help="One row a role, a module of each block of equal layers, or a module."),
+        typer.Option(
+            help="What a row of the table is: a role, a module of a block of equal layers, or every single module."
+        ),
     ] = "roles",
     check_weights: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Compare with the safetensors headers in DIR; exit 1 where they differ."),
+        typer.Option(
+            metavar="DIR",
+            help="Compare config.json with the safetensors headers of the checkpoint in DIR; exit 1 where they differ.",
+        ),
     ] = None,
 ) -> None:
-    """Show a model's MLA dimensions, KV cache, every linear layer, and what an adapter there would do."""
+    """List every layer that an adapter can attach to, with its risk and its effect on absorption.
+
+    Reads config.json only: no weights, no GPU. Also shows the MLA dimensions and the size of the KV cache.
+    """
     from mla_tune.arch.build import architecture
     from mla_tune.arch.lookup import load_config
     from mla_tune.console import out, print_json

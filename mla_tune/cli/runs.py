@@ -1,4 +1,4 @@
-"""`mla-tune runs`."""
+"""`mla-tune runs`: a table of the runs below a folder."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ import typer
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where run folders lie, at most three deep.")] = Path(
-        "runs"
-    ),
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder to search for run folders, at most three levels deep.")
+    ] = Path("runs"),
     sort: Annotated[
         Literal["when", "loss", "name", "state"],
-        typer.Option("--sort", help="Newest first, lowest held-out loss first, or by name or state."),
+        typer.Option(
+            "--sort",
+            help="Order of the rows: newest first (when), lowest held-out loss first (loss), by name, or by state.",
+        ),
     ] = "when",
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document: a list with an object for each run.")
+    ] = False,
 ) -> None:
-    """List the runs in a folder: recipe, state, steps, best held-out loss."""
+    """List the runs below a folder: what was trained, state, steps, best held-out loss."""
     from mla_tune.console import out, print_json
     from mla_tune.runs.find import find_runs, runs_table, sort_runs
 

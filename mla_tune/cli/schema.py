@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def command() -> None:
-    """Print the JSON Schema of a recipe (editors use it for completion and checks)."""
+    """Print the JSON Schema of a recipe, with which an editor can complete and check keys."""
     from mla_tune.console import print_json
     from mla_tune.recipe.schema import Recipe
 

@@ -1,4 +1,4 @@
-"""`mla-tune train`."""
+"""`mla-tune train`: train an adapter as a recipe says, in this process or in several."""
 
 from __future__ import annotations
 
@@ -11,23 +11,45 @@ import typer
 
 def command(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.max_steps=50.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Run folder, instead of output.dir.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty a run folder that is there.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Replace one key of the recipe, for example --set train.max_steps=50. May be repeated."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The run folder to write; replaces output.dir of the recipe.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="If the run folder exists, delete the run in it and begin anew.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the run folder from its last whole checkpoint.")
+    ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="With --resume: although recipe, data or base changed.")
+        bool,
+        typer.Option(
+            "--allow-changes", help="With --resume: continue even if the recipe, the data or the base model changed."
+        ),
     ] = False,
     processes: Annotated[
-        int | None, typer.Option("--processes", help="Start so many processes on this machine, one a GPU.")
+        int | None, typer.Option("--processes", help="Number of processes to start on this machine, one for each GPU.")
     ] = None,
     launch: Annotated[
         str | None,
-        typer.Option("--launch", help="What each process holds: ddp (all), fsdp2 or zero3 (a shard of the model)."),
+        typer.Option(
+            "--launch",
+            help="How the processes share the model: ddp (each holds all of it), fsdp2 or zero3 (each holds a shard).",
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print run.json, and nothing else, on standard output.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the contents of run.json, one JSON document, on standard output.")
+    ] = False,
 ) -> None:
-    """Train an adapter as a recipe says."""
+    """Train an adapter as a recipe says, and write a run folder.
+
+    Ctrl-C saves a checkpoint; --resume continues from it. Several GPUs: --processes, and --launch to shard the model.
+    """
     from mla_tune.console import err, human_count, out, print_json
     from mla_tune.errors import InputError
     from mla_tune.recipe.checks import warnings
@@ -37,9 +59,9 @@ def command(
     check_options(launch, processes)
     only_the_first_talks()
     if allow_changes and not resume:
-        raise InputError("--allow-changes is about a run to go on with: give --resume too")
+        raise InputError("--allow-changes only has a meaning for a run that is continued: give --resume too")
     if overwrite and resume:
-        raise InputError("--overwrite begins a run anew, --resume goes on with it: give one of them")
+        raise InputError("--overwrite begins a run anew and --resume continues it: give only one of them")
     overrides = list(set_ or [])
     if output:
         overrides.append(f"output.dir={output}")
