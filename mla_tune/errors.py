@@ -12,19 +12,19 @@ from difflib import get_close_matches
 
 
 class MlaTuneError(Exception):
-    """The root: `except MlaTuneError` catches all that is ours and nothing else."""
+    """Base class of all errors that mla-tune raises on purpose; no other error is caught by `except MlaTuneError`."""
 
     exit_code = 1
 
 
 class InputError(MlaTuneError, ValueError):
-    """What the user gave can't be used as it is."""
+    """An argument, a recipe or a file of the user can't be used as it is."""
 
     exit_code = 2
 
 
 class RecipeError(InputError):
-    """One or more faults in a recipe; `problems` holds a line for each."""
+    """A recipe has faults: `problems` holds a line for each of them."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(problems)
@@ -46,15 +46,15 @@ class FileError(MlaTuneError, OSError):
 
 
 class CheckError(MlaTuneError, RuntimeError):
-    """Something that must hold did not: planned != attached, a dead gradient, a merge that differs."""
+    """A check did not hold: planned != attached, an adapter without a gradient, a merge that differs."""
 
 
 class WorkError(MlaTuneError, RuntimeError):
-    """The work itself failed: out of memory, a loss that is not a number."""
+    """The work itself failed: out of memory, a full disk, a loss that is not a number."""
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """`"; did you mean 'W_UKV'?"`, or nothing where no name is near."""
+    """Return `"; did you mean 'W_UKV'?"` for the allowed name nearest to `word`; an empty text where none is near."""
     names = list(allowed)
     by_lower = {n.lower(): n for n in names}
     near = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
@@ -62,6 +62,6 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 class Interrupted(MlaTuneError, RuntimeError):
-    """Stopped by a signal, with a checkpoint to go on from."""
+    """The run was stopped by a signal and can be continued from a checkpoint."""
 
     exit_code = 130

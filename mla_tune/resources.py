@@ -22,14 +22,15 @@ EMBEDDED_DATA = _PACKAGE / "embedded" / "data"
 
 
 def recipe_names() -> list[str]:
+    """List the names of the recipes in `recipes/`."""
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
 def model_names() -> list[str]:
-    """Names of the published configurations that `inspect` knows."""
+    """List the names of published models whose config.json ships in `configs/models`."""
     return sorted(p.stem for p in (CONFIGS / "models").glob("*.json"))
 
 
 def preset_names() -> list[str]:
-    """Names of the untrained shapes that `model.preset` builds."""
+    """List the names of untrained shapes in `configs/presets`, which `model.preset` builds."""
     return sorted(p.stem for p in (CONFIGS / "presets").glob("*.json"))

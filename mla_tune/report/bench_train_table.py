@@ -1,4 +1,4 @@
-"""`bench train` as a table in 80 columns."""
+"""The table of `mla-tune bench train`: speed, memory and loss of each contender, in 80 columns."""
 
 from __future__ import annotations
 

@@ -18,10 +18,13 @@ EMBEDDED = {"mbpp": "google-research-datasets/mbpp", "gsm8k": "openai/gsm8k"}
 
 
 def card(root: Path, run: dict[str, Any], data_paths: list[str]) -> str:
-    """`data_paths` are those of the recipe's data section.
+    """Return the text of README.md for the adapter of a run.
 
-    base_model and datasets must be hub ids, or the hub refuses the card: a base or a file of this machine is named in
-    the text instead.  The license is the publisher's to choose, so there is none.
+    `root` is the run folder, `run` the contents of its run.json, `data_paths` are `data.path` or the paths of
+    `data.sources`.
+
+    base_model and datasets must be hub ids, or the hub refuses the card, so a base or a data file on this machine is
+    named in the text only.  No license is set: choosing it is up to whoever publishes the adapter.
     """
     base = _hub_id(str(run.get("base", "")), str(run.get("base_path", "")))
     front: dict[str, Any] = {"base_model": base} if base else {}
@@ -44,37 +47,58 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _text(root: Path, run: dict[str, Any]) -> str:
-    adapter, data, loss = run["adapter"], run["data"], run.get("held_out_loss") or {}
+    name = root.resolve().name
+    return "\n".join([*_introduction(name, run), *_trained(run), *_figures(run), *_use(name, run), *_LIMITS])
+
+
+_LIMITS = (
+    "## Limits",
+    "",
+    "- Unmerged, an engine may apply a part of the roles only, without an error: "
+    "`mla-tune serve-check ADAPTER --engine NAME` tells.",
+    "- The figures are the loss on rows held out of this data. Other tasks, safety and bias were not measured.",
+    "",
+)
+
+
+def _introduction(name: str, run: dict[str, Any]) -> list[str]:
     found = run.get("base_hash") or {}
     digest = f", whose `base_hash` is `{found['sha256'][:16]}…`" if found.get("kind") in ("files", "headers") else ""
-    name = root.resolve().name
-    auto = run.get("auto_class", "AutoModelForCausalLM")
-    lines = [
+    return [
         f"# {name}",
         "",
-        f"An adapter ({adapter['method']}) for `{_code(_public(run['base']))}` ({run['model_type']}, multi-head latent "
-        f"attention), trained with mla-tune {run['environment']['mla_tune']}.",
+        f"An adapter ({run['adapter']['method']}) for `{_code(_public(run['base']))}` ({run['model_type']}, multi-head "
+        f"latent attention), trained with mla-tune {run['environment']['mla_tune']}.",
         "",
         f"It fits no other weights than those of this base{digest}.",
         "",
+    ]
+
+
+def _trained(run: dict[str, Any]) -> list[str]:
+    rows = role_rows({"adapter": run["adapter"]})
+    return [
         "## What was trained",
         "",
-        f"{human_count(adapter['trainable_params'])} parameters. Roles are those of the MLA papers.",
+        f"{human_count(run['adapter']['trainable_params'])} parameters. Roles are those of the MLA papers.",
         "",
         "| role | matrices | rank | parameters | peak learning rate |",
         "|---|---:|---:|---:|---|",
-        *(
-            f"| {r['role']} | {r['matrices']} | {r['rank']} | {r['params']} | {r['rate']} |"
-            for r in role_rows({"adapter": adapter})
-        ),
+        *(f"| {r['role']} | {r['matrices']} | {r['rank']} | {r['params']} | {r['rate']} |" for r in rows),
         "",
+    ]
+
+
+def _figures(run: dict[str, Any]) -> list[str]:
+    data, loss = run["data"], run.get("held_out_loss") or {}
+    steps, spikes = run.get("steps") or {}, run.get("spikes") or {}
+    lines = [
         "## Figures",
         "",
         f"- data: {_plain(_public(data['source']))}, {data['train']['samples']:,} samples, "
         f"{data['train']['trained_tokens']:,} trained tokens",
+        f"- {steps.get('done', 0):,} steps, seed {run['seed']}, {run['dtype']} on {run['device']}",
     ]
-    steps = run.get("steps") or {}
-    lines.append(f"- {steps.get('done', 0):,} steps, seed {run['seed']}, {run['dtype']} on {run['device']}")
     if loss.get("after") is not None:
         lines.append(
             f"- held-out loss (mean over {data['held_out']['trained_tokens']:,} tokens, nats): "
@@ -82,14 +106,17 @@ def _text(root: Path, run: dict[str, Any]) -> str:
         )
     else:
         lines.append("- no rows were held out, so there is no held-out loss")
-    spikes = run.get("spikes") or {}
     if spikes.get("skipped"):
         lines.append(
             f"- {spikes['skipped']:,} steps were skipped as spikes, {spikes['cuts']:,} cuts of the learning rate"
         )
+    return [*lines, ""]
+
+
+def _use(name: str, run: dict[str, Any]) -> list[str]:
+    auto = run.get("auto_class", "AutoModelForCausalLM")
     by_name = dict(commands(Path(name), run | {"state": "done"}))
-    lines += [
-        "",
+    return [
         "## Use",
         "",
         "Load it with PEFT:",
@@ -112,26 +139,19 @@ def _text(root: Path, run: dict[str, Any]) -> str:
         "",
         f"From the run folder `{_code(name)}`: `{_code(by_name['merge'])}`.",
         "",
-        "## Limits",
-        "",
-        "- Unmerged, an engine may apply a part of the roles only, without an error: "
-        "`mla-tune serve-check ADAPTER --engine NAME` tells.",
-        "- The figures are the loss on rows held out of this data. Other tasks, safety and bias were not measured.",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def _public(source: str) -> str:
-    """A folder of this machine by its last name: a card is made to be shown."""
+    """Shorten an absolute path to its last part: a card is made to be shown to others."""
     return Path(source).name if Path(source).expanduser().is_absolute() else source
 
 
 def _plain(text: str) -> str:
-    """Without what Markdown would read as its own."""
+    """Escape the characters that Markdown would read as markup, and fold white space."""
     return re.sub(r"([\\\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str) -> str:
-    """As it may stand between back-ticks."""
+    """Make a text fit for Markdown's back-ticks: no back-tick inside, white space folded."""
     return " ".join(text.replace("`", "'").split())

@@ -1,4 +1,4 @@
-"""The command lines that go with a run, quoted for a POSIX shell."""
+"""The commands that a report and a card suggest for a run, quoted for a POSIX shell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def commands(root: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what for, command), to be given in the folder in which the run was begun."""
+    """List pairs (what for, command) for the run folder `root` with the run.json contents `run`.
+
+    They are meant for the folder in which the run was started: a recipe may name files relative to it.
+    """
     name = str(root)
     recipe = str(root / "recipe.yaml")
     again = str(root.with_name(root.name + "-again")) if root.name else f"{name}-again"
@@ -36,7 +39,7 @@ def commands(root: Path, run: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _many(run: dict[str, Any]) -> list[str]:
-    """Options that start as many processes (on one machine) as the run had."""
+    """Options of `mla-tune train` that start as many processes, on one machine, as the run had."""
     processes = run.get("processes") or {}
     if processes.get("count", 1) < 2:
         return []
@@ -50,6 +53,6 @@ def _line(*words: str) -> str:
 
 
 def working_folder(run: dict[str, Any]) -> str | None:
-    """The `cd` that comes first: recipes may name files by where the run was begun."""
+    """Return the `cd` command into the folder in which the run was started; None where run.json does not say."""
     folder = run.get("working_folder")
     return shlex.join(["cd", str(folder)]) if folder else None

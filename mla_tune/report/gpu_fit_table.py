@@ -1,4 +1,4 @@
-"""What fits how many GPUs, as a person reads it."""
+"""The table of `mla-tune plan --gpus N --memory SIZE`: what each launch configuration needs on one GPU."""
 
 from __future__ import annotations
 

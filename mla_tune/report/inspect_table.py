@@ -71,7 +71,7 @@ def render(document: dict[str, Any], depth: Depth, console: Console) -> None:
 
 
 def _header(document: dict[str, Any]) -> Iterator[Text]:
-    """Name, size, dimensions, KV cache: a line each, of less than 80 columns but for a long path."""
+    """Yield name, size, dimensions and KV cache, a line each; all but a long path fit 80 columns."""
     layers, attentions, cache = document["num_layers"], document["attention_modules"], document["kv_cache"]
     mla = document["mla_layers"]
     facts = [
@@ -106,7 +106,7 @@ def _table() -> Table:
 
 
 def _roles_table(layers: list[Layer], mtp: list[Layer], wide: bool) -> Table:
-    """One row a role: parameters and LoRA parameters are sums over its matrices."""
+    """Make the table with one row for each role; parameters and LoRA parameters are sums over its matrices."""
     table = _table()
     if wide:
         table.padding = (0, 1)
@@ -142,14 +142,14 @@ def _roles_table(layers: list[Layer], mtp: list[Layer], wide: bool) -> Table:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Consecutive layers that are equal, or one; `rows` holds the entries of each module over the block's layers."""
+    """Consecutive layers with equal modules (or one layer); `rows` holds each module's entries over those layers."""
 
     title: str
     rows: list[tuple[str, list[Layer]]]
 
 
 def _blocks(layers: list[Layer], collapse: bool) -> list[_Block]:
-    """Entries by layer; with `collapse`, equal layers that follow each other make one block."""
+    """Group the entries by layer; with `collapse`, join equal layers that follow each other into one block."""
     per_layer = [(i, list(group)) for i, group in groupby(layers, key=lambda s: s["layer"])]
 
     def look(item: tuple[int | None, list[Layer]]) -> tuple[Any, ...]:
@@ -176,7 +176,7 @@ def _title(first: int | None, n: int) -> str:
 
 
 def _modules_table(blocks: Iterable[_Block], wide: bool) -> Table:
-    """One row a module of each block; parameters are sums over the block's layers."""
+    """Make the table with one row for each module of a block; parameters are sums over the block's layers."""
     table = _table()
     table.add_column("Module", no_wrap=True)
     table.add_column("Role", no_wrap=True)
@@ -194,7 +194,7 @@ def _modules_table(blocks: Iterable[_Block], wide: bool) -> Table:
 
 
 def _in_lines(name: str) -> str:
-    """A long path in several lines, broken at its dots."""
+    """Break a long path into several lines at its dots."""
     lines = [""]
     for part in re.findall(r"[^.]+\.?", name):
         if lines[-1].strip() and len(lines[-1]) + len(part) > _NAME:
@@ -204,7 +204,7 @@ def _in_lines(name: str) -> str:
 
 
 def _role_notes(layers: list[Layer]) -> Table:
-    """Why each role has its risk, and what an adapter there does to the cache and to absorption."""
+    """Say for each role why it has its risk, and what an adapter there does to the cache and to absorption."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column()
@@ -217,7 +217,7 @@ def _role_notes(layers: list[Layer]) -> Table:
 
 
 def _note(site: Layer) -> str:
-    """A sentence or two on an adapter there; what is the same everywhere is left out."""
+    """Describe an adapter on this layer in a sentence or two; what holds for every layer is left out."""
     if not site["attachable"]:
         return site["reason"].removeprefix(f"{site['role']}: ")
     parts = [f"{site['risk']} risk: {site['note']}"]
@@ -229,7 +229,7 @@ def _note(site: Layer) -> str:
 
 
 def _label(roles: list[Role]) -> str:
-    """The group's name for roles that are a group or the part of it that a model has."""
+    """Name several roles by their group, if they are one (or that part of one that the model has)."""
     if len(roles) > 1:
         for name in ("dense", "shared", "mlp", "experts"):
             if set(roles) <= set(GROUPS[name]):
@@ -274,7 +274,7 @@ def _by_role(layers: list[Layer]) -> dict[Role, list[Layer]]:
 
 
 def _inside(site: Layer) -> str:
-    """Path inside the decoder layer."""
+    """Return the path below the decoder layer: `self_attn.kv_b_proj`."""
     return site["path"].partition(f".layers.{site['layer']}.")[2] or site["path"]
 
 
@@ -283,13 +283,13 @@ def _shape(shape: list[int]) -> str:
 
 
 def _lora(sites: list[Layer]) -> str:
-    """LoRA parameters; with a recipe only those of the entries it adapts."""
+    """Sum the LoRA parameters; with a recipe only of the entries that it adapts."""
     counted = [s for s in sites if s["attachable"] and s["selected"] is not False]
     return human_count(sum(s["lora_params"] for s in counted)) if counted else "–"
 
 
 def _marked(name: str, sites: list[Layer]) -> Text:
-    """The name, with a mark in front where a recipe adapts it; without a recipe there is no room for marks."""
+    """Put a mark in front of the name if the recipe adapts it; without a recipe the name stands alone."""
     if sites[0]["selected"] is None:
         return Text(name)
     return Text.assemble((f"{HIT} " if any(s["selected"] for s in sites) else "  ", "bold green"), name)

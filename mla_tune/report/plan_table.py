@@ -1,4 +1,4 @@
-"""The plan as a person reads it."""
+"""The text of `mla-tune plan`: matrices by role, data, steps, memory and warnings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mla_tune.recipe.schema import Recipe
 
 
 def _lora(r: dict[str, Any]) -> tuple[str, str]:
-    """Rank and alpha; a module of `modules_to_save` has none."""
+    """Return rank and alpha as texts; a module of `modules_to_save` has neither."""
     return ("whole", "") if r["rank"] is None else (f"{r['rank']}", f"{r['alpha']:g}")
 
 

@@ -1,4 +1,4 @@
-"""loss.png: what a run did, at a glance.  decode.png: what a token takes by context."""
+"""The plots: loss.png of a run (loss, learning rates, gradient norms) and decode.png of `bench decode`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ LONG = 1000
 
 
 def plot_run(metrics: Path, target: Path, run: dict[str, Any]) -> None:
-    """Loss, learning rate by role and gradient norm by role over the steps; skipped steps and cuts are marked.
+    """Plot loss, learning rate by role and gradient norm by role over the steps into `target` (PNG).
+
+    `metrics` is metrics.jsonl of the run, `run` the contents of its run.json.  Skipped steps and cuts of the learning
+    rate are marked.
 
     Raises `ValueError` where no step was logged.
     """
@@ -84,7 +87,7 @@ def _loss(ax: Any, curves: Curves) -> None:
 
 
 def _marks(ax: Any, spikes: list[tuple[int, float | None]], skipped: int = 0) -> None:
-    """× at each skipped step; at the upper edge where its value is beyond it, or no number."""
+    """Draw × at each skipped step: at its value, or at the upper edge if the value is higher or not finite."""
     if not spikes:
         return
     top = ax.get_ylim()[1]
@@ -132,7 +135,7 @@ def _calm(points: Points, long: bool) -> Points:
 
 
 def wrapped(label: str, width: int = 24) -> str:
-    """Names on as many lines as they need."""
+    """Break a list of names into lines of at most `width` characters."""
     return textwrap.fill(label, width, break_long_words=False)
 
 
@@ -141,7 +144,7 @@ def _xy(points: Points) -> tuple[list[int], list[float]]:
 
 
 def _dot(points: Points) -> dict[str, Any]:
-    """A line through one point can't be seen."""
+    """Return the style that makes a curve of a single point visible."""
     return {"marker": "o", "ms": 4} if len(points) == 1 else {}
 
 
@@ -181,7 +184,7 @@ def plot_decode(bench: dict[str, Any], target: Path) -> None:
 
 
 def _save(fig: Any, target: Path) -> None:
-    """Whole or not at all."""
+    """Write the figure beside `target`, then rename it: the file appears whole or not at all."""
     beside = target.with_name(target.name + ".tmp")
     fig.savefig(beside, dpi=120, format="png")
     plt.close(fig)
@@ -189,7 +192,7 @@ def _save(fig: Any, target: Path) -> None:
 
 
 def _smooth(points: Points, share: float = 0.1) -> Points:
-    """Centerd running mean over a tenth of the steps."""
+    """Return the centered running mean over a `share` of the steps."""
     half = max(1, round(len(points) * share / 2))
     sums = [0.0, *itertools.accumulate(v for _, v in points)]
     found = []

@@ -1,4 +1,4 @@
-"""report.html of a run: one file, no network, no script; and loss.png, which it holds too."""
+"""report.html and loss.png of a run; the page is one file that needs no network and no script."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ LISTED = 20
 
 
 def write_report(root: Path, run: dict[str, Any]) -> None:
-    """loss.png (where a step was logged) and report.html in the run folder `root`, from run.json and metrics.jsonl.
+    """Write report.html and, if a step was logged, loss.png into the run folder `root`.
+
+    `run` are the contents of run.json; the curves are read from metrics.jsonl.
 
     Raises `OSError` where they can't be written.
     """
@@ -34,7 +36,7 @@ def write_report(root: Path, run: dict[str, Any]) -> None:
 
 
 def render(root: Path, run: dict[str, Any], curves: Curves, picture: str | None) -> str:
-    """The page; `picture` is loss.png in base64."""
+    """Return the HTML page; `picture` is loss.png in base64, or None where no step was logged."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -63,7 +65,7 @@ def render(root: Path, run: dict[str, Any], curves: Curves, picture: str | None)
 
 
 def summary(run: dict[str, Any], curves: Curves) -> list[tuple[str, str]]:
-    """(what, figure) of the whole run."""
+    """List pairs (what, figure) on the whole run, for the first table of the page."""
     found: list[tuple[str, str]] = []
     loss = run.get("held_out_loss") or {}
     if loss.get("before") is not None:
@@ -103,7 +105,7 @@ def _method(adapter: dict[str, Any]) -> str:
 
 
 def role_rows(run: dict[str, Any]) -> list[dict[str, str]]:
-    """A row a role: matrices, rank, parameters, peak learning rate (with LoRA+ two: A and B)."""
+    """Return a row for each role: matrices, rank, parameters, peak learning rate (two with LoRA+: A and B)."""
     adapter = run.get("adapter") or {}
     rates = adapter.get("learning_rate") or {}
     found = []
@@ -137,7 +139,7 @@ def role_rows(run: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def data_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a side, training and held out."""
+    """Return a row for each side of the data, training and held out."""
     data = run.get("data") or {}
     return [
         {"side": name, **data[side]} for side, name in (("train", "training"), ("held_out", "held out")) if side in data
