@@ -23,6 +23,7 @@ from mla_tune.bench.train_cases import CASES
 from mla_tune.errors import InputError, WorkError
 from mla_tune.recipe.load import dump
 from mla_tune.recipe.schema import Recipe
+from mla_tune.training.resolve import resolve
 
 #: Every contender sees each row once, and does nothing else.
 ONE_EPOCH = (
@@ -84,13 +85,15 @@ class TrainBench:
 def bench(recipe: Recipe, names: Sequence[str], rounds: int, say: Callable[[str], None]) -> TrainBench:
     """Train `recipe` once with each of the contenders, in `rounds` turns.
 
-    Raises `InputError` for an unknown contender, or TRL's where it isn't installed, and `WorkError` if one fails.
+    Raises `InputError` for a recipe that can't be trained, for an unknown contender, or for TRL's where it isn't
+    installed, and `WorkError` if one fails.
     """
     unknown = [n for n in names if n not in CASES]
     if unknown or not names:
         raise InputError(f"--cases: unknown {', '.join(unknown) or 'and empty'}; allowed: {', '.join(CASES)}")
     if any(CASES[n].trl for n in names):
         _has_trl()
+    resolve(recipe)  # what is wrong with the recipe is said here, once, and not by a process that fails
     seconds: dict[str, list[float]] = {n: [] for n in names}
     tokens: dict[str, list[int]] = {n: [] for n in names}
     last: dict[str, Any] = {}

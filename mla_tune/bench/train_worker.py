@@ -16,7 +16,6 @@ from typing import Any, TextIO
 import torch
 from transformers import TrainerCallback
 
-from mla_tune.arch.lookup import architecture_of
 from mla_tune.bench.train_cases import CASES, Case
 from mla_tune.data.prepare import prepare
 from mla_tune.model.load import load_model, quiet
@@ -24,6 +23,7 @@ from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.memory import memory_now, memory_peak
+from mla_tune.training.resolve import resolve
 
 #: Optimizer steps before the clock runs: allocators fill, kernels are chosen and compiled.
 WARM = 2
@@ -111,7 +111,7 @@ def _rows(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
     section = recipe.model
     loose = recipe.model_copy(update={"train": recipe.train.model_copy(update={"packing": False})})
     tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
-    data = prepare(loose, architecture_of(section), tokenizer)
+    data = prepare(loose, resolve(recipe).arch, tokenizer)
     return {"train": list(data.train_rows), "held_out": list(data.held_out_rows)}
 
 
@@ -128,13 +128,12 @@ def _with_trl(recipe: Recipe, case: Case, rows: list[dict[str, Any]], rounds: Ro
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from mla_tune.adapter.placement import place
     from mla_tune.model.attach import attach
     from mla_tune.training.training_args import SCHEDULES
 
     t, o = recipe.train, recipe.optimizer
     loaded = load_model(recipe.model, seed=t.seed)
-    model = attach(loaded.model, loaded.arch, place(loaded.arch, recipe.adapter), t.seed)
+    model = attach(loaded.model, loaded.arch, resolve(recipe).placement, t.seed)
     tokenizer = load_tokenizer(tokenizer_source(recipe.model), recipe.model.trust_remote_code)
 
     class Counting(SFTTrainer):

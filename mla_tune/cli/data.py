@@ -14,19 +14,22 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print counts and samples as JSON and nothing else.")] = False,
 ) -> None:
     """Show what a recipe trains on: samples with the trained tokens marked, lengths, what packing saves."""
-    from mla_tune.arch.lookup import architecture_of
     from mla_tune.console import err, print_json
     from mla_tune.data.prepare import prepare
     from mla_tune.data.preview import view
     from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
     from mla_tune.recipe.load import load_recipe
     from mla_tune.report.data_preview import print_view
+    from mla_tune.training.resolve import check_held_out, resolve
 
-    loaded = load_recipe(recipe, list(set_ or []))
-    section = loaded.model
+    resolved = resolve(load_recipe(recipe, list(set_ or [])))
+    for note in resolved.notes:
+        err.print(f"note: {note}", markup=False, soft_wrap=True)
+    section = resolved.recipe.model
     tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
-    prepared = prepare(loaded, architecture_of(section), tokenizer)
+    prepared = prepare(resolved.recipe, resolved.arch, tokenizer)
     for line in prepared.lines:
         err.print(line, markup=False, soft_wrap=True)
-    found = view(prepared, tokenizer, loaded, samples)
+    check_held_out(resolved.recipe, prepared)
+    found = view(prepared, tokenizer, resolved.recipe, samples)
     print_json(found) if json else print_view(found)

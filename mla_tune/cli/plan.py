@@ -35,16 +35,24 @@ def command(
         return
     if recipe is None:
         raise InputError("--recipe is missing: a recipe file, or the name of a shipped recipe")
-    from mla_tune.arch.lookup import architecture_of
-    from mla_tune.preflight.family_limits import apply_family_limits
     from mla_tune.preflight.plan import plan
+    from mla_tune.training.resolve import resolve
 
-    asked = load_recipe(recipe, list(set_ or []))
-    loaded, said = apply_family_limits(asked, architecture_of(asked.model))
-    summary, steps = _data(loaded) if data else (None, loaded.train.max_steps)
+    resolved = resolve(load_recipe(recipe, list(set_ or [])))
+    loaded = resolved.recipe
+    summary, steps = _data(resolved) if data else (None, loaded.train.max_steps)
     gpu, dtype = _machine(loaded)
-    document = plan(loaded, _placement(loaded), data=summary, steps=steps, gpu=gpu, dtype=dtype)
-    document["warnings"] += said
+    document = plan(
+        loaded,
+        resolved.arch,
+        resolved.placement,
+        resolved.quantized,
+        data=summary,
+        steps=steps,
+        gpu=gpu,
+        dtype=dtype,
+    )
+    document["warnings"] += resolved.notes
     if json:
         print_json(document)
         return
@@ -53,7 +61,7 @@ def command(
     print_plan(document, loaded)
 
 
-#: What is shown without a recipe.
+#: Models that are shown where no recipe is given.
 MODELS = ("deepseek-v3", "deepseek-v2", "deepseek-v2-lite")
 
 
@@ -62,13 +70,16 @@ def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool
     from mla_tune.preflight.gpu_fit import gpu_fit, parse_memory
     from mla_tune.recipe.load import load_recipe
     from mla_tune.report.gpu_fit_table import NOTE, print_fit
+    from mla_tune.training.resolve import resolve
 
-    bytes_ = parse_memory(memory)
+    size = parse_memory(memory)
     if recipe is not None:
         recipes = [load_recipe(recipe, sets)]
     else:
         recipes = [load_recipe("safe", [f"model.base={name}", *sets]) for name in MODELS]
-    documents = [gpu_fit(r, _placement(r), gpus, bytes_) for r in recipes]
+    documents = [
+        gpu_fit(r.recipe, r.arch, r.placement, r.quantized, gpus=gpus, memory=size) for r in map(resolve, recipes)
+    ]
     if json:
         print_json(documents[0] if recipe is not None else documents)
         return
@@ -79,33 +90,19 @@ def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool
     out.print(NOTE)
 
 
-def _placement(recipe: Any) -> Any:
-    from mla_tune.adapter.placement import place
-    from mla_tune.arch.lookup import described
-
-    section = recipe.model
-    config, arch = described(section)
-    placement = place(arch, recipe.adapter)
-    if recipe.adapter.modules_to_save:
-        from mla_tune.model.modules_to_save import with_whole
-
-        quantized = bool(arch.quantization) or section.quantize != "none"
-        placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, quantized)
-    return placement
-
-
-def _data(recipe: Any) -> tuple[dict[str, Any], int]:
-    from mla_tune.arch.lookup import architecture_of
+def _data(resolved: Any) -> tuple[dict[str, Any], int]:
+    """Read and tokenize the data: its summary, and the optimizer steps that it makes."""
     from mla_tune.console import err
     from mla_tune.data.prepare import prepare, steps_of
     from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
+    from mla_tune.training.resolve import check_held_out
 
-    section = recipe.model
-    prepared = prepare(
-        recipe, architecture_of(section), load_tokenizer(tokenizer_source(section), section.trust_remote_code)
-    )
+    recipe, section = resolved.recipe, resolved.recipe.model
+    tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
+    prepared = prepare(recipe, resolved.arch, tokenizer)
     for line in prepared.lines:
         err.print(line, markup=False, soft_wrap=True)
+    check_held_out(recipe, prepared)
     return prepared.summary(), steps_of(recipe, prepared.train_rows)
 
 

@@ -52,9 +52,9 @@ def command(
     """
     from mla_tune.console import err, human_count, out, print_json
     from mla_tune.errors import InputError
-    from mla_tune.recipe.checks import warnings
     from mla_tune.recipe.load import load_recipe
     from mla_tune.training.distributed.launch import check_options, only_the_first_talks, use, worker
+    from mla_tune.training.resolve import resolve
 
     check_options(launch, processes)
     only_the_first_talks()
@@ -68,12 +68,13 @@ def command(
     if overwrite:
         overrides.append("output.overwrite=true")
     loaded = load_recipe(recipe, overrides)
-    # Torch and its friends take seconds to import; what can be wrong with placement is found before.
-    _check_placement(loaded)
-    if (launch or (processes or 1) > 1) and not worker().launched:
+    starts_others = bool(launch or (processes or 1) > 1) and not worker().launched
+    # Torch takes seconds to import, processes seconds to start; what can be wrong with the recipe is found before.
+    resolved = resolve(loaded, _planned_worker(launch, processes) if starts_others else None)
+    if starts_others:
         _start(loaded, recipe, overrides, resume, allow_changes, json, launch, processes)
         return
-    for note in warnings(loaded):
+    for note in resolved.warnings:
         err.print(f"note: {note}")
     if launch:
         use(launch)
@@ -126,8 +127,11 @@ def _start(
         raise WorkError(f"{error}{mark_killed(RunFolder(Path(loaded.output.dir).expanduser()))}") from None
 
 
-def _check_placement(recipe: Any) -> None:
-    from mla_tune.adapter.placement import place
-    from mla_tune.arch.lookup import architecture_of
+def _planned_worker(launch: str | None, processes: int | None) -> Any:
+    """One of the processes that are about to be started, for the checks that depend on there being several."""
+    from dataclasses import replace
 
-    place(architecture_of(recipe.model), recipe.adapter)
+    from mla_tune.training.distributed.launch import worker
+
+    sharding = {None: worker().sharding, "ddp": "none"}.get(launch, launch)
+    return replace(worker(), count=max(2, processes or 2), sharding=sharding)

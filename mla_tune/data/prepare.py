@@ -13,6 +13,7 @@ from mla_tune.data.encode import Encoded, encode
 from mla_tune.data.mixing import mixed
 from mla_tune.data.rows import EMBEDDED, RowSet, evaluation_rows, load_rows, sha256_of
 from mla_tune.errors import InputError
+from mla_tune.preflight.family_limits import check_window
 from mla_tune.recipe.schema import DataSection, Recipe
 
 #: How many of the rows left out are named.
@@ -95,9 +96,8 @@ class Prepared:
 
 def prepare(recipe: Recipe, arch: Architecture, tokenizer: Any) -> Prepared:
     """Load, render, tokenize, mask, mix and pack.  Raises `FileError` or `InputError` with the row at fault."""
-    window, length = arch.max_position_embeddings, recipe.train.max_length
-    if window and length > window:
-        raise InputError(f"train.max_length is {length}, but this model's window is {window} tokens")
+    check_window(recipe, arch)
+    length = recipe.train.max_length
     if arch.vocab_size < len(tokenizer):
         raise InputError(f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary only {arch.vocab_size}")
     if recipe.data.streaming:

@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.lookup import load_config
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quantized.config import FIELDS, quantization_field
+from mla_tune.checkpoint.quantized.config import FIELDS, quantized_kind
 from mla_tune.errors import CheckError, InputError
 from mla_tune.model.auto import auto_class, set_experts
 from mla_tune.model.quantized_linear import EXPERTS, Matrix, register_experts
@@ -106,7 +105,7 @@ def load_model(
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
-    kind = None if section.preset else quantized_kind(section, config)
+    kind = None if section.preset else quantized_kind(config, section.quantize)
     if kind and not quantized:
         raise InputError(f"{where}: the weights are quantized ({kind}), which only train works with; give a bf16 model")
     device = pick_device(section.device)
@@ -153,15 +152,6 @@ def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckError(f"{base}: weights missing or of another shape, which would be random: {shown}")
     return model
-
-
-def quantized_kind(section: ModelSection, config: Mapping[str, Any]) -> str | None:
-    """How the weights of this model stay quantized in memory; None for plain ones."""
-    field = quantization_field(config)
-    if field is None:
-        return None if section.quantize == "none" else section.quantize
-    table = config[field]
-    return str(table.get("quant_method", "unknown")) if isinstance(table, Mapping) else "unknown"
 
 
 def _summary(model: torch.nn.Module, kind: str) -> dict[str, Any]:

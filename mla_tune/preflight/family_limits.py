@@ -37,6 +37,13 @@ def apply_family_limits(recipe: Recipe, arch: Architecture) -> tuple[Recipe, lis
     return recipe.model_copy(update=parts), said
 
 
+def check_window(recipe: Recipe, arch: Architecture) -> None:
+    """Raises `InputError` for rows that are longer than the model's window of tokens."""
+    window, length = arch.max_position_embeddings, recipe.train.max_length
+    if window and length > window:
+        raise InputError(f"train.max_length is {length}, but this model's window is {window} tokens")
+
+
 def unsupported_when_sharded(recipe: Recipe, placement: Placement, sharding: str, quantized: str | None) -> list[str]:
     """What of a recipe was not tried where `sharding` (fsdp2 or zero3) cuts the model up; `quantized`: how the base's
     weights stay quantized, None for plain ones."""

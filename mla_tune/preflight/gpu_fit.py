@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mla_tune.adapter.placement import Placement
-from mla_tune.arch.lookup import architecture_of
 from mla_tune.arch.roles import ADAPTABLE
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import InputError
@@ -106,16 +105,18 @@ def _gathered(config: str, arch: Architecture, base: str, size: int) -> int:
     return (max(LIVE, *experts, head) + PREFETCH + REDUCE) * size
 
 
-def gpu_fit(recipe: Recipe, placement: Placement, gpus: int, memory: int) -> dict[str, Any]:
+def gpu_fit(
+    recipe: Recipe, arch: Architecture, placement: Placement, quantized: str | None, *, gpus: int, memory: int
+) -> dict[str, Any]:
     """One JSON document: for every shipped configuration what a GPU needs, whether it fits, and what would make it fit.
 
-    A GPU trains in bfloat16 unless the recipe names a dtype.  Raises `InputError`, and what `architecture_of` raises.
+    `quantized`: how the base's weights stay quantized, None for plain ones.  `memory`: bytes of one GPU.
+    A GPU trains in bfloat16 unless the recipe names a dtype.  Raises `InputError` for a count of GPUs that is none.
     """
     if not 1 <= gpus <= MOST:
         raise InputError(f"--gpus: {gpus} is not in 1 to {MOST}")
-    arch = architecture_of(recipe.model)
     dtype = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
-    run = run_shape(recipe, arch, dtype, gpu=True)
+    run = run_shape(recipe, arch, quantized, dtype=dtype, gpu=True)
     left_out = {c: wrong for c in ("fsdp2", "zero3") if (wrong := unsupported_when_sharded(recipe, placement, c, None))}
     rows = [
         _row(config, arch, placement, replace(run, base=base), gpus, memory)

@@ -6,10 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from mla_tune.adapter.placement import Placement
-from mla_tune.arch.lookup import architecture_of
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
-from mla_tune.preflight.memory import MemoryEstimate, RunShape, estimate
+from mla_tune.preflight.memory import RunShape, estimate
 from mla_tune.recipe.checks import warnings
 from mla_tune.recipe.schema import Recipe
 
@@ -58,80 +57,58 @@ def _not_estimated(arch: Architecture) -> list[str]:
     return [f"memory: what {' and '.join(present)} keep for the backward pass is not estimated"] if present else []
 
 
-def run_shape(recipe: Recipe, arch: Architecture, dtype: str, gpu: bool) -> RunShape:
-    """What the recipe's memory depends on; the base stays quantized where the checkpoint or the recipe says so."""
-    t, section = recipe.train, recipe.model
-    attention = section.attention
+def run_shape(recipe: Recipe, arch: Architecture, quantized: str | None, *, dtype: str, gpu: bool) -> RunShape:
+    """What the recipe's memory depends on.
+
+    `quantized`: how the base's weights stay quantized (`nf4`, or the checkpoint's own way), None for plain ones.
+    """
+    t, attention = recipe.train, recipe.model.attention
     if attention == "auto":
         attention = ("eager" if arch.family.eager_only else "sdpa") if arch.family.needs_mask else "packed"
-    quantized = (
-        None if section.preset else arch.quantization or (section.quantize if section.quantize != "none" else None)
+    return RunShape(
+        batch=t.batch_size,
+        length=t.max_length,
+        dtype=dtype,
+        gpu=gpu,
+        packing=t.packing,
+        attention=attention,
+        activation_checkpointing=t.activation_checkpointing,
+        base="plain" if quantized is None else "nf4" if quantized == "nf4" else "fp8",
     )
-    base = "plain" if quantized is None else "nf4" if quantized == "nf4" else "fp8"
-    return RunShape(t.batch_size, t.max_length, dtype, gpu, t.packing, attention, t.activation_checkpointing, base)
 
 
 def plan(
     recipe: Recipe,
+    arch: Architecture,
     placement: Placement,
+    quantized: str | None,
     *,
     data: dict[str, Any] | None,
     steps: int | None,
     gpu: bool,
     dtype: str,
 ) -> dict[str, Any]:
-    """The plan as one JSON document.  `data` is `Prepared.summary()`, None where the data was not looked at."""
-    section = recipe.model
-    arch = architecture_of(section)
-    t = recipe.train
-    run = run_shape(recipe, arch, dtype, gpu)
-    memory: MemoryEstimate = estimate(arch, placement, run)
-    rates = role_rates(placement, recipe)
-    roles = [
-        {
-            "role": r.value,
-            "matrices": sum(p.site.count for p in placement.by_role(r)),
-            "rank": placement.by_role(r)[0].rank,
-            "alpha": placement.by_role(r)[0].alpha,
-            "params": sum(p.lora_params for p in placement.by_role(r)),
-            "learning_rate": rates[r.value],
-            # LoRA+: B is faster than A.
-            "learning_rate_b": rates[r.value] * recipe.optimizer.lora_plus_ratio,
-        }
-        for r in placement.roles
-    ]
-    roles += [
-        {
-            "role": name,
-            "matrices": len(counts),
-            "rank": None,
-            "alpha": None,
-            "params": sum(counts),
-            "learning_rate": rates[name],
-            "learning_rate_b": rates[name],
-        }
-        for name in placement.whole_names
-        if (counts := [n for path, n in placement.whole if path.rpartition(".")[2] == name])
-    ]
+    """The plan of a resolved recipe as one JSON document.
+
+    `quantized`: as for `run_shape`.  `data`: `Prepared.summary()`, and `steps`: the optimizer steps that it makes; None
+    where the data was not looked at.  `gpu` and `dtype`: what the recipe's device and dtype mean on this machine.
+    """
+    memory = estimate(arch, placement, run_shape(recipe, arch, quantized, dtype=dtype, gpu=gpu))
     trainable = arch.params_total if placement.method == "none" else placement.trainable_params
-    tokens = None
-    if data and steps:
-        per_row = data["train"]["tokens"] / max(1, data["train"]["rows"])
-        tokens = round(steps * t.batch_size * t.gradient_accumulation_steps * per_row)
     return {
-        "model": section.source,
+        "model": recipe.model.source,
         "model_type": arch.model_type,
         "params_total": arch.params_total,
         "method": placement.method,
         "adapted": [p.site.parameter for p in placement.sites],
-        "roles": roles,
-        "learning_rate": rates,
+        "roles": _role_rows(recipe, placement),
+        "learning_rate": role_rates(placement, recipe),
         "trainable_params": trainable,
         "trainable_share": trainable / arch.params_total,
         # PEFT keeps adapters of half-precision models in float32, and saves them so.
         "adapter_bytes": 0 if placement.method == "none" else trainable * 4 * placement.width,
         "steps": steps,
-        "tokens": tokens,
+        "tokens": _trained_tokens(recipe, data, steps),
         "data": data,
         "dtype": dtype,
         "memory": {
@@ -141,3 +118,45 @@ def plan(
         },
         "warnings": [*warnings(recipe), *_not_estimated(arch), *serving_notes(arch, placement)],
     }
+
+
+def _role_rows(recipe: Recipe, placement: Placement) -> list[dict[str, Any]]:
+    """One row for each adapted role, and one for each name of `modules_to_save`, which has neither rank nor alpha."""
+    rates = role_rates(placement, recipe)
+    rows = []
+    for role in placement.roles:
+        planned = placement.by_role(role)
+        rows.append(
+            {
+                "role": role.value,
+                "matrices": sum(p.site.count for p in planned),
+                "rank": planned[0].rank,
+                "alpha": planned[0].alpha,
+                "params": sum(p.lora_params for p in planned),
+                "learning_rate": rates[role.value],
+                # LoRA+: B is faster than A.
+                "learning_rate_b": rates[role.value] * recipe.optimizer.lora_plus_ratio,
+            }
+        )
+    for name in placement.whole_names:
+        counts = [n for path, n in placement.whole if path.rpartition(".")[2] == name]
+        rows.append(
+            {
+                "role": name,
+                "matrices": len(counts),
+                "rank": None,
+                "alpha": None,
+                "params": sum(counts),
+                "learning_rate": rates[name],
+                "learning_rate_b": rates[name],
+            }
+        )
+    return rows
+
+
+def _trained_tokens(recipe: Recipe, data: dict[str, Any] | None, steps: int | None) -> int | None:
+    """Tokens of all steps, from the mean length of a row; None where the data was not looked at."""
+    if not data or not steps:
+        return None
+    per_row = data["train"]["tokens"] / max(1, data["train"]["rows"])
+    return round(steps * recipe.train.batch_size * recipe.train.gradient_accumulation_steps * per_row)

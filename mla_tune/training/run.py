@@ -8,17 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mla_tune.adapter.placement import place
-from mla_tune.arch.lookup import described
 from mla_tune.console import err
 from mla_tune.data.prepare import prepare
 from mla_tune.errors import InputError, Interrupted, WorkError
 from mla_tune.model.auto import auto_class
-from mla_tune.model.load import base_hash, load_model, quantized_kind, quiet
-from mla_tune.model.modules_to_save import with_whole
+from mla_tune.model.load import base_hash, load_model, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
-from mla_tune.preflight.family_limits import apply_family_limits
-from mla_tune.recipe.checks import check_quantized
 from mla_tune.recipe.schema import Recipe
 from mla_tune.report.run_report import write_report
 from mla_tune.resources import EMBEDDED_MODEL
@@ -26,12 +21,13 @@ from mla_tune.runs.checkpoints import newest_whole
 from mla_tune.runs.folder import RunFolder, check_folder, environment, how_to_go_on, make_folder, write_recipe
 from mla_tune.runs.process import this_process
 from mla_tune.training.distributed.launch import worker
-from mla_tune.training.distributed.team import join, leave, lost_others_told, refuse, tell_idle_gpus
+from mla_tune.training.distributed.team import join, leave, lost_others_told, tell_idle_gpus
 from mla_tune.training.job import Job
 from mla_tune.training.loop import work
 from mla_tune.training.memory import memory_advice, memory_now
+from mla_tune.training.resolve import check_held_out, resolve
 from mla_tune.training.save import base_of
-from mla_tune.training.trackers import check_trackers, name_projects
+from mla_tune.training.trackers import name_projects
 
 #: No space, over quota, file too large, read-only now, broken.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -53,21 +49,14 @@ def train(
     files are written by the first.
     """
     quiet()
-    check_trackers(recipe)
     name_projects()
-    section = recipe.model
-    config, arch = described(section)
-    recipe, said = apply_family_limits(recipe, arch)
-    for line in [*arch.warnings, *said]:
+    resolved = resolve(recipe, worker())
+    recipe = resolved.recipe
+    for line in resolved.notes:
         err.print(f"note: {line}", markup=False, soft_wrap=True)
-    placement = place(arch, recipe.adapter)
-    kind = quantized_kind(section, config)
-    check_quantized(recipe, kind)
-    placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, bool(kind))
-    refuse(recipe, placement, worker(), kind)
     team = join(recipe)
     with lost_others_told(team, lambda: how_to_go_on(RunFolder(Path(recipe.output.dir).expanduser()))):
-        job = _begin(Job(recipe, placement, arch, team), resume, allow_changes)
+        job = _begin(Job(recipe, resolved.placement, resolved.arch, team), resume, allow_changes)
         _do(job, callbacks)
     leave()
     return job.run
@@ -83,8 +72,7 @@ def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
     job.data = team.first_then_others(lambda: prepare(recipe, job.arch, job.tokenizer))
     for line in job.data.lines:
         err.print(line, markup=False, soft_wrap=True)
-    if recipe.train.early_stopping and not job.data.held_out_rows:
-        raise InputError("train.early_stopping needs held-out rows: set data.eval_fraction or data.eval_path")
+    check_held_out(recipe, job.data)
     job.start_memory = memory_now()
     full = job.placement.method == "none"
     with memory_advice(recipe):

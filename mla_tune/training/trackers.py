@@ -7,29 +7,16 @@ run's configuration, a name, and the held-out loss of the last step before they 
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.callbacks import rates_now
 
 #: Under which experiments, projects and spaces collect runs, unless the user says otherwise.
 PROJECT = "mla-tune"
-
-
-def check_trackers(recipe: Recipe) -> None:
-    """Raises `InputError` for a tracker that is not installed."""
-    missing = [name for name in recipe.output.report_to if find_spec(name) is None]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise InputError(
-            f"output.report_to: {', '.join(missing)} {verb} not installed; pip install 'mla-tune[log]', or take "
-            f"{'it' if len(missing) == 1 else 'them'} out"
-        )
 
 
 def name_projects() -> None:

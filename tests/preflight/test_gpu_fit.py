@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mla_tune.adapter.placement import place
 from mla_tune.arch.lookup import architecture_of, load_config
 from mla_tune.errors import InputError
 from mla_tune.model.load import load_model
@@ -21,14 +20,15 @@ from mla_tune.preflight.memory import base_bytes
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
+from mla_tune.training.resolve import resolve
 from tests.helpers.fp8 import make_fp8
 
 MODELS = {"deepseek-v3": 671, "deepseek-v2": 236, "deepseek-v2-lite": 16}
 
 
 def gpu_fit(recipe: Any, gpus: int, memory: int) -> dict[str, Any]:
-    placement = place(architecture_of(recipe.model), recipe.adapter)
-    return fit_module.gpu_fit(recipe, placement, gpus, memory)
+    r = resolve(recipe)
+    return fit_module.gpu_fit(r.recipe, r.arch, r.placement, r.quantized, gpus=gpus, memory=memory)
 
 
 def on_meta(name: str) -> Any:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mla_tune.adapter.placement import place
-from mla_tune.arch.lookup import architecture_of
 from mla_tune.preflight.plan import plan
 from mla_tune.recipe.load import load_recipe
+from mla_tune.training.resolve import resolve
 from tests.training.test_train import options, rows_file  # noqa: F401  (a fixture)
 
 
@@ -21,9 +20,8 @@ def document(cli, *args: str) -> dict:
 
 
 def planned(recipe: str, sets: list[str]) -> dict:
-    loaded = load_recipe(recipe, sets)
-    placement = place(architecture_of(loaded.model), loaded.adapter)
-    return plan(loaded, placement, data=None, steps=None, gpu=False, dtype="float32")
+    r = resolve(load_recipe(recipe, sets))
+    return plan(r.recipe, r.arch, r.placement, r.quantized, data=None, steps=None, gpu=False, dtype="float32")
 
 
 def test_plan_and_run_agree(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811

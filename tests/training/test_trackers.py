@@ -37,7 +37,7 @@ class Recorder(TrainerCallback):
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     Recorder.told = []
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Recorder)
-    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
+    monkeypatch.setattr("mla_tune.training.resolve.find_spec", lambda name: object())
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     return Recorder.told
@@ -118,6 +118,6 @@ def test_tensorboard_files_lie_in_the_run_folder(cli, tmp_path: Path, monkeypatc
 
     Recorder.told = []
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", TensorBoardCallback)
-    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
+    monkeypatch.setattr("mla_tune.training.resolve.find_spec", lambda name: object())
     assert cli(*options(tmp_path, "output.report_to=[tensorboard]", "train.max_steps=1")).code == 0
     assert {what for kind, what in Recorder.told if kind == "dir"} == {str(tmp_path / "my-run" / "tensorboard")}

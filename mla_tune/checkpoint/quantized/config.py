@@ -60,6 +60,18 @@ def quantization_field(config: Mapping[str, Any]) -> str | None:
     return next((name for name in FIELDS if config.get(name)), None)
 
 
+def quantized_kind(config: Mapping[str, Any], quantize: str) -> str | None:
+    """How a model's weights stay quantized in memory in training; None for plain ones.
+
+    `config`: its config.json, whose own quantization counts first.  `quantize`: `model.quantize` of the recipe.
+    """
+    field = quantization_field(config)
+    if field is None:
+        return None if quantize == "none" else quantize
+    table = config[field]
+    return str(table.get("quant_method", "unknown")) if isinstance(table, Mapping) else "unknown"
+
+
 def read_schemes(config: Mapping[str, Any], where: Path) -> tuple[Scheme, ...]:
     """The schemes that a parsed config.json at `where` declares; none for a model that is not quantized.
 

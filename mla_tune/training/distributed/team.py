@@ -16,12 +16,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from mla_tune.adapter.placement import Placement
 from mla_tune.console import err
-from mla_tune.errors import InputError, MlaTuneError, WorkError
+from mla_tune.errors import MlaTuneError, WorkError
 from mla_tune.model.load import pick_device
 from mla_tune.model.quantized_linear import let_shard
-from mla_tune.preflight.family_limits import unsupported_when_sharded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.distributed.deepspeed import is_handle, use_gloo_alone, whole_parameters
 from mla_tune.training.distributed.launch import Worker, worker
@@ -40,30 +38,6 @@ _LOST = (
     "socket",
     "broken pipe",
 )
-
-
-def refuse(recipe: Recipe, placement: Placement, here: Worker, quantized: str | None) -> None:
-    """Raises `InputError` for a launch that contradicts itself, and for what was not tried in many processes."""
-    sharded = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}.get(here.sharding)
-    if os.environ.get("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2" and sharded == "FSDP2":
-        raise InputError("the launcher's configuration says FSDP 1; mla-tune knows FSDP 2: set fsdp_version: 2")
-    if sharded and here.count == 1:
-        raise InputError(
-            f"{sharded} shards a model over processes, and this is one process: start it with torchrun, accelerate "
-            "launch or --processes, or leave the sharding out"
-        )
-    if here.count == 1:
-        return
-    device = pick_device(recipe.model.device)
-    if device.type == "cuda" and here.local_count > torch.cuda.device_count():
-        raise InputError(
-            f"{here.local_count} processes on this machine, and {torch.cuda.device_count()} GPUs: start one a GPU"
-        )
-    if not sharded:
-        return
-    wrong = unsupported_when_sharded(recipe, placement, here.sharding or "", quantized)
-    if wrong:
-        raise InputError(f"{sharded} is not tried together with {'; '.join(wrong)}; use --launch ddp, or change that")
 
 
 @dataclass(frozen=True, slots=True)
