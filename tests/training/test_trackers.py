@@ -90,7 +90,7 @@ def test_without_report_to_no_log_is_changed(cli, tmp_path: Path, told: list[Any
 def test_a_tracker_that_is_missing_is_an_error_before_anything_is_read(
     cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr("mla_tune.training.resolve.find_spec", lambda name: None if name == "wandb" else object())
     done = cli(*options(tmp_path, "output.report_to=[wandb, mlflow]", "data.path=/no/such/file.jsonl"))
     assert done.code == 2
     assert done.err == (
