@@ -48,7 +48,13 @@ def test_an_unknown_contender(cli, rows_file: Path, cases: str, words: str) -> N
 
 
 def test_a_contender_that_fails_says_why(cli, rows_file: Path) -> None:  # noqa: F811
-    done = cli(*options(rows_file, "none"), "--set", "adapter.targets=[W_Q]")
+    done = cli(*options(rows_file, "none"), "--set", "data.prompt=question")
     assert done.code == 1
     assert "bench: none ended with exit code" in done.err
-    assert "has no W_Q" in done.err
+    assert "question" in done.err
+
+
+def test_a_recipe_that_cant_be_trained_is_refused_before_any_contender_starts(cli, rows_file: Path) -> None:  # noqa: F811
+    done = cli(*options(rows_file, "none"), "--set", "adapter.targets=[W_Q]")
+    assert done.code == 2
+    assert done.err.startswith("error: adapter.targets: this DeepSeek-V3 model has no W_Q")
