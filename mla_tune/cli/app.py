@@ -15,6 +15,7 @@ import typer
 
 from mla_tune import __version__
 from mla_tune.cli import bench
+from mla_tune.cli.common import Command
 from mla_tune.console import hush_imports
 from mla_tune.errors import Interrupted, MlaTuneError, RecipeError
 
@@ -65,7 +66,9 @@ def root(
 
 
 for _verb, _module in VERBS.items():
-    app.command(_verb)(import_module(f"mla_tune.cli.{_module}").command)
+    app.command(_verb, cls=Command)(import_module(f"mla_tune.cli.{_module}").command)
+for _registered in bench.app.registered_commands:
+    _registered.cls = Command
 app.add_typer(bench.app, name="bench")
 
 

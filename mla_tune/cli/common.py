@@ -1,0 +1,68 @@
+"""What commands share: options that had another name in an earlier version.
+
+An old name in `OLD_OPTIONS` is an error that names the new one; one in `HIDDEN_ALIASES` still works and is not listed.
+Both hold for every command that has the new option, so that a renaming needs one line here and nothing in the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from typer.core import TyperCommand
+
+from mla_tune.errors import InputError
+
+#: Option as it was called → what it is called now.
+OLD_OPTIONS: dict[str, str] = {
+    "--min-survival": "--min-retained",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """What an option of another name means."""
+
+    #: The option's name now.
+    option: str
+    #: Old value → new value, for values that were renamed too; others stay as they are.
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
+#: Option that still works but is not listed → what it means.
+HIDDEN_ALIASES: dict[str, Alias] = {
+    "--fp8": Alias("--quantized", {"bf16": "dequantize"}),
+}
+
+
+class Command(TyperCommand):
+    """A command that knows the earlier names of its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments.  Raises `InputError` for an option that was renamed."""
+        known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
+        args = list(without_aliases(args, known))
+        for argument in args:
+            if argument == "--":
+                break
+            old = argument.partition("=")[0]
+            if old not in known and (new := OLD_OPTIONS.get(old)) in known:
+                raise InputError(f"{old}: renamed: the option is now {new}")
+        return super().parse_args(ctx, args)
+
+
+def without_aliases(args: Iterable[str], known: set[str]) -> Iterator[str]:
+    """The arguments with each hidden alias of a `known` option replaced by it, and its value by the new one."""
+    values: Mapping[str, str] = {}
+    literal = False
+    for argument in args:
+        name, equals, value = argument.partition("=")
+        alias = None if literal else HIDDEN_ALIASES.get(name)
+        if alias is not None and name not in known and alias.option in known:
+            yield alias.option + (f"={alias.values.get(value, value)}" if equals else "")
+            values = {} if equals else alias.values
+            continue
+        yield values.get(argument, argument)
+        values = {}
+        literal = literal or argument == "--"
