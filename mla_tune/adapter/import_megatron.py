@@ -26,10 +26,10 @@ from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import Placement, PlannedSite
 from mla_tune.adapter.settings import CONFIG_FILE, Names
 from mla_tune.arch.site import Architecture, Site
-from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.checkpoint.pickles import PICKLES, convert_folder_command
 from mla_tune.errors import FileError, InputError
+from mla_tune.user_files import read_json_object
 
 _SHOWN = 5
 

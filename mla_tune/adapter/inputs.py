@@ -11,10 +11,10 @@ from pathlib import Path
 from mla_tune.adapter.files import CONFIG_FILE, RUN_SUBFOLDER, Adapter, adapter_folder, open_adapter
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import FileError, InputError
 from mla_tune.resources import EMBEDDED_MODEL
+from mla_tune.user_files import read_json_object
 
 #: What `mla-tune train` records about a run; its `base_path` is the base model's folder.
 RUN_FILE = "run.json"

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.errors import InputError
+from mla_tune.user_files import read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import FileError, InputError, did_you_mean
 from mla_tune.resources import CONFIGS, EMBEDDED_MODEL, model_names, preset_names
+from mla_tune.user_files import read_json_object
 
 if TYPE_CHECKING:  # pydantic takes a tenth of a second, which `inspect` need not spend
     from mla_tune.recipe.schema import ModelSection
@@ -115,17 +115,7 @@ def _from_hub(model: str) -> tuple[dict[str, Any], str, None]:
 
 
 def _read(path: Path, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"{where}: can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise FileError(f"{where}: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise FileError(f"{where}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{where}: expected a JSON object with model settings, got {type(config).__name__}")
-    return config
+    return read_json_object(path, "the model's configuration", where)
 
 
 def _what_fits() -> str:

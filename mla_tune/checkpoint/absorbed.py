@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.checkpoint.index import Shard, TensorRef, read_shard
 from mla_tune.errors import FileError
+from mla_tune.user_files import read_json_object
 
 ABSORBED_FILE = "absorbed.safetensors"
 ABSORBED_INDEX = "absorbed.safetensors.index.json"
@@ -20,7 +20,7 @@ def absorbed_shards(folder: Path) -> list[Shard]:
     index, single = folder / ABSORBED_INDEX, folder / ABSORBED_FILE
     names: dict[str, None] = dict.fromkeys([ABSORBED_FILE] if single.is_file() else [])
     if index.is_file():
-        weight_map = read_json_object(index, "the index of the absorbed tensors").get("weight_map")
+        weight_map = read_json_object(index, "the index of the absorbed tensors", unique=True).get("weight_map")
         if not isinstance(weight_map, dict) or not all(Path(str(n)).name == n for n in weight_map.values()):
             raise FileError(f"{index}: has no 'weight_map' from keys to files of this folder: the index is damaged")
         names = dict.fromkeys(weight_map.values())
@@ -36,6 +36,6 @@ def sources_of(shard: Shard) -> dict[str, str]:
     """Key → sha256 of each tensor that those of this file were made from; empty where the file does not say."""
     try:
         found = json.loads(shard.metadata.get("source_sha256", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mla_tune.errors import FileError
-
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
@@ -58,18 +56,3 @@ def write_json(file: Path, document: Any) -> None:
     """Whole or not at all, in the style of Hugging Face's own JSON files."""
     with replacing(file) as stream:
         stream.write((json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def read_json_object(file: Path, what: str) -> dict[str, Any]:
-    """The JSON object in `file`; `what` says in an error what the file is.  Raises `FileError`."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(f"{file}: no such file: {what} is missing") from None
-    except OSError as error:
-        raise FileError(f"{file}: can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise FileError(f"{file}: {what} is not valid JSON ({error}). Download or save it again") from error
-    if not isinstance(document, dict):
-        raise FileError(f"{file}: {what} must hold a JSON object, not {type(document).__name__}")
-    return document

@@ -15,9 +15,9 @@ from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.checkpoint.pickles import convert_folder_command
 from mla_tune.errors import FileError, InputError, did_you_mean
+from mla_tune.user_files import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -118,7 +118,7 @@ class Checkpoint:
             raise FileError(f"{folder}: no such folder: a model folder with config.json and *.safetensors was expected")
         single, index_file = folder / SINGLE_FILE, folder / INDEX_FILE
         if index_file.exists():
-            index = read_json_object(index_file, "the index of the checkpoint")
+            index = read_json_object(index_file, "the index of the checkpoint", unique=True)
             weight_map = _weight_map(index_file, index)
             if single.exists() and set(weight_map.values()) != {SINGLE_FILE}:
                 raise InputError(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_tune.errors import FileError, InputError, MlaTuneError, did_you_mean
+from mla_tune.user_files import decode, read_bytes
 
 # The csv module refuses cells of more than 128 KiB unless told otherwise; a document may be longer.
 _CSV_CELL = 1 << 30
@@ -92,24 +93,12 @@ def _missing(path: Path) -> str:
     return f"no such file{hint or f'; nothing in {path.parent.resolve()} has a name like it'}"
 
 
+def _bytes(path: Path) -> bytes:
+    return read_bytes(path, "a data set", most=None)
+
+
 def _text(path: Path) -> str:
-    return _decoded(path.read_bytes(), path, 1)
-
-
-def _decoded(data: bytes, path: Path, line: int) -> str:
-    """The text of a file, or of one of its lines, that begins at `line`."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        # `err.start` doesn't count a byte order mark; `err.object` is what was left to decode.
-        before = err.object[: err.start]
-        line += before.count(b"\n")
-        column = err.start - (before.rfind(b"\n") + 1) + 1
-        likely = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "WINDOWS-1252"
-        raise FileError(
-            f"{path}: line {line}, byte {column}: 0x{err.object[err.start]:02x} isn't UTF-8; text must be UTF-8. "
-            f"Convert it, for example with `iconv -f {likely} -t UTF-8`"
-        ) from err
+    return decode(_bytes(path), str(path))
 
 
 def _json_fault(text: str, err: json.JSONDecodeError) -> str:
@@ -121,7 +110,7 @@ def jsonl_records(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterato
     """(line number, row) of every line that isn't blank, from line `first` on; of a broken one the `InputError`."""
     for number, line in enumerate(lines, start=first):
         try:
-            text = _decoded(line, path, number)
+            text = decode(line, str(path), number)
             if text.strip():
                 yield number, json.loads(text)
         except json.JSONDecodeError as err:
@@ -131,14 +120,18 @@ def jsonl_records(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterato
             )
             fault.__cause__ = err
             yield number, fault
+        except (RecursionError, ValueError) as err:  # nested too deeply; a whole number of thousands of digits
+            fault = InputError(f"{path}: line {number}: not JSON that can be read: {err}")
+            fault.__cause__ = err
+            yield number, fault
         except FileError as err:
             yield number, err
 
 
 def _read_jsonl(path: Path, skip: bool) -> Table:
-    data = path.read_bytes()
+    data = _bytes(path)
     if not skip or data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        _decoded(data, path, 1)
+        decode(data, str(path))
     # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
     return _table(path, jsonl_records(data.split(b"\n"), path), skip)
 
@@ -168,6 +161,8 @@ def _read_json(path: Path, skip: bool) -> Table:
         raise InputError(
             f"{path}: line {err.lineno}, column {err.colno}: not JSON: {_json_fault(text, err)}. {todo}"
         ) from err
+    except (RecursionError, ValueError) as err:  # nested too deeply; a whole number of thousands of digits
+        raise InputError(f"{path}: not JSON that can be read: {err}") from err
     if not isinstance(rows, list):
         found = f"an object with the keys {', '.join(map(str, rows))}" if isinstance(rows, dict) else repr(rows)[:60]
         raise InputError(f"{path}: must be a list of objects, found {found}; put the list alone in the file")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mla_tune.errors import FileError, InputError
 from mla_tune.inference.session import BASE_NAME, Request
+from mla_tune.user_files import parse_json, read_text
 
 _FIELDS = {"prompt", "messages", "adapter"}
 
@@ -17,10 +17,7 @@ def read_requests(file: Path, default: str | None) -> list[Request]:
 
     Raises `FileError` for a file that can't be read and `InputError` naming the line that is wrong.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{file}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    lines = read_text(file, "the file of prompts").split("\n")  # U+2028 and its like may stand inside a JSON string
     requests = [_request(line, f"{file}:{n}", default) for n, line in enumerate(lines, 1) if line.strip()]
     if not requests:
         raise InputError(f"{file}: holds no requests: one JSON object a line, with prompt or messages")
@@ -29,9 +26,9 @@ def read_requests(file: Path, default: str | None) -> list[Request]:
 
 def _request(line: str, where: str, default: str | None) -> Request:
     try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
+        row: Any = parse_json(line, where, "the request", todo="One JSON object a line was expected")
+    except FileError as error:
+        raise InputError(str(error)) from None
     if not isinstance(row, dict) or not row.keys() <= _FIELDS or ("prompt" in row) == ("messages" in row):
         raise InputError(f"{where}: an object with either prompt or messages, and adapter if you like, was expected")
     prompt, messages, adapter = row.get("prompt"), row.get("messages"), row.get("adapter", default)

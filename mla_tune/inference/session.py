@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 
 from mla_tune.adapter.files import Adapter, adapter_folder, open_adapter
-from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import FileError, InputError, did_you_mean
 from mla_tune.inference.absorb import absorb, obstacles
@@ -28,6 +27,7 @@ from mla_tune.inference.lora_tensors import BASE
 from mla_tune.model.load import base_hash, load_model, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import ModelSection
+from mla_tune.user_files import read_json_object
 
 #: What a user calls the model without an adapter.
 BASE_NAME = "base"
@@ -259,13 +259,18 @@ def resolve_model(model: str) -> tuple[str, Path | None]:
                 return str(path / name), None
         if not (path / "adapter").is_dir():
             raise FileError(f"{model}: this run has no adapter yet; finish it with `mla-tune train --resume`")
-        return read_json_object(run, "the record of the run")["base_path"], path / "adapter"
+        recorded = read_json_object(run, "the record of the run").get("base_path")
+        return _recorded_base(recorded, model), path / "adapter"
     if adapter.is_file():
         recorded = read_json_object(adapter, "the adapter's configuration").get("base_model_name_or_path")
-        if not recorded:
-            raise InputError(f"{model}: an adapter that names no base; give the base as MODEL and this with --adapter")
-        return recorded, path
+        return _recorded_base(recorded, model), path
     return model, None
+
+
+def _recorded_base(recorded: Any, model: str) -> str:
+    if not recorded or not isinstance(recorded, str) or "\0" in recorded:
+        raise InputError(f"{model}: an adapter that names no base; give the base as MODEL and this with --adapter")
+    return recorded
 
 
 def _streamer(tokenizer: Any, tell: Callable[[str], None]) -> Any:

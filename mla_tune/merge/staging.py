@@ -21,9 +21,10 @@ from typing import Any
 
 from mla_tune import __version__
 from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE
-from mla_tune.checkpoint.atomic_files import read_json_object, sha256_of, sync_folder, write_json
+from mla_tune.checkpoint.atomic_files import sha256_of, sync_folder, write_json
 from mla_tune.errors import FileError
 from mla_tune.merge.plan import MergePlan
+from mla_tune.user_files import read_json_object
 
 STATE_FILE, JOURNAL_FILE = "state.json", "finished.jsonl"
 #: Raised when what is written for the same plan changes.
@@ -148,7 +149,7 @@ def _finished(folder: Path, plan: MergePlan) -> dict[str, dict[str, Any]]:
     journal = folder / JOURNAL_FILE
     names = {shard.name for shard in plan.shards}
     finished = {}
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+    for line in journal.read_text(encoding="utf-8", errors="replace").splitlines() if journal.exists() else ():
         try:
             entry = json.loads(line)
         except ValueError:

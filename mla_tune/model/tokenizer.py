@@ -32,9 +32,10 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise FileError(f"{source}: no tokenizer that transformers can load ({first})") from None
+    except Exception as error:  # of damaged files transformers and tokenizers let whatever they run into pass
+        first = next(iter(str(error).strip().splitlines()), "")
+        why = first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
+        raise FileError(f"{source}: no tokenizer that transformers can load ({why[:300]})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

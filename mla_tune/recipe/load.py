@@ -12,15 +12,27 @@ from mla_tune.recipe.renamed import OLD_KEYS
 from mla_tune.recipe.schema import Recipe
 from mla_tune.recipe.yaml import Document, parse, scalar
 from mla_tune.resources import RECIPES, recipe_names
+from mla_tune.user_files import read_text
+
+#: What an empty recipe is answered with.
+SHORTEST = """The shortest recipe that works:
+  model: {base: embedded}  # or a model's folder, or a hub id
+  data:  {path: mbpp}      # or a file of rows"""
 
 
 def find_recipe(name: str) -> Path:
-    """A path as given, else the shipped recipe of that name."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise FileError(f"{name}: is a folder; a recipe is a YAML file, or one of {', '.join(recipe_names())}")
+    """A path as given, else the shipped recipe of that name.  Raises `FileError` where there is neither."""
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        if path.is_dir():
+            raise FileError(f"{name}: is a folder; a recipe is a YAML file, or one of {', '.join(recipe_names())}")
+        if path.exists():
+            return path
+    except FileError:
+        raise
+    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, `~` of nobody
+        raise FileError(f"{_short(name)}: can't be read: {getattr(error, 'strerror', None) or error}") from None
     stem = name.removesuffix(".yaml").removesuffix(".yml")
     if "/" not in name and stem in recipe_names():
         return RECIPES / f"{stem}.yaml"
@@ -37,13 +49,10 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     """
     path = find_recipe(name)
     where = name if path.name == Path(name).name else f"{path.stem} (shipped recipe)"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError([f"{where}: not UTF-8 text (byte {error.start})"]) from None
-    except OSError as error:
-        raise FileError(f"{where}: can't be read: {error.strerror}") from None
-    return build(parse(text, where), where, overrides)
+    document = parse(read_text(path, "a recipe", where), where)
+    if document.value in (None, {}):
+        raise RecipeError([f"{where}: is empty, and says neither what to train nor on what. {SHORTEST}"])
+    return build(document, where, overrides)
 
 
 def build(doc: Document, where: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -117,7 +126,7 @@ def _what(error: Any, loc: tuple) -> str:
     if kind == "literal_error":
         allowed = ctx["expected"].replace(" or ", ", ")
         names = [n.strip().strip("'") for n in allowed.split(",")]
-        return f"expected one of {', '.join(names)}, got {got!r}{did_you_mean(str(got), names)}"
+        return f"expected one of {', '.join(names)}, got {_short(got)}{did_you_mean(str(got)[:80], names)}"
     expected = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",
@@ -131,12 +140,18 @@ def _what(error: Any, loc: tuple) -> str:
         "finite_number": "a finite number",
     }.get(kind)
     if expected:
-        return f"expected {expected}, got {got!r} ({_kind(got)})"
+        return f"expected {expected}, got {_short(got)} ({_kind(got)})"
     bounds = {"greater_than": "more than {gt}", "greater_than_equal": "at least {ge}", "less_than": "less than {lt}",
               "less_than_equal": "at most {le}"}  # fmt: skip
     if kind in bounds:
-        return f"expected {bounds[kind].format(**ctx)}, got {got!r}"
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {got!r}"
+        return f"expected {bounds[kind].format(**ctx)}, got {_short(got)}"
+    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {_short(got)}"
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= 120 else f"{shown[:117]}…"
 
 
 def _model_at(loc: tuple) -> type[BaseModel]:

@@ -17,6 +17,10 @@ _FLOAT = re.compile(
     r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"
 )
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+#: Half a character of UTF-16, and NUL: YAML's escapes can write them, but no path or name can hold them.
+_UNUSABLE = re.compile(r"[\ud800-\udfff\0]")
+#: Values and levels of a recipe at most, each alias counted as often as it is used.
+MOST_NODES, DEEPEST = 10_000, 40
 _OURS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool")}
 
 
@@ -42,17 +46,21 @@ class Document:
 
 
 def parse(text: str, where: str) -> Document:
-    """Parse one YAML document.  Raises `RecipeError` with line and column for broken YAML and for duplicate keys."""
+    """Parse one YAML document.
+
+    Raises `RecipeError`, with line and column, for broken YAML, for duplicate keys, for a value that its tag does not
+    fit, for text that no file or name can hold (NUL, half a character), and for nesting and aliases without end.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         doc = Document(None)
         if node is None:
             return doc
-        duplicates: list[str] = []
-        _walk(loader, node, (), doc.lines, duplicates, where)
-        if duplicates:
-            raise RecipeError(duplicates)
+        walk = _Walk(loader, where, doc.lines)
+        walk.node(node, ())
+        if walk.problems:
+            raise RecipeError(walk.problems)
         doc.value = loader.construct_document(node)
         return doc
     except yaml.MarkedYAMLError as error:
@@ -61,6 +69,8 @@ def parse(text: str, where: str) -> Document:
         raise RecipeError([f"{where}{at}: not valid YAML: {error.problem or error.context}"]) from None
     except yaml.YAMLError as error:
         raise RecipeError([f"{where}: not valid YAML: {' '.join(str(error).split())}"]) from None
+    except RecursionError:
+        raise RecipeError([f"{where}: nested too deeply: a recipe is sections with keys"]) from None
     finally:
         loader.dispose()
 
@@ -70,21 +80,65 @@ def scalar(text: str, where: str) -> Any:
     return parse(text, where).value
 
 
-def _walk(loader: _Loader, node: yaml.Node, path: tuple, lines: dict, duplicates: list[str], where: str) -> None:
-    if isinstance(node, yaml.MappingNode):
+class _Walk:
+    """One pass over the nodes of a document: lines of keys, duplicate keys, values that can't be used."""
+
+    def __init__(self, loader: _Loader, where: str, lines: dict[tuple[Any, ...], int]) -> None:
+        self.loader, self.where, self.lines = loader, where, lines
+        self.problems: list[str] = []
+        self.nodes = 0
+
+    def node(self, node: yaml.Node, path: tuple[Any, ...]) -> None:
+        """Check `node`, which lies under the keys of `path`, and all below it."""
+        self.nodes += 1
+        if self.nodes > MOST_NODES or len(path) > DEEPEST:
+            what = f"more than {MOST_NODES:,} values" if self.nodes > MOST_NODES else f"more than {DEEPEST} levels"
+            raise RecipeError([f"{self._at(node)}: {what}, aliases (*name) written out: no recipe needs them"])
+        if isinstance(node, yaml.MappingNode):
+            self._mapping(node, path)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                self.lines[(*path, i)] = item.start_mark.line + 1
+                self.node(item, (*path, i))
+        else:
+            self._value(node, path)
+
+    def _mapping(self, node: yaml.MappingNode, path: tuple[Any, ...]) -> None:
         seen: dict[Any, int] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 continue
-            key = loader.construct_object(key_node)
+            key = self._value(key_node, path)
             line = key_node.start_mark.line + 1
             if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
                 dotted = ".".join(map(str, (*path, key)))
-                duplicates.append(f"{where}:{line}: {dotted}: given twice, first on line {seen[key]}; keep one")
+                first = f"first on line {seen[key]}; keep one"
+                self.problems.append(f"{self.where}:{line}: {dotted}: given twice, {first}")
             seen.setdefault(key, line)
-            lines[(*path, key)] = line
-            _walk(loader, value_node, (*path, key), lines, duplicates, where)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            lines[(*path, i)] = item.start_mark.line + 1
-            _walk(loader, item, (*path, i), lines, duplicates, where)
+            self.lines[(*path, key)] = line
+            self.node(value_node, (*path, key))
+
+    def _value(self, node: yaml.Node, path: tuple[Any, ...]) -> Any:
+        """The value of a scalar; a line of `problems` for one that can't be used."""
+        dotted = f"{'.'.join(map(str, path))}: " if path else ""
+        try:
+            value = self.loader.construct_object(node)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # PyYAML's constructors let what int(), date() and their like raise pass
+            why = str(error) or type(error).__name__
+            self.problems.append(
+                f"{self._at(node)}: {dotted}{_short(node.value)} is no {node.tag.split(':')[-1]}: {why}"
+            )
+            return None
+        if isinstance(value, str) and (wrong := _UNUSABLE.search(value)):
+            self.problems.append(f"{self._at(node)}: {dotted}holds U+{ord(wrong[0]):04X}, which no name or path can")
+        return value
+
+    def _at(self, node: yaml.Node) -> str:
+        return f"{self.where}:{node.start_mark.line + 1}"
+
+
+def _short(text: Any) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 60 else f"{shown[:57]}…"

@@ -7,10 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mla_tune.checkpoint.atomic_files import read_json_object
 from mla_tune.errors import FileError
 from mla_tune.runs.metrics import read_curves
 from mla_tune.runs.process import is_alive
+from mla_tune.user_files import read_json_object
 
 #: How deep below the folder run folders are looked for.
 DEPTH = 3

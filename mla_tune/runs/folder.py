@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mla_tune import __version__
-from mla_tune.checkpoint.atomic_files import read_json_object, replacing, write_json
+from mla_tune.checkpoint.atomic_files import replacing, write_json
 from mla_tune.errors import FileError, InputError, MlaTuneError
 from mla_tune.recipe.load import dump, load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.runs.checkpoints import checkpoints, newest_whole
+from mla_tune.user_files import read_json_object
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 

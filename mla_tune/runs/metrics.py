@@ -51,7 +51,7 @@ def read_curves(file: Path) -> Curves:
         try:
             line = json.loads(text)
             step = int(line["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             curves.broken += 1
             continue
         _add(curves, step, line)

@@ -15,11 +15,12 @@ from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mla_tune.adapter.inputs import Inputs, open_inputs
 from mla_tune.adapter.merge_options import Options
 from mla_tune.checkpoint.absorbed import absorbed_tensors
-from mla_tune.checkpoint.atomic_files import read_json_object, sha256_of
+from mla_tune.checkpoint.atomic_files import sha256_of
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError, FileError, InputError
 from mla_tune.merge.export import MANIFEST_FILE
 from mla_tune.progress import Progress, counter
+from mla_tune.user_files import read_json_object
 from mla_tune.verification.absorbed import prove_absorbed
 from mla_tune.verification.layout import Failure
 from mla_tune.verification.prover import Proven

@@ -61,9 +61,9 @@ def test_an_adapter_points_to_its_base(tmp_path: Path, sub: str) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "what"),
     [
-        (b'{"a": 1,\n', FileError, "config.json:2: not JSON"),
-        (b"[1]", InputError, "expected a JSON object with model settings, got list"),
-        (b"\xff\xfe", FileError, "not UTF-8 text"),
+        (b'{"a": 1,\n', FileError, "config.json:2: the model's configuration is not valid JSON"),
+        (b"[1]", FileError, "must hold a JSON object, not a list"),
+        (b"\xff\xfe", FileError, "text must be UTF-8, and this is UTF-16"),
     ],
 )
 def test_a_broken_config_json(tmp_path: Path, text: bytes, error: type[Exception], what: str) -> None:

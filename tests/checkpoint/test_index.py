@@ -207,12 +207,12 @@ def test_two_checkpoints_in_one_folder_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, words", [(None, "no such file"), ("{", "not valid JSON"), ("[1]", "must hold a JSON object, not list")]
+    "text, words", [(None, "no such file"), ("{", "not valid JSON"), ("[1]", "must hold a JSON object, not a list")]
 )
 def test_config_errors(text: str | None, words: str, tmp_path: Path) -> None:
     config = single(tmp_path) / "config.json"
     config.unlink()
     if text is not None:
         config.write_text(text)
-    with pytest.raises(FileError, match=rf"config\.json: .*{words}"):
+    with pytest.raises(FileError, match=rf"config\.json:.*{words}"):
         _ = Checkpoint.open(tmp_path).config

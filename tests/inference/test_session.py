@@ -255,7 +255,7 @@ def test_other_folders(tmp_path: Path, adapters: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("{", r"rows.jsonl:2: not valid JSON"),
+        ("{", r"rows.jsonl:2: the request is not valid JSON"),
         ('{"adapter": "x"}', r"rows.jsonl:2: an object with either prompt or messages"),
         ('{"prompt": "a", "messages": []}', "either prompt or messages"),
         ('{"prompt": "a", "lora": "x"}', "either prompt or messages"),
@@ -307,7 +307,7 @@ def test_generate_command(cli: Any, adapters: dict[str, str], oracle: dict[str, 
     [
         (("--prompt", "x", "--prompts", "y"), "give --prompt TEXT, or --prompts"),
         ((), "give --prompt TEXT, or --prompts"),
-        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: can't be read"),
+        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
         (("--prompt", "x", "--adapter", "=y"), "NAME=DIR or DIR was expected"),
         (("--prompt", "x", "--adapter", "a=b", "--adapter", "a=c"), "the name of another adapter already"),
         (("--prompt", "x", "--stream", "--json"), "--stream shows one answer"),

@@ -174,6 +174,53 @@ def test_missing_recipe_names_the_shipped_ones() -> None:
         load_recipe("no/such.yaml")
 
 
+EMPTY = ["", "\n\n", "# model: {base: x}\n", "{}", "---\n...\n", "null", "\ufeff# nothing\n"]
+
+
+@pytest.mark.parametrize("text", EMPTY)
+def test_an_empty_recipe_shows_the_shortest_that_works(tmp_path: Path, text: str) -> None:
+    (problem,) = problems(tmp_path, text, "train.seed=1")
+    first, _, shortest = problem.partition("The shortest recipe that works:\n")
+    assert first.endswith("mine.yaml: is empty, and says neither what to train nor on what. ")
+    recipe = load_recipe(write(tmp_path, shortest))
+    assert (recipe.model.base, recipe.data.path) == ("embedded", "mbpp")
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("a: &a [*a]", ":1: more than 40 levels"),
+        ("a: &a [1, 2, 3]\nb: &b [" + "*a, " * 99 + "]\nc: [" + "*b, " * 99 + "]", "more than 10,000 values"),
+        ("[" * 100_000, "nested too deeply"),
+        ("train:\n  seed: !!int x", ":2: train.seed: 'x' is no int: invalid literal"),
+        (
+            "train:\n  max_steps: 2026-99-99",
+            ":2: train.max_steps: '2026-99-99' is no timestamp: month must be in 1..12",
+        ),
+        ('data:\n  path: "a\\0b"', ":2: data.path: holds U+0000, which no name or path can"),
+        ('data:\n  path: "\\ud800"', "holds U+D800"),
+        ("model: {base: x}\n---\nmodel: {base: y}", ":2:1: not valid YAML"),
+        ("1: {2: 3}", "1: 1: keys should be strings, got 1"),
+    ],
+)
+def test_yaml_that_no_recipe_is(tmp_path: Path, text: str, part: str) -> None:
+    (problem,) = problems(tmp_path, text)
+    assert part in problem
+    assert len(problem) < 300
+
+
+def test_anchors_are_no_bomb(tmp_path: Path) -> None:
+    text = "adapter: {roles: {W_O: &few {rank: 4}, gate: *few}, targets: [W_O, gate]}"
+    assert load_recipe(write(tmp_path, text)).adapter.roles["gate"].rank == 4
+
+
+def test_a_recipe_whose_name_is_no_path(tmp_path: Path) -> None:
+    for name in ("x" * 5000, "~nobody-is-called-so/r.yaml", "a\0b"):
+        with pytest.raises(FileError) as error:
+            load_recipe(name)
+        assert len(str(error.value)) < 500
+
+
 def test_dump_loads_back(tmp_path: Path) -> None:
     recipe = load_recipe("W_UKV-priority")
     assert load_recipe(write(tmp_path, dump(recipe))) == recipe
