@@ -5,12 +5,14 @@ Unknown keys are errors.  Key names are a contract: recipes written today must l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from mla_tune.arch.roles import ADAPTABLE, GROUPS, PRESETS
 from mla_tune.errors import did_you_mean
+from mla_tune.sockets import ADAPTER_METHODS, OBJECTIVES
 
 TARGET_NAMES: tuple[str, ...] = (*(r.value for r in ADAPTABLE), *GROUPS)
 
@@ -44,6 +46,28 @@ def _role_keys(value: Any) -> Any:
     return value
 
 
+def _one_of(names: Callable[[], tuple[str, ...]]) -> Callable[[Any], Any]:
+    """A check for a name of a registry, asked when a recipe is read: what was registered by then is allowed."""
+
+    def check(value: Any) -> Any:
+        allowed = names()
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(
+                f"expected one of {', '.join(allowed)}, got {str(value)[:80]!r}{did_you_mean(str(value)[:80], allowed)}"
+            )
+        return value
+
+    return check
+
+
+def _methods() -> tuple[str, ...]:
+    return (*ADAPTER_METHODS.names, "none")
+
+
+def _objectives() -> tuple[str, ...]:
+    return OBJECTIVES.names
+
+
 _NAMES: dict[str, Any] = {"type": "string", "enum": list(TARGET_NAMES)}
 Targets = Annotated[
     list[str] | str,
@@ -51,6 +75,14 @@ Targets = Annotated[
     WithJsonSchema(
         {"anyOf": [{"type": "string", "enum": [*PRESETS, *TARGET_NAMES]}, {"type": "array", "items": _NAMES}]}
     ),
+]
+
+
+#: `adapter.method`: a name in `sockets.ADAPTER_METHODS`, or none.
+Method = Annotated[str, BeforeValidator(_one_of(_methods)), WithJsonSchema({"type": "string", "enum": [*_methods()]})]
+#: `train.objective`: a name in `sockets.OBJECTIVES`.
+ObjectiveName = Annotated[
+    str, BeforeValidator(_one_of(_objectives)), WithJsonSchema({"type": "string", "enum": [*_objectives()]})
 ]
 
 
@@ -114,7 +146,7 @@ class RoleOverride(Section):
 class AdapterSection(Section):
     """What is trained."""
 
-    method: Literal["lora", "rslora", "dora", "none"] = "lora"
+    method: Method = "lora"
     """lora: W + (alpha/r)·B·A. rslora: scaled by alpha/√r. dora: magnitude and direction apart.
     none: no adapter, every weight is trained."""
     targets: Targets = "safe"
@@ -276,6 +308,8 @@ class SpikeSection(Section):
 class TrainSection(Section):
     """How long, in what portions, and what is kept on the way."""
 
+    objective: ObjectiveName = "sft"
+    """What a step minimizes. sft: the cross-entropy of the trained tokens (supervised fine-tuning)."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the data; not used when max_steps is given."""
     max_steps: int | None = Field(default=None, ge=1)

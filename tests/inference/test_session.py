@@ -278,7 +278,7 @@ def test_a_file_of_requests(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(InputError, match="holds no requests"):
         read_requests(file, None)
-    with pytest.raises(FileError, match="No such file"):
+    with pytest.raises(FileError, match="no such file: the file of prompts is missing"):
         read_requests(tmp_path / "nowhere", None)
 
 

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -19,6 +20,7 @@ from mla_tune.recipe.renamed import OLD_KEYS
 from mla_tune.recipe.schema import Recipe
 from mla_tune.recipe.yaml import parse
 from mla_tune.resources import RECIPES, recipe_names
+from mla_tune.sockets import ADAPTER_METHODS, OBJECTIVES
 
 CONTRACT = """\
 model:     {base: embedded, dtype: float32}
@@ -276,3 +278,17 @@ def test_the_documented_keys_are_current() -> None:
     script = Path(__file__).parents[2] / "scripts" / "make_recipe_docs.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_registered_is_a_name_in_a_recipe() -> None:
+    with pytest.raises(RecipeError, match="expected one of lora, rslora, dora, none, got 'toy'"):
+        load_recipe("safe", ["adapter.method=toy"])
+    with pytest.raises(RecipeError, match=r"train.objective: expected one of sft, got 'stf'; did you mean 'sft'\?"):
+        load_recipe("safe", ["train.objective=stf"])
+    toy: Any = object()
+    with ADAPTER_METHODS.registered("toy", toy), OBJECTIVES.registered("mine", toy):
+        recipe = load_recipe("safe", ["adapter.method=toy", "train.objective=mine"])
+    assert (recipe.adapter.method, recipe.train.objective) == ("toy", "mine")
+    assert load_recipe("safe").train.objective == "sft"
+    with pytest.raises(RecipeError, match="expected one of lora, rslora, dora, none, got '3'"):
+        load_recipe("safe", ["adapter.method=3"])
