@@ -1,4 +1,4 @@
-"""`mla-tune data`."""
+"""`mla-tune data`: the samples that a recipe trains on, as text, with lengths and counts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import typer
 
 def command(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set data.path=mine.jsonl.")] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Samples to show, of each source.")] = 2,
-    json: Annotated[bool, typer.Option("--json", help="Print counts and samples as JSON and nothing else.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the recipe: --set data.path=mine.jsonl.")
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Samples to show from each source.")] = 2,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print counts and samples as one JSON document and nothing else.")
+    ] = False,
 ) -> None:
-    """Show what a recipe trains on: samples with the trained tokens marked, lengths, what packing saves."""
+    """Show what a recipe trains on: samples with the trained tokens marked, their lengths, and what packing saves."""
     from mla_tune.console import err, print_json
     from mla_tune.data.prepare import prepare
     from mla_tune.data.preview import view

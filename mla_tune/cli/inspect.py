@@ -76,9 +76,9 @@ def command(
         render(document, depth, out)
     if check_weights is not None:
         from mla_tune.errors import CheckError
-        from mla_tune.preflight.check_weights import lines
+        from mla_tune.preflight.check_weights import summary_lines
 
-        said = lines(document["weights"])
+        said = summary_lines(document["weights"])
         if not document["weights"]["holds"]:
             raise CheckError("\n".join(said))
         if not as_json:

@@ -1,4 +1,4 @@
-"""`mla-tune plan`."""
+"""`mla-tune plan`: what `train` would do with a recipe, and which launch configuration holds it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ def command(
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set adapter.rank=8.")] = None,
-    data: Annotated[bool, typer.Option("--data/--no-data", help="Read and tokenize the data, to count it.")] = True,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", help="Say which launch configuration fits so many GPUs.")
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the recipe, such as --set adapter.rank=8.")
     ] = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="Memory of one of them: 80GB.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    data: Annotated[
+        bool, typer.Option("--data/--no-data", help="Read and tokenize the data, to count steps and tokens.")
+    ] = True,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="Show which launch configuration holds the model on this many GPUs.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="With --gpus: the memory of one GPU, such as 80GB.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document and nothing else.")] = False,
 ) -> None:
-    """Show what train would do: matrices, learning rates, steps, memory.  No weights are read.
+    """Show what train would do with a recipe: matrices, learning rates, steps, memory.  No weights are read.
 
-    With --gpus and --memory: which of the shipped launch configurations fits, and why; without --recipe for models of
-    671 B, 236 B and 16 B parameters.
+    With --gpus and --memory it shows what each of the shipped launch configurations needs on a GPU and which of them
+    fits; without --recipe it does so for models of 671 B, 236 B and 16 B parameters.
     """
     from mla_tune.console import print_json
     from mla_tune.errors import InputError
@@ -107,7 +113,7 @@ def _data(resolved: Any) -> tuple[dict[str, Any], int]:
 
 
 def _machine(recipe: Any) -> tuple[bool, str]:
-    """(on a GPU, dtype) that train would choose here."""
+    """Whether train would use a GPU on this machine, and the dtype that it would choose."""
     import torch
 
     wanted = recipe.model.device

@@ -1,4 +1,4 @@
-"""`inspect --check-weights`: what config.json promises, compared with the headers of a checkpoint."""
+"""config.json compared with the headers of a checkpoint: what `mla-tune inspect --check-weights` shows."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.index import Checkpoint
 
-#: Endings of what belongs to a quantized weight, beside its codes.
+#: Endings of the keys of tensors that belong to a quantized weight, beside its codes.
 _SCALES = ("_scale", "_scale_inv", "scale", "_scale_2", "input_scale", "_packed", "_shape", "qzeros", "g_idx", "absmax")
-#: Words in the keys of towers and of what joins them to the text model.
+#: Words in the keys of vision and audio towers, and of what connects them to the text model.
 _TOWERS = ("vision", "visual", "audio", "projector", "patch_merger", "language_adapter")
-#: How many tensors of a kind are named.
+#: Tensors of one kind that are named; of more only the count is given.
 SHOWN = 10
 
 
 def check_weights(arch: Architecture, folder: Path) -> dict[str, Any]:
-    """What the headers of `folder` say about each matrix of `arch`: a JSON document.
+    """Compare the headers of the checkpoint in `folder` with `arch`.  Returns a JSON document:
 
-    `found` counts matrices (an expert's are one) whose tensors are there in the shape that config.json gives, `missing`
-    and `wrong_shape` name those that aren't, `unexplained` matrices of the checkpoint that config.json says nothing of,
-    `mtp_layers` counts those whose tensors are there; what belongs to a tower is compared where it has its name in
-    transformers.  `holds`: nothing is missing or of another shape.  Codes that are packed
-    (fewer numbers than weights) are compared by their rows only.  Raises `FileError` and `InputError`.
+        holds        whether nothing is missing or of another shape
+        found        count of matrices that are there in the shape that config.json gives (each expert's counts)
+        missing      keys of matrices that are not there
+        wrong_shape  key and both shapes of matrices that have another shape
+        unexplained  keys of matrices in the checkpoint that config.json says nothing about
+        mtp_layers   count of MTP layers that are there
+        tensors      count of all tensors
+
+    Matrices of a tower are compared where they have their name in transformers.  Packed codes (fewer numbers than
+    weights) are only looked for.  Raises `FileError` and `InputError` for a checkpoint that can't be read.
     """
     checkpoint = Checkpoint.open(folder)
     tensors = checkpoint.tensors
@@ -89,12 +94,12 @@ def _shape(site: Site, pieces: int) -> tuple[int, ...]:
 
 
 def _beside(key: str) -> bool:
-    """Scales, and what belongs to a tower."""
+    """Whether a tensor is a scale or belongs to a tower."""
     return key.endswith(_SCALES) or any(word in key for word in _TOWERS)
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """The same for people."""
+def summary_lines(found: dict[str, Any]) -> list[str]:
+    """The document of `check_weights` as lines of text."""
     said = [f"{found['folder']}: {found['found']:,} matrices are there in the shape that config.json gives"]
     if found["mtp_layers"]:
         said[0] += f", MTP layers among them: {found['mtp_layers']}"

@@ -1,4 +1,4 @@
-"""What a recipe can't have on a certain family, and what it can't have where a model is sharded."""
+"""Limits of a recipe: what it can't have on a certain family of models, and what where the model is sharded."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from mla_tune.recipe.schema import Recipe
 
 
 def apply_family_limits(recipe: Recipe, arch: Architecture) -> tuple[Recipe, list[str]]:
-    """The recipe with what this family needs, and a sentence for each change.
+    """The recipe with the changes that this family needs, and a sentence for each change that a user should know of.
 
-    Linear attention (KDA) carries a state from one sample of a packed row to the next, and transformers gives it no
-    borders: packing is off there, rows are padded.  Indexers choose keys by a mask, which attention on borders alone
-    does not make.  Raises `InputError` for an attention that was named and that the family can't have.
+    Linear attention (KDA) carries a state from one token to the next, and transformers does not reset it between the
+    samples of a packed row: packing is turned off, and rows are padded.  Indexers choose keys by a mask, which packed
+    attention does not have: `model.attention: auto` becomes one that has it.  Raises `InputError` for an attention
+    that the recipe names and the family can't have.
     """
-    family, section, said = arch.family, recipe.model, []
+    family, section, notes = arch.family, recipe.model, []
     what = f"model.attention: {section.attention}"
     if family.eager_only and section.attention not in ("auto", "eager"):
         raise InputError(f"{what}: {family.title} has eager attention only (transformers); leave it out, or eager")
@@ -27,14 +28,14 @@ def apply_family_limits(recipe: Recipe, arch: Architecture) -> tuple[Recipe, lis
         changes["model"] = {"attention": "eager" if family.eager_only else "sdpa"}
     if family.carries_state and recipe.train.packing:
         changes["train"] = {"packing": False}
-        said.append(
+        notes.append(
             f"train.packing: off, since the linear attention of {family.title} would carry its state from one sample "
             "of a packed row into the next; rows hold one sample each"
         )
     if not changes:
-        return recipe, said
+        return recipe, notes
     parts = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
-    return recipe.model_copy(update=parts), said
+    return recipe.model_copy(update=parts), notes
 
 
 def check_window(recipe: Recipe, arch: Architecture) -> None:
@@ -45,8 +46,10 @@ def check_window(recipe: Recipe, arch: Architecture) -> None:
 
 
 def unsupported_when_sharded(recipe: Recipe, placement: Placement, sharding: str, quantized: str | None) -> list[str]:
-    """What of a recipe was not tried where `sharding` (fsdp2 or zero3) cuts the model up; `quantized`: how the base's
-    weights stay quantized, None for plain ones."""
+    """Keys of the recipe, with their values, that are not supported where the model is sharded over processes.
+
+    `sharding`: fsdp2 or zero3.  `quantized`: how the base's weights stay quantized, None for plain ones.
+    """
     wrong = []
     if recipe.train.compile:
         wrong.append("train.compile: true")

@@ -1,10 +1,9 @@
-"""Which of the shipped launch configurations (`configs/launch`) holds a model on so many GPUs of such a size.
+"""Which launch configuration (`configs/launch`) holds a model on so many GPUs of such a memory, from shapes.
 
-From shapes alone, with the arithmetic in `GpuNeed`.  What a process holds besides its shards: PyTorch's fully_shard
-gathers the decoder layer that computes and the next one while it comes, and keeps the output head from the end of the
-forward pass to the beginning of the backward pass (torch.distributed.fsdp, "fully_shard"); DeepSpeed gathers up to
-`stage3_max_live_parameters` numbers, a block of experts as a whole, and has buckets for prefetching and for reducing
-(deepspeed.ai, "DeepSpeed Configuration JSON").
+Beside its shards a process holds what is gathered.  PyTorch's fully_shard gathers the decoder layer that computes and,
+meanwhile, the next one, and keeps the output head from the end of the forward pass to the beginning of the backward
+pass (torch.distributed.fsdp, "fully_shard").  DeepSpeed gathers up to `stage3_max_live_parameters` numbers, a block of
+experts as a whole, and has buckets for prefetching and for reducing (deepspeed.ai, "DeepSpeed Configuration JSON").
 """
 
 from __future__ import annotations
@@ -23,44 +22,47 @@ from mla_tune.preflight.memory import QUANTIZED, MemoryEstimate, RunShape, estim
 from mla_tune.preflight.plan import run_shape
 from mla_tune.recipe.schema import Recipe
 
-#: Bytes that the CUDA context, communication buffers and kernels' workspaces take on a GPU, and the share of it that
-#: the allocator loses between blocks.
-RESERVE, LOST = 2_000_000_000, 0.05
+#: Bytes on a GPU that the CUDA context, communication buffers and the workspaces of kernels take.
+RESERVE = 2_000_000_000
+#: Share of a GPU's memory that the allocator loses between blocks.
+FRAGMENTATION = 0.05
 #: DeepSpeed's defaults, in numbers: parameters gathered at once, prefetched, and gradients reduced at once.
 LIVE, PREFETCH, REDUCE = 1_000_000_000, 50_000_000, 500_000_000
-#: GPUs are looked for up to here.
-MOST = 1024
+#: The largest count of GPUs that is tried.
+MAX_GPUS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class GpuNeed:
-    """Bytes on one GPU of a run by `config` (a file of configs/launch) with the base in `base`.
+    """Bytes that a run needs on one GPU, by purpose."""
 
-    weights      the base, or this GPU's shard of it
-    trained      trained numbers, their gradients and AdamW's moments, or this GPU's shard; DDP's buckets
-    gathered     of a sharded model what is whole for a while
-    activations  what the forward pass keeps for the backward pass
-    working      the largest working set of a layer or of the output head
-    reserve      context, communication, fragmentation
-    """
-
+    #: Launch configuration: `ddp`, `fsdp2` or `zero3` (a file of `configs/launch`).
     config: str
+    #: How the base is kept in memory: its dtype, `fp8` or `nf4`.
     base: str
+    #: `train.activation_checkpointing`.
     activation_checkpointing: str
+    #: The base, or this GPU's shard of it.
     weights: int
+    #: What is trained, its gradients and AdamW's moments, or this GPU's shard of them; DDP's buckets.
     trained: int
+    #: Parts of a sharded model that are gathered for a while.
     gathered: int
+    #: What the forward pass keeps for the backward pass.
     activations: int
+    #: The largest working set of a layer or of the output head.
     working: int
+    #: CUDA context, communication, fragmentation.
     reserve: int
 
     @property
     def total(self) -> int:
+        """Bytes in all."""
         return self.weights + self.trained + self.gathered + self.activations + self.working + self.reserve
 
 
 def parse_memory(text: str) -> int:
-    """`80GB`, `80`, `79.6GiB` → bytes.  Raises `InputError`."""
+    """The memory of one GPU as a user writes it (`80GB`, `80`, `79.6GiB`) → bytes.  Raises `InputError`."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|TB|TiB|G|)\s*", text, re.IGNORECASE)
     units = {"gb": 10**9, "g": 10**9, "": 10**9, "gib": 2**30, "tb": 10**12, "tib": 2**40}
     size = float(found[1]) * units[found[2].lower()] if found else 0
@@ -70,7 +72,10 @@ def parse_memory(text: str) -> int:
 
 
 def gpu_need(config: str, arch: Architecture, run: RunShape, m: MemoryEstimate, gpus: int, memory: int) -> GpuNeed:
-    """What one of `gpus` GPUs of `memory` bytes has to hold.  `config`: ddp, fsdp2 or zero3; `m`: of one process."""
+    """What a run needs on each of `gpus` GPUs of `memory` bytes.
+
+    `config`: ddp, fsdp2 or zero3.  `m`: the estimate for one process that holds the whole model.
+    """
     states = m.gradients + m.optimizer + m.adapters
     weights, gathered = m.weights, 0
     if config == "ddp":
@@ -87,11 +92,12 @@ def gpu_need(config: str, arch: Architecture, run: RunShape, m: MemoryEstimate, 
         gathered=gathered,
         activations=m.activations,
         working=m.working,
-        reserve=RESERVE + round(LOST * memory),
+        reserve=RESERVE + round(FRAGMENTATION * memory),
     )
 
 
 def _gathered(config: str, arch: Architecture, base: str, size: int) -> int:
+    """Bytes of what is gathered of a sharded model at once; `size`: bytes per weight that is not quantized."""
     head = arch.vocab_size * arch.dims.D
     if config == "fsdp2":
 
@@ -113,14 +119,14 @@ def gpu_fit(
     `quantized`: how the base's weights stay quantized, None for plain ones.  `memory`: bytes of one GPU.
     A GPU trains in bfloat16 unless the recipe names a dtype.  Raises `InputError` for a count of GPUs that is none.
     """
-    if not 1 <= gpus <= MOST:
-        raise InputError(f"--gpus: {gpus} is not in 1 to {MOST}")
+    if not 1 <= gpus <= MAX_GPUS:
+        raise InputError(f"--gpus: {gpus} is not in 1 to {MAX_GPUS}")
     dtype = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
     run = run_shape(recipe, arch, quantized, dtype=dtype, gpu=True)
     left_out = {c: wrong for c in ("fsdp2", "zero3") if (wrong := unsupported_when_sharded(recipe, placement, c, None))}
     rows = [
         _row(config, arch, placement, replace(run, base=base), gpus, memory)
-        for config, base in _ways(run, placement)
+        for config, base in _candidates(run, placement)
         if config not in left_out
     ]
     return {
@@ -148,7 +154,7 @@ def _row(
         return other, estimate(arch, placement, other)
 
     n = gpu_need(config, arch, *of(run.activation_checkpointing), gpus, memory)
-    # Checkpointing changes activations alone: if the recipe's does not fit, perhaps the next one does.
+    # Activation checkpointing changes activations alone: where the recipe's does not fit, another may.
     lighter = {name: of(name) for name in ("mla", "full")}
     fitting = (name for name, other in lighter.items() if gpu_need(config, arch, *other, gpus, memory).total <= memory)
     return {
@@ -156,15 +162,15 @@ def _row(
         "total": n.total,
         "fits": n.total <= memory,
         "fits_with": next(fitting, None) if n.total > memory else None,
-        "from_gpus": _from(config, arch, *lighter["full"], memory),
+        "from_gpus": _smallest_count(config, arch, *lighter["full"], memory),
     }
 
 
-def _ways(run: RunShape, placement: Placement) -> Iterable[tuple[str, str]]:
-    """Configuration and state of the base: plain, or as the checkpoint has it or the recipe may ask for it."""
+def _candidates(run: RunShape, placement: Placement) -> Iterable[tuple[str, str]]:
+    """The pairs that are compared: launch configuration, and how the base is kept in memory (`RunShape.base`)."""
     quantized = []
     if placement.method in ("lora", "rslora"):
-        # Where a checkpoint is published in FP8, NF4 is for its bfloat16 twin.
+        # Where a checkpoint is published in FP8, NF4 is for its version in bfloat16.
         quantized = ["fp8", "nf4"] if run.base == "fp8" else ["nf4"]
     for config in ("ddp", "fsdp2", "zero3"):
         yield config, "plain"
@@ -172,9 +178,9 @@ def _ways(run: RunShape, placement: Placement) -> Iterable[tuple[str, str]]:
             yield from ((config, base) for base in quantized)
 
 
-def _from(config: str, arch: Architecture, run: RunShape, m: MemoryEstimate, memory: int) -> int | None:
-    """The fewest GPUs (by eights from eight on) that hold it; None if no number does."""
-    for gpus in (1, 2, 4, *range(8, MOST + 1, 8)):
+def _smallest_count(config: str, arch: Architecture, run: RunShape, m: MemoryEstimate, memory: int) -> int | None:
+    """The smallest count of GPUs that hold the run (multiples of 8 beyond 8); None if no count does."""
+    for gpus in (1, 2, 4, *range(8, MAX_GPUS + 1, 8)):
         if config != "ddp" and gpus == 1:
             continue
         if gpu_need(config, arch, run, m, gpus, memory).total <= memory:
@@ -183,8 +189,8 @@ def _from(config: str, arch: Architecture, run: RunShape, m: MemoryEstimate, mem
 
 
 def _advice(rows: list[dict[str, Any]], gpus: int) -> str:
-    """The first that fits: plain bases before quantized ones, and a whole model in every process, which sends least,
-    before shards."""
+    """The command for the first configuration that fits, or what to change.  Plain bases come before quantized ones,
+    and a whole model in every process, which communicates least, before shards."""
     rows = sorted(rows, key=lambda row: row["base"] in QUANTIZED)
     for row in rows:
         if row["fits"]:

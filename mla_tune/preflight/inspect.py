@@ -1,4 +1,4 @@
-"""What `mla-tune inspect` knows about a model: one dictionary, ready for JSON.  From config.json alone: no weights."""
+"""Facts about a model from its config.json, as one JSON document: what `mla-tune inspect` shows."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from mla_tune.arch.roles import FACTS
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import InputError
 
-if TYPE_CHECKING:  # at run time it would load pydantic, a fifth of the command's time, for a recipe that isn't there
+if TYPE_CHECKING:  # imported at run time it would load pydantic, a fifth of the command's time, without need
     from mla_tune.adapter.placement import Placement
 
-#: LoRA rank r that parameter counts are given for when nobody says otherwise.
+#: LoRA rank r that parameters of an adapter are counted for unless another is given.
 DEFAULT_RANK = 16
 
 
 def inspect_architecture(
     arch: Architecture, rank: int = DEFAULT_RANK, dtype: str = "bfloat16", placement: Placement | None = None
 ) -> dict[str, Any]:
-    """The facts of `arch` as a JSON document; `layers` has one entry for each matrix or fused stack of experts,
-    `mtp` those of MTP layers, where their layout is known.
+    """The facts of `arch` as a JSON document.
 
-    `rank` is the LoRA rank that `lora_params` is counted for, `dtype` that of the KV cache.  With a `placement` its
-    own ranks are used, `selected` says which entries it adapts (else None), and `adapted` sums them up.
-    Bytes are per token over all attention modules; parameters exclude MTP layers.  Raises `InputError` for a dtype
-    that a cache can't have.
+    Arguments:
+        rank: the LoRA rank that `lora_params` is counted for.
+        dtype: dtype of the KV cache.
+        placement: an adapter.  Its ranks are used instead of `rank`, `selected` of each entry says whether it is
+            adapted (None without a placement), and `adapted` sums the adapter up.
+
+    `layers` has one entry for each matrix or fused stack of experts, `mtp` those of MTP layers where their layout is
+    known.  Bytes of the cache are per token, over all attention modules.  Parameters exclude MTP layers.  Raises
+    `InputError` for a dtype that a cache can't have.
     """
     if dtype not in DTYPE_BYTES:
         raise InputError(f"unknown KV cache dtype '{dtype}'. Allowed: {', '.join(DTYPE_BYTES)}")
@@ -74,13 +78,13 @@ def inspect_architecture(
 
 
 def _other_dims(arch: Architecture) -> list[dict[str, Any]]:
-    """Dimensions of modules that have others than `dims`, each with the number of modules."""
+    """Dimensions of attention modules that differ from the model's `dims`, each with the count of such modules."""
     others = Counter(a.dims for a in arch.attention if a.dims != arch.dims)
     return [{**asdict(dims), "modules": count} for dims, count in others.items()]
 
 
 def _layer(site: Site, rank: int, ranks: dict[str, int] | None) -> dict[str, Any]:
-    """One entry of `layers`; `lora_params` is 0 where no adapter can sit."""
+    """One entry of `layers`; `lora_params` is 0 where no adapter can be."""
     facts = FACTS[site.role]
     used = (ranks or {}).get(site.path, rank)
     return {
@@ -105,7 +109,7 @@ def _layer(site: Site, rank: int, ranks: dict[str, int] | None) -> dict[str, Any
 
 
 def _notes(arch: Architecture) -> list[str]:
-    """What the numbers leave out."""
+    """Sentences on what the numbers leave out."""
     notes = list(arch.warnings)
     if arch.mtp_layers:
         plural = "s" if arch.mtp_layers > 1 else ""

@@ -1,8 +1,8 @@
-"""An estimate of the memory that a training run needs, from shapes alone.  No torch.
+"""The memory of a training run, estimated from shapes.
 
-Activations are counted as autograd keeps them for the backward pass in transformers' MLA models under PEFT LoRA, tensor
-by tensor (a test compares the count with what autograd really saves).  Letters as in `arch.roles`; `k` is the number of
-experts a token goes to.
+Activations are counted tensor by tensor, as autograd keeps them for the backward pass in transformers' MLA models under
+PEFT LoRA; a test compares the count with what autograd really keeps.  Dimensions have the letters of `arch.roles`; `k`
+is the number of routed experts that a token goes to.
 """
 
 from __future__ import annotations
@@ -15,53 +15,68 @@ from mla_tune.arch.roles import ADAPTABLE, GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.tiling import DEQUANTIZED_TILE, LOGITS_TILE, LOGITS_TILE_MIN_TOKENS
 
-#: Tiles that are alive at once: logits and their log-softmax; of a trained head, both and their gradients.
+#: Tiles of logits in memory at once: logits and their log-softmax; where the head is trained, also their gradients.
 FROZEN_TILES, TRAINED_TILES = 2, 4
-#: Bytes a weight of a matrix that stays quantized, scales included: FP8 in blocks of 128 × 128; NF4 with a byte for the
-#: scale of 64 numbers and 4 bytes for that of 256 scales (`model.nf4`).
+#: Bytes per weight of a matrix that stays quantized, scales included: FP8 in blocks of 128 × 128; NF4 with a byte for
+#: the scale of 64 weights and 4 bytes for the scale of 256 such scales (`model.nf4`).
 QUANTIZED = {"fp8": 1 + 4 / 128**2, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 #: Roles whose adapters act before the attention scores.
 BEFORE_SCORES = (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV)
-#: Resident bytes of a process that has imported everything and trained a model of next to no size.
+#: Resident bytes of a process that has imported everything and trained a model of almost no size.
 PROCESS = 620_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class RunShape:
-    """What memory depends on beside the model: `batch` rows of `length` tokens, weights in `dtype`, on a GPU or not."""
+    """What the memory of a run depends on beside the model and the adapter."""
 
+    #: Rows in a forward pass.
     batch: int
+    #: Tokens in a row.
     length: int
+    #: Dtype of the weights, and of matrix products.
     dtype: str
+    #: Whether the run is on a GPU.
     gpu: bool = False
+    #: Whether a row holds several samples.
     packing: bool = True
+    #: `packed`, `eager`, or another implementation of transformers'.
     attention: str = "sdpa"
+    #: `train.activation_checkpointing`.
     activation_checkpointing: str = "none"
-    #: How the base's matrices lie in memory: `plain`, or quantized as `fp8` or `nf4`.
+    #: How the base's matrices are kept in memory: `plain`, or quantized as `fp8` or `nf4`.
     base: str = "plain"
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes by purpose.  `head` and `transient` are the largest working sets of the output head and of the layers
-    within a step, beside what is kept; they don't add up.  `process`: the interpreter and its libraries, on a CPU."""
+    """Bytes by purpose, at the peak of a training step."""
 
+    #: The interpreter and its libraries; 0 on a GPU.
     process: int
+    #: The base's weights.
     weights: int
+    #: The adapter's weights, and copies of modules that are trained whole.
     adapters: int
+    #: Gradients of what is trained.
     gradients: int
+    #: AdamW's two moments of what is trained.
     optimizer: int
+    #: What the forward pass keeps for the backward pass.
     activations: int
+    #: The largest working set of the output head, beside what is kept.
     head: int
+    #: The largest working set of a decoder layer, beside what is kept.
     transient: int
 
     @property
     def working(self) -> int:
-        """The larger of the two working sets."""
+        """The larger of the two working sets, which are never needed at once."""
         return max(self.head, self.transient)
 
     @property
     def total(self) -> int:
+        """Bytes at the peak."""
         return (
             self.process
             + self.weights
@@ -74,14 +89,14 @@ class MemoryEstimate:
 
 
 def estimate(arch: Architecture, placement: Placement, run: RunShape) -> MemoryEstimate:
-    """Peak bytes of one process that holds the whole model: resident memory on a CPU, allocated memory on a GPU."""
+    """The peak of one process that holds the whole model: of resident memory on a CPU, of allocated memory on a GPU."""
     full = placement.method == "none"
     size = 4 if full else DTYPE_BYTES[run.dtype]
     trainable = arch.params_total if full else placement.trainable_params
     trained = trainable if full else placement.lora_params * placement.width + placement.whole_params
     layers = [_layer_bytes(arch, placement, run, i) for i in range(arch.num_layers)]
     tokens = run.batch * run.length
-    again = 0  # what one layer's backward pass makes anew
+    again = 0  # what the backward pass of one layer computes again
     if run.activation_checkpointing == "full":
         again, kept = max(layers), arch.num_layers * tokens * arch.dims.D * DTYPE_BYTES[run.dtype]
     elif run.activation_checkpointing == "mla":
@@ -104,13 +119,14 @@ def estimate(arch: Architecture, placement: Placement, run: RunShape) -> MemoryE
 
 
 def base_bytes(arch: Architecture, base: str, size: int) -> int:
-    """Bytes of the model's own weights: `size` a number, of matrices that an adapter may sit on as `base` says."""
+    """Bytes of the model's own weights: `size` bytes per weight, but as `base` says (`plain`, `fp8`, `nf4`) in the
+    matrices that an adapter may be on."""
     quantized = sum(s.params for s in arch.sites if s.role in ADAPTABLE) if base != "plain" else 0
     return round((arch.params_total - quantized) * size + quantized * QUANTIZED.get(base, 0))
 
 
 def _layer_bytes(arch: Architecture, placement: Placement, run: RunShape, layer: int, recomputed: bool = False) -> int:
-    """Bytes that autograd keeps for one decoder layer; `recomputed`: with `activation_checkpointing: mla`."""
+    """Bytes that autograd keeps for one decoder layer; `recomputed`: under `activation_checkpointing: mla`."""
     full = placement.method == "none"
     adapted = {p.site.parameter: p for p in placement.sites if p.site.layer == layer}
     sites = [s for s in arch.sites if s.layer == layer]
@@ -166,7 +182,7 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: RunShape, layer:
 
 
 def _attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: RunShape, low: int) -> int:
-    """Bytes a token of one attention module."""
+    """Bytes that autograd keeps per token for one attention module; `trains(site)`: whether a matrix is trained."""
     q = d.H * (d.P + d.R)
     kept = (d.C + d.R + (d.L or 0)) * low  # inputs of the two latent norms
     inputs = (Role.W_DQ, Role.W_Q, Role.W_DKV)
@@ -192,7 +208,7 @@ def _attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: RunShape, 
 
 
 def _recomputed_attention_bytes(d: MLADims, here: dict[Role, Site], trains, run: RunShape, low: int) -> int:
-    """Bytes a token of one attention module whose norms and up-projections are computed again."""
+    """As `_attention_bytes`, where norms and up-projections are computed again in the backward pass."""
     # The latents, from which queries, keys and values are made again.
     kept = (d.C + d.R + (d.L or 0)) * low
     equal = d.P + d.R == d.V
@@ -209,7 +225,7 @@ def _recomputed_attention_bytes(d: MLADims, here: dict[Role, Site], trains, run:
 
 
 def _head(arch: Architecture, run: RunShape, full: bool) -> int:
-    """Working set of the output head (`train.loss`), which sees a tile of the logits at a time."""
+    """Working set of the output head, which computes a tile of the logits at a time (`kernels.chunked_loss`)."""
     numbers = LOGITS_TILE["cuda" if run.gpu else "cpu"]
     tokens = min(run.batch * run.length, max(LOGITS_TILE_MIN_TOKENS, numbers // arch.vocab_size))
     tile = tokens * arch.vocab_size * 4

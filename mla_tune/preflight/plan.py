@@ -1,4 +1,4 @@
-"""What `train` would do with a recipe, worked out without weights."""
+"""What `train` would do with a recipe, worked out without weights: matrices, learning rates, steps, memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def serving_notes(arch: Architecture, placement: Placement) -> list[str]:
 
 
 def _not_estimated(arch: Architecture) -> list[str]:
-    """What of this family the memory estimate leaves out."""
+    """A warning for the kinds of layers that the memory estimate leaves out, where the model has them."""
     names = {
         Role.LINEAR_ATTENTION: "linear attention",
         Role.INDEXER: "indexers",

@@ -1,4 +1,4 @@
-"""Advice on a valid recipe: things that run, but that a user should know of; and what a quantized base rules out."""
+"""Checks of a valid recipe: advice on what runs but may be a mistake, and what a quantized base rules out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mla_tune.recipe.schema import Recipe
 
 
 def warnings(recipe: Recipe) -> list[str]:
-    """One sentence for each thing worth knowing, in the order of the sections."""
+    """Advice on a recipe: one sentence for each setting that runs but may be a mistake."""
     notes: list[str] = []
     adapter, opt = recipe.adapter, recipe.optimizer
     if adapter.method != "none":
@@ -22,10 +22,10 @@ def warnings(recipe: Recipe) -> list[str]:
             notes.append(
                 f"optimizer.learning_rate × mla_lr_scale is {effective:g}, high for LoRA; 1e-4 to 5e-4 is usual"
             )
-        of_b = opt.learning_rate * opt.mla_lr_scale * opt.lora_plus_ratio
-        if opt.lora_plus_ratio > 1 and of_b > 1e-2:
+        rate_of_b = opt.learning_rate * opt.mla_lr_scale * opt.lora_plus_ratio
+        if opt.lora_plus_ratio > 1 and rate_of_b > 1e-2:
             notes.append(
-                f"optimizer.lora_plus_ratio makes the rate of B {of_b:g}, high even for LoRA+; "
+                f"optimizer.lora_plus_ratio makes the rate of B {rate_of_b:g}, high even for LoRA+; "
                 "lower optimizer.learning_rate"
             )
         if adapter.alpha / adapter.rank > 4:
@@ -38,9 +38,10 @@ def warnings(recipe: Recipe) -> list[str]:
 
 
 def check_quantized(recipe: Recipe, kind: str | None) -> None:
-    """Raises `InputError` for what can't be done with a quantized base, before anything is read.
+    """Raises `InputError` for a recipe that can't be trained on a quantized base.
 
-    `kind`: how the base's weights stay quantized in memory (`nf4`, or the checkpoint's own way), None for plain ones.
+    `kind`: how the base's weights stay quantized in memory (`nf4`, or the checkpoint's own way); None for plain
+    weights, with which every recipe can be trained.
     """
     quantize = recipe.model.quantize
     if kind is None:

@@ -1,4 +1,4 @@
-"""A recipe's name or path, and `--set` overrides → a validated `Recipe`; all faults in one error."""
+"""A recipe file, or a shipped recipe, and `--set` overrides → a validated `Recipe`, or all faults in one error."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Load a recipe file or a shipped recipe, apply `a.b=value` overrides, validate.
+    """Load a recipe file or a shipped recipe, apply overrides, and validate the result.
 
-    Raises `FileError` for a missing file and `RecipeError`, with one line for each fault, for everything else.
+    `overrides`: `section.key=value`, the value read as YAML.  Raises `FileError` for a file that can't be read, and
+    `RecipeError`, with one line for each fault, for an empty recipe and for everything that is wrong with its keys.
     """
     path = find_recipe(name)
     where = name if path.name == Path(name).name else f"{path.stem} (shipped recipe)"
@@ -56,7 +57,7 @@ def load_recipe(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 
 def build(doc: Document, where: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Validate a parsed document with overrides; `where` names it in messages."""
+    """Apply overrides to a parsed document and validate it; `where` names it in messages.  Raises `RecipeError`."""
     data = {} if doc.value is None else doc.value
     if not isinstance(data, dict):
         raise RecipeError([f"{where}: expected sections ({', '.join(Recipe.model_fields)}), got a {_kind(data)}"])
@@ -77,6 +78,7 @@ def build(doc: Document, where: str, overrides: list[str] | tuple[str, ...] = ()
 
 
 def _override(data: dict, text: str, from_set: dict[tuple, str]) -> str | None:
+    """Put one `a.b=value` into `data`, and the paths that it set into `from_set`.  Returns what is wrong with it."""
     key, eq, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not eq or not all(path):
@@ -99,7 +101,7 @@ def _override(data: dict, text: str, from_set: dict[tuple, str]) -> str | None:
 
 
 def _problem(error: Any, doc: Document, where: str, from_set: dict[tuple, str]) -> str:
-    """One fault as `where:line: a.b: what, what was allowed`."""
+    """One of pydantic's faults as a line: `where:line: a.b: what is wrong, what was allowed`."""
     loc = tuple(p for p in error["loc"] if p != "[key]")
     path = loc
     while path and path not in doc.lines and path not in from_set:
@@ -113,6 +115,7 @@ def _problem(error: Any, doc: Document, where: str, from_set: dict[tuple, str]) 
 
 
 def _what(error: Any, loc: tuple) -> str:
+    """What is wrong at the path of keys `loc`, and what was allowed, in our words."""
     kind, ctx, got = error["type"], error.get("ctx", {}), error.get("input")
     if kind == "extra_forbidden":
         fields = list(_model_at(loc[:-1]).model_fields)
@@ -169,6 +172,7 @@ def _model_at(loc: tuple) -> type[BaseModel]:
 
 
 def _kind(value: Any) -> str:
+    """The kind of a value in the words of YAML."""
     return {dict: "mapping", list: "list", str: "text", bool: "true/false", int: "whole number", float: "number"}.get(
         type(value), "nothing" if value is None else type(value).__name__
     )

@@ -1,92 +1,22 @@
-"""The recipe: what `mla-tune train` is asked to do.  One class a section; every field says what it means and its unit.
+"""The sections and keys of a recipe, each with its meaning, unit and default: one class for each section.
 
-Unknown keys are errors.  Key names are a contract: recipes written today must load tomorrow.
+`docs/recipe.md` and `recipes/schema.json` are made from this file.  An unknown key is an error.  A key that is renamed
+gets an entry in `recipe.renamed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mla_tune.arch.roles import ADAPTABLE, GROUPS, PRESETS
-from mla_tune.errors import did_you_mean
-from mla_tune.sockets import ADAPTER_METHODS, OBJECTIVES
-
-TARGET_NAMES: tuple[str, ...] = (*(r.value for r in ADAPTABLE), *GROUPS)
-
-
-def _unknown(kind: str, name: Any, allowed: tuple[str, ...]) -> str:
-    hint = did_you_mean(str(name), allowed) or "."
-    return f"unknown {kind} '{name}'{hint} Allowed: {', '.join(allowed)}"
-
-
-def _targets(value: Any) -> Any:
-    """A preset stays a word, a single role or group becomes a list; every unknown name is told at once."""
-    if isinstance(value, str):
-        if value in PRESETS:
-            return value
-        if value not in TARGET_NAMES:
-            raise ValueError(_unknown("preset, role or group", value, (*PRESETS, *TARGET_NAMES)))
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"expected a preset or a list of roles and groups, got {value!r}")
-    wrong = [v for v in value if v not in TARGET_NAMES]
-    if wrong:
-        raise ValueError("; ".join(_unknown("role or group", v, TARGET_NAMES) for v in wrong))
-    return value
-
-
-def _role_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        wrong = [v for v in value if v not in TARGET_NAMES]
-        if wrong:
-            raise ValueError("; ".join(_unknown("role or group", v, TARGET_NAMES) for v in wrong))
-    return value
-
-
-def _one_of(names: Callable[[], tuple[str, ...]]) -> Callable[[Any], Any]:
-    """A check for a name of a registry, asked when a recipe is read: what was registered by then is allowed."""
-
-    def check(value: Any) -> Any:
-        allowed = names()
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError(
-                f"expected one of {', '.join(allowed)}, got {str(value)[:80]!r}{did_you_mean(str(value)[:80], allowed)}"
-            )
-        return value
-
-    return check
-
-
-def _methods() -> tuple[str, ...]:
-    return (*ADAPTER_METHODS.names, "none")
-
-
-def _objectives() -> tuple[str, ...]:
-    return OBJECTIVES.names
-
-
-_NAMES: dict[str, Any] = {"type": "string", "enum": list(TARGET_NAMES)}
-Targets = Annotated[
-    list[str] | str,
-    BeforeValidator(_targets),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string", "enum": [*PRESETS, *TARGET_NAMES]}, {"type": "array", "items": _NAMES}]}
-    ),
-]
-
-
-#: `adapter.method`: a name in `sockets.ADAPTER_METHODS`, or none.
-Method = Annotated[str, BeforeValidator(_one_of(_methods)), WithJsonSchema({"type": "string", "enum": [*_methods()]})]
-#: `train.objective`: a name in `sockets.OBJECTIVES`.
-ObjectiveName = Annotated[
-    str, BeforeValidator(_one_of(_objectives)), WithJsonSchema({"type": "string", "enum": [*_objectives()]})
-]
+from mla_tune.arch.roles import PRESETS
+from mla_tune.recipe.names import NAME_SCHEMA, Method, ObjectiveName, Targets, check_role_keys
 
 
 class Section(BaseModel):
+    """A section of a recipe: no unknown keys, no conversion of types, no change after it was made."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, strict=True
     )
@@ -105,13 +35,14 @@ class ModelSection(Section):
     attention: Literal[
         "auto", "packed", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
-    """Attention in training. packed: mla-tune's, one fused call a sample, no mask, no padding; the others are
-    transformers'. auto: the fastest of those that are here, by a short measurement (kept for the next run)."""
+    """Implementation of attention in training. packed: mla-tune's own, which calls a fused kernel for each sample and
+    needs neither mask nor padding; the others are transformers'. auto: the fastest one on this machine, found by a
+    short measurement that is kept for later runs."""
     experts: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
-    """transformers' implementation of the routed experts. auto: the faster of grouped_mm and eager, by a short
-    measurement (batched_mm copies a weight for each token: never chosen)."""
+    """transformers' implementation of the routed experts. auto: the faster of grouped_mm and eager, found by a short
+    measurement; batched_mm copies a weight for each token, so auto never takes it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
+    """Device that the model is trained on. auto: a GPU where there is one, else the CPU."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
@@ -128,12 +59,12 @@ class ModelSection(Section):
 
     @property
     def source(self) -> str:
-        """What the model comes from, as one word for tables."""
+        """Where the model comes from, for tables and messages: `embedded`, a folder, a hub id, or `preset NAME`."""
         return f"preset {self.preset}" if self.preset else (self.base or "embedded")
 
 
 class RoleOverride(Section):
-    """What differs for one role."""
+    """Settings of one role or group that differ from the adapter's."""
 
     rank: int | None = Field(default=None, ge=1, le=4096)
     """LoRA rank r of this role."""
@@ -144,10 +75,10 @@ class RoleOverride(Section):
 
 
 class AdapterSection(Section):
-    """What is trained."""
+    """Which matrices are trained, and by which method."""
 
     method: Method = "lora"
-    """lora: W + (alpha/r)·B·A. rslora: scaled by alpha/√r. dora: magnitude and direction apart.
+    """lora: W + (alpha/r)·B·A. rslora: the same, scaled by alpha/√r. dora: magnitude and direction are trained apart.
     none: no adapter, every weight is trained."""
     targets: Targets = "safe"
     """A preset, or a list of roles and groups. An explicit role that the model lacks is an error;
@@ -161,49 +92,52 @@ class AdapterSection(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """How A and B begin. default: A uniform, B zero. pissa, olora: with the leading part of W, which W then loses;
-    the saved adapter is a plain LoRA of twice the rank on the unchanged base."""
+    """Initial values of A and B. default: A uniform, B zero. pissa, olora: the leading part of W, which is taken out of
+    W; the saved adapter is a plain LoRA of twice the rank on the unchanged base."""
     modules_to_save: list[str] = []
-    """Modules that are trained whole and saved with the adapter: embed_tokens, lm_head, input_layernorm, or one by its
+    """Modules whose own weights are trained and saved with the adapter: embed_tokens, lm_head, input_layernorm, or a
     path (model.norm)."""
     roles: Annotated[
-        dict[str, RoleOverride], BeforeValidator(_role_keys), Field(json_schema_extra={"propertyNames": _NAMES})
+        dict[str, RoleOverride],
+        BeforeValidator(check_role_keys),
+        Field(json_schema_extra={"propertyNames": NAME_SCHEMA}),
     ] = {}
     """Overrides by role or group; a role's own entry wins over its group's."""
 
     @property
     def target_names(self) -> list[str]:
+        """Roles and groups of `targets`, a preset written out, and `experts` where the routed experts are adapted."""
         names = list(PRESETS[self.targets]) if isinstance(self.targets, str) else list(self.targets)
         return [*names, "experts"] if self.experts and "experts" not in names else names
 
 
 class OptimizerSection(Section):
-    """AdamW and its schedule."""
+    """AdamW, its learning rates, and their schedule."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate, as one would use it for LoRA on a standard-attention model."""
     mla_lr_scale: float = Field(default=0.65, gt=0)
-    """Factor on the learning rate of every adapter on an MLA model. A hypothesis with range 0.5 to 0.8, not a law.
-    Without an adapter it is not applied."""
+    """Factor on the learning rate of an adapter, because MLA's matrices react more strongly; 0.5 to 0.8 is advised, as
+    a hypothesis and not a law. It is not applied without an adapter."""
     modules_to_save_lr_scale: float = Field(default=0.1, gt=0)
-    """Factor on the learning rate of `adapter.modules_to_save`, after `mla_lr_scale`: whole matrices want a smaller one
-    than LoRA's factors."""
+    """Factor on the learning rate of `adapter.modules_to_save`, after `mla_lr_scale`: whole matrices need a smaller
+    rate than LoRA's factors."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after warm-up; cosine and linear end at 0."""
+    """Shape of the learning rate after warm-up; cosine and linear end at 0."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Warm-up in steps; wins over warmup_ratio."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay; norms and biases are left out."""
+    """AdamW's decoupled weight decay; norms and biases have none."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's decay of the first moment."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
     """AdamW's decay of the second moment."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are clipped to this norm; 0: not clipped."""
+    """Gradients are clipped to this norm; 0: they are not clipped."""
     lora_plus_ratio: float = Field(default=1.0, ge=1)
-    """Factor on the learning rate of B over that of A (LoRA+, arXiv:2402.12354, advises 16). 1: the same."""
+    """Learning rate of B divided by that of A (LoRA+, arXiv:2402.12354, advises 16). 1: both are equal."""
 
 
 class DataSource(Section):
@@ -230,11 +164,11 @@ class DataSource(Section):
     text: str = "text"
     """Column of plain text."""
     limit: int | None = Field(default=None, ge=1)
-    """Use the first so many rows only."""
+    """Use only this many rows, from the beginning."""
 
 
 class DataSection(Section):
-    """What it is trained on."""
+    """The rows that are trained on and evaluated on."""
 
     path: str = "mbpp"
     """`mbpp` or `gsm8k` (they ship with mla-tune), a local .jsonl, .json, .parquet, .csv or .txt file, or a hub id."""
@@ -261,27 +195,30 @@ class DataSection(Section):
     """How prompt and completion are joined. chat: with the tokenizer's chat template. none: as they stand.
     auto: chat where the tokenizer has a template."""
     train_on: Literal["completion", "all"] = "completion"
-    """Tokens that count. completion: the answer, or the assistant's turns of a chat. Plain text: always all."""
+    """Tokens that the loss counts. completion: the answer, or the assistant's turns of a chat. all: prompts too. Of
+    plain text all tokens count."""
     on_overflow: Literal["truncate", "split", "drop", "error"] = "truncate"
-    """A row of more than max_length tokens: cut its end, split it into several samples, leave it out (each is counted
-    and told), or stop. A row whose completion lies wholly beyond max_length can't be cut and is an error under
-    `truncate`. Plain text is always split."""
+    """What happens to a row of more than `train.max_length` tokens. truncate: its end is cut off. split: it becomes
+    several samples. drop: it is left out. error: the run stops before training. How many rows were cut, split or
+    dropped is reported. Under truncate, a row whose completion begins beyond max_length is an error. Plain text is
+    always split."""
     on_invalid_row: Literal["error", "skip"] = "error"
-    """A row that can't be used (an empty completion, other columns, a broken line): stop and name it, or leave it out,
-    counted and told."""
+    """What happens to a row that can't be used (an empty completion, other columns, a broken line). error: the run
+    stops before training and names it. skip: it is left out, counted and reported."""
     streaming: bool = False
-    """Read rows as they are needed, over and over, instead of all before the first step; needs train.max_steps.
-    .jsonl, .csv, .parquet and hub data sets; eval_fraction is then of the first `buffer` rows."""
+    """Read rows while training, over and over, instead of all of them before the first step. Needs `train.max_steps`,
+    and a .jsonl, .csv or .parquet file or a hub data set; eval_fraction is taken from the first `buffer` rows."""
     buffer: int = Field(default=1000, ge=1)
-    """Rows that a streamed data set is shuffled and packed among."""
+    """Rows of a streamed data set that are in memory at once, to be shuffled and packed."""
     cache: bool = True
-    """Keep tokenized rows on disk ($MLA_TUNE_CACHE, else ~/.cache/mla-tune), found again by their content's hash."""
+    """Keep tokenized rows on disk ($MLA_TUNE_CACHE, else ~/.cache/mla-tune), to be found again by a hash of their
+    contents."""
     eval_path: str | None = None
-    """A file or data set to evaluate on. Default: a part of `path`."""
+    """A file or data set to evaluate on. Default: the part of `path` that `eval_fraction` holds out."""
     eval_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the rows held out for evaluation (the embedded sets have a fixed held-out part instead). 0: none."""
     limit: int | None = Field(default=None, ge=1)
-    """Use the first so many rows only."""
+    """Use only this many rows, from the beginning."""
 
     @model_validator(mode="after")
     def _path_or_sources(self) -> DataSection:
@@ -291,56 +228,58 @@ class DataSection(Section):
 
 
 class SpikeSection(Section):
-    """Guard against spikes: a step whose loss or gradient norm leaves its running band is skipped and counted."""
+    """The guard against spikes: it skips and counts steps whose loss or gradient norm rises above a running band."""
 
     guard: bool = True
-    """false: no step is skipped."""
+    """Whether such steps are skipped."""
     window: int = Field(default=64, ge=8)
-    """Steps that the running band is made of; the guard is silent before a quarter of them (at least 8) is there."""
+    """Steps from which the running band is computed; the guard begins after a quarter of them, and after 8 at least."""
     width: float = Field(default=8.0, gt=0)
-    """Half the band's width, in robust standard deviations (1.4826 × median absolute deviation) above the median."""
+    """Upper edge of the band: so many robust standard deviations above the median (one is 1.4826 × the median absolute
+    deviation)."""
     patience: int = Field(default=3, ge=1)
-    """So many skipped steps in a row cut the learning rate."""
+    """Skipped steps in a row after which the learning rate is cut."""
     cut: float = Field(default=0.5, gt=0, lt=1)
-    """Factor on every learning rate at a cut, for the rest of the run."""
+    """Factor on every learning rate at a cut; it holds for the rest of the run."""
 
 
 class TrainSection(Section):
-    """How long, in what portions, and what is kept on the way."""
+    """Length of training, batches, evaluation and checkpoints."""
 
     objective: ObjectiveName = "sft"
     """What a step minimizes. sft: the cross-entropy of the trained tokens (supervised fine-tuning)."""
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over the data; not used when max_steps is given."""
+    """Length of training in passes over the data; not used when max_steps is given."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps."""
+    """Length of training in optimizer steps."""
     batch_size: int = Field(default=8, ge=1)
-    """Rows a forward pass and device."""
+    """Rows in one forward pass, on each device."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes an optimizer step."""
+    """Forward passes in one optimizer step."""
     max_length: int = Field(default=512, ge=8)
-    """Tokens a row at most."""
+    """Most tokens in a row."""
     packing: bool = True
     """Put several samples in one row; attention and positions stay within each sample."""
     activation_checkpointing: Literal["none", "mla", "full"] = "none"
-    """What the backward pass computes again instead of keeping it. mla: norms and MLA up-projections with the keys and
-    values that they make, as DeepSeek-V3's report does. full: whole layers, for about a third more time."""
+    """What the backward pass computes again, to save memory, instead of keeping it. mla: norms and MLA up-projections
+    with the keys and values that they make, as in DeepSeek-V3's report. full: whole layers, at about a third more
+    time."""
     compile: bool = False
-    """torch.compile the decoder layers: some minutes before the first step, faster steps after it."""
+    """Compile the decoder layers (torch.compile): some minutes before the first step, faster steps after it."""
     spike: SpikeSection = SpikeSection()
-    """What happens when the loss or the gradient norm leaves its running band."""
+    """The guard against spikes of the loss or the gradient norm."""
     eval_every: int = Field(default=0, ge=0)
-    """Steps between evaluations on held-out rows; 0: only before and after."""
+    """Steps between evaluations on held-out rows; 0: only before the first step and after the last."""
     save_every: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0: only when interrupted and at the end."""
+    """Steps between checkpoints; 0: only at the end, or when the run is interrupted."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many checkpoints are kept."""
+    """Checkpoints that are kept; older ones are deleted."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of metrics.jsonl."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialization, data order and dropout."""
     early_stopping: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without a better held-out loss; needs eval_every."""
+    """Evaluations in a row without a lower held-out loss after which training stops; needs eval_every."""
 
     @model_validator(mode="after")
     def _early_stopping_needs_eval(self) -> TrainSection:
@@ -355,15 +294,15 @@ class OutputSection(Section):
     dir: str = "runs/run"
     """Run folder: adapter/, checkpoints/, recipe.yaml, run.json, metrics.jsonl, loss.png, report.html."""
     overwrite: bool = False
-    """Empty a run folder that is there already."""
+    """Delete what a run folder of that name holds."""
     samples: int = Field(default=3, ge=0)
-    """Held-out prompts that the model answers before and after, for report.html; 0: none."""
+    """Held-out prompts that the model answers before and after training, for report.html; 0: none."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
-    """Also log to these, through transformers."""
+    """Trackers that the run is logged to as well, through transformers."""
 
 
 class Recipe(Section):
-    """A complete recipe."""
+    """A complete recipe: what `mla-tune train` does.  Every section and every key has a default."""
 
     model: ModelSection = ModelSection()
     adapter: AdapterSection = AdapterSection()

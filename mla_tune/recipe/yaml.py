@@ -1,4 +1,4 @@
-"""YAML as a recipe needs it: `1e-4` is a number, a key given twice is an error, and every key knows its line."""
+"""The YAML that a recipe is written in: `1e-4` is a number, a key given twice is an error, every key has its line."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ SHOWN = 1200
 
 
 def print_view(found: dict[str, Any]) -> None:
-    """Samples, counts, histogram, packing, of `data.view.view`."""
+    """Samples, counts, histogram, packing, of `data.preview.view`."""
     colored = out.color_system is not None
     for source in found["sources_shown"]:
         for number, sample in enumerate(source["samples"], start=1):

@@ -16,7 +16,7 @@ COLUMNS = ("weights", "trained", "gathered", "activations", "working", "reserve"
 
 
 def print_fit(fit: dict[str, Any]) -> None:
-    """Print `survey.fit.fit`: GB on one GPU by purpose, whether it fits, and what to start."""
+    """Print `preflight.gpu_fit.gpu_fit`: GB on one GPU by purpose, whether it fits, and what to start."""
     one = "1 GPU" if fit["gpus"] == 1 else f"{fit['gpus']} GPUs"
     counts = f"{human_count(fit['params_total'])} parameters, {human_count(fit['trainable_params'])} trained"
     out.print(

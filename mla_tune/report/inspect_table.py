@@ -48,7 +48,7 @@ WIDE = 108
 
 
 def render(document: dict[str, Any], depth: Depth, console: Console) -> None:
-    """Print what `survey.inspect.survey` found: a header, the table of the asked depth, and notes."""
+    """Print what `preflight.inspect.inspect_architecture` found: a header, the table of the asked depth, and notes."""
     layers: list[Layer] = document["layers"]
     for line in _header(document):
         console.print(line, soft_wrap=True)  # a long path breaks where the terminal ends, not before

@@ -16,7 +16,7 @@ def _lora(r: dict[str, Any]) -> tuple[str, str]:
 
 
 def print_plan(plan: dict[str, Any], recipe: Recipe) -> None:
-    """Print matrices by role, data, memory and warnings of `survey.plan.plan`."""
+    """Print matrices by role, data, memory and warnings of `preflight.plan.plan`."""
     out.print(
         f"{plan['model']} ({plan['model_type']}, {human_count(plan['params_total'])} parameters), {plan['method']}: "
         f"{human_count(plan['trainable_params'])} trained, {plan['trainable_share'] * 100:.2f} %"
