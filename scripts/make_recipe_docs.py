@@ -26,9 +26,9 @@ model: {base: path/to/model}  # a folder in Hugging Face form, or a hub id
 data:  {path: rows.jsonl}     # columns prompt and completion, or messages, or text
 ```
 
-An unknown key is an error that names the nearest one, and a key that had another name in an earlier version is an error
-that gives the new one. `mla-tune schema > schema.json` writes this page as JSON Schema; editors find it through the first
-line of a recipe:
+An unknown key is an error that names the nearest one. A key that had another name in an earlier version is an error
+that gives the new one. `mla-tune schema > schema.json` writes this page as JSON Schema; editors find it through the
+first line of a recipe:
 
 ```yaml
 # yaml-language-server: $schema=schema.json
