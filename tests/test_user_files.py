@@ -262,3 +262,32 @@ def test_rows_of_strange_characters(cli, tmp_path: Path, row: dict[str, str]) ->
     done = cli("data", "--recipe", "safe", "--set", f"data.path={tmp_path / 'rows.jsonl'}", "--json")
     assert done.code == (2 if "\ud800" in row["prompt"] else 0), done.err
     assert "Traceback" not in done.err
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["inspect", LONG],
+        ["inspect", "embedded", "--check-weights", LONG],
+        ["plan", "--no-data", "--recipe", LONG],
+        ["plan", "--no-data", "--recipe", "safe", "--set", f"model.base={LONG}"],
+        ["plan", "--no-data", "--recipe", "safe", "--set", f"model.base=a/{LONG}"],
+        ["data", "--recipe", "safe", "--set", f"data.path={LONG}.jsonl"],
+        ["train", "--recipe", "safe", "--output", LONG],
+        ["merge-absorb", LONG],
+        ["verify", LONG],
+        ["serve-check", LONG, "--engine", "vllm"],
+        ["generate", LONG, "--prompt", "x"],
+        ["generate", "embedded", "--prompts", LONG],
+        ["runs", LONG],
+    ],
+    ids=lambda args: " ".join(a.replace(LONG, "LONG") for a in args),
+)
+def test_a_path_that_the_system_refuses(cli, args: list[str]) -> None:
+    done = cli(*args)
+    assert done.code == 2
+    assert "File name too long" in done.err
+    assert "Traceback" not in done.err

@@ -15,7 +15,7 @@ import typer
 
 from mla_tune import __version__
 from mla_tune.cli import bench
-from mla_tune.cli.common import Command
+from mla_tune.cli.common import BAD_PATH, Command, unusable_path
 from mla_tune.console import hush_imports
 from mla_tune.errors import Interrupted, MlaTuneError, RecipeError
 
@@ -93,6 +93,11 @@ def main() -> None:
         for line in lines:
             print(line if isinstance(error, Interrupted) else f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a path that the system itself refuses, wherever it was first looked at
+        if os.environ.get("MLA_TUNE_DEBUG") or not isinstance(error.filename, (str, bytes)):
+            raise
+        print(f"error: {unusable_path(error)}", file=sys.stderr)
+        sys.exit(2 if error.errno in BAD_PATH else 1)
     except SystemExit as leaving:
         if leaving.code == 130:  # Ctrl-C: typer exits without a word
             print("stopped", file=sys.stderr)

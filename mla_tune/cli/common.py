@@ -1,4 +1,4 @@
-"""What commands share: options that had another name in an earlier version.
+"""What commands share: options that had another name in an earlier version, and paths that can't be used.
 
 An old name in `OLD_OPTIONS` is an error that names the new one; one in `HIDDEN_ALIASES` still works and is not listed.
 Both hold for every command that has the new option, so that a renaming needs one line here and nothing in the command.
@@ -6,6 +6,8 @@ Both hold for every command that has the new option, so that a renaming needs on
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +36,19 @@ class Alias:
 HIDDEN_ALIASES: dict[str, Alias] = {
     "--fp8": Alias("--quantized", {"bf16": "dequantize"}),
 }
+
+
+#: What is wrong with a path that a user gave: too long, closed to us, a file in place of a folder, links in a circle.
+BAD_PATH = frozenset(
+    (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOENT)
+)
+
+
+def unusable_path(error: OSError) -> str:
+    """The message for an error of the operating system about a path, which is cut where it is long."""
+    path = os.fsdecode(error.filename)
+    shown = path if len(path) <= 200 else f"{path[:97]}…{path[-100:]}"
+    return f"{shown}: {error.strerror}"
 
 
 class Command(TyperCommand):
