@@ -41,6 +41,9 @@ def test_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
         (lambda c: (c / "inside" / "state.json").unlink(), "inside/state.json is missing"),
         (lambda c: (c / "files.json").unlink(), "files.json is missing, so it was never whole"),
         (lambda c: (c / "files.json").write_text('{"weights'), "files.json can't be read"),
+        (lambda c: (c / "files.json").write_bytes(b"\xff\xfe\0"), "files.json can't be read"),
+        (lambda c: (c / "files.json").write_text("[" * 100_000), "files.json can't be read"),
+        (lambda c: (c / "files.json").write_text('{"a": 3}'), "does not give the size and hash of a"),
     ],
 )
 def test_a_damaged_one_is_told_and_passed_over(tmp_path: Path, harm, words: str) -> None:

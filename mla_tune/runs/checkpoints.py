@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from mla_tune.errors import WorkError
+from mla_tune.errors import FileError, WorkError
+from mla_tune.user_files import read_json_object
 
 FILES = "files.json"
 #: What mla-tune itself has to remember: spike guard, counts, patience of early stopping.
@@ -37,13 +37,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None: each file has the size and hash it was written with."""
-    try:
-        files: dict[str, dict[str, Any]] = json.loads((checkpoint / FILES).read_text())
-    except FileNotFoundError:
+    if not (checkpoint / FILES).exists():
         return f"{FILES} is missing, so it was never whole"
-    except (OSError, ValueError) as error:
+    try:
+        files = read_json_object(checkpoint / FILES, "the list of a checkpoint's files")
+    except FileError as error:
         return f"{FILES} can't be read ({error})"
     for name, wanted in files.items():
+        if not isinstance(wanted, dict) or not {"bytes", "sha256"} <= wanted.keys():
+            return f"{FILES} does not give the size and hash of {name}"
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"

@@ -131,7 +131,7 @@ def _step_of(line: str) -> int:
     """-1 for a line that was cut when the process died or the disk was full."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return -1
 
 
@@ -153,7 +153,7 @@ class Metrics(TrainerCallback):
         self.trainer: Any = None
         kept = []
         if start_step and path.exists():  # a resumed run: what came after its checkpoint is written again
-            kept = [line for line in path.read_text().splitlines() if 0 <= _step_of(line) <= start_step]
+            kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step_of(line) <= start_step]
         path.write_text("".join(line + "\n" for line in kept))
         self.began = time.monotonic()
         self.tokens_before = 0
