@@ -198,11 +198,15 @@ class Metrics(TrainerCallback):
             line["learning_rate"] = rates_now(kwargs.get("optimizer"))
             line["tokens"] = trainer.real_tokens
             line["tokens_per_s"] = round(self.rate(), 1)
+            if trainer.step_metrics:
+                line["metrics"] = {name: _number(value) for name, value in trainer.step_metrics.items()}
             if trainer.guard.skipped:
                 line["skipped"] = trainer.guard.skipped
             line |= self.spikes_since_last_line()
         if "eval_loss" in logs:
             line["eval_loss"] = float(logs["eval_loss"])
+            if names := self.trainer.objective.metrics:
+                line["eval_metrics"] = {name: _number(logs[f"eval_{name}"]) for name in names}
         if len(line) > 1:
             with self.path.open("a") as f:
                 f.write(json.dumps(line) + "\n")

@@ -13,6 +13,7 @@ from mla_tune.model.load import Loaded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.runs.folder import RunFolder
 from mla_tune.training.distributed.team import Team
+from mla_tune.training.objective import Objective
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Job:
     placement: Placement
     arch: Architecture
     team: Team
+    objective: Objective
     folder: RunFolder = field(init=False)
     checkpoint: Path | None = field(init=False)
     tokenizer: Any = field(init=False)

@@ -90,10 +90,10 @@ def _adapted(job: Job) -> tuple[torch.nn.Module, Ways]:
     elif frozen := freeze_unreached(model, loaded.arch):
         what = "towers and indexers" if loaded.arch.wrapper else "indexers"
         err.print(f"note: {human_count(frozen)} parameters of {what} stay frozen: text gives them no gradient")
-    ways = prepare_model(model, loaded, recipe, job.data, job.run.get("chosen")) if team.first else None
+    ways = prepare_model(model, loaded, recipe, job.data, job.objective, job.run.get("chosen")) if team.first else None
     job.run["chosen"] = team.same(ways.chosen if ways else None)
     if ways is None:
-        ways = prepare_model(model, loaded, recipe, job.data, job.run["chosen"])
+        ways = prepare_model(model, loaded, recipe, job.data, job.objective, job.run["chosen"])
     if team.by_zero3:
         gather_experts_whole(model)
     for line in loaded.lines + ways.lines:
@@ -123,11 +123,12 @@ def _trainer(job: Job, model: torch.nn.Module, ways: Ways, steps: int, callbacks
     trainer = RoleTrainer(
         model=model,
         args=arguments(recipe, job.folder, job.loaded, steps, bool(data.held_out_rows)),
-        data_collator=CountingCollator(ways.collator(recipe, job.tokenizer)),
+        data_collator=CountingCollator(job.objective.collator(ways.collator(recipe, job.tokenizer))),
         train_dataset=data.train_rows if data.streamed else rows(data.train_rows),
         eval_dataset=rows(data.held_out_rows) if data.held_out_rows else None,
         processing_class=job.tokenizer,
         callbacks=callbacks,
+        objective=job.objective,
         groups=lambda m: param_groups(m, job.placement, recipe),
         guard=SpikeGuard(recipe.train.spike),
         keep=recipe.train.keep_checkpoints,

@@ -16,10 +16,10 @@ from mla_tune.model.load import DTYPES, Loaded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.kernels import packed_attention as packed
 from mla_tune.training.kernels.autotune import EXPERTS, FLAT, choose_attention, choose_experts
-from mla_tune.training.kernels.chunked_loss import score_by_chunks
 from mla_tune.training.kernels.lora_linear import by_factors
 from mla_tune.training.kernels.mla_checkpointing import recompute_mla
 from mla_tune.training.kernels.rms_norm import lean_norms
+from mla_tune.training.objective import Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,12 @@ class Ways:
 
 
 def prepare_model(
-    model: Any, loaded: Loaded, recipe: Recipe, data: Prepared, chosen: dict[str, str] | None = None
+    model: Any,
+    loaded: Loaded,
+    recipe: Recipe,
+    data: Prepared,
+    objective: Objective,
+    chosen: dict[str, str] | None = None,
 ) -> Ways:
     """Choose kernels (`chosen` says what an interrupted run chose), patch loss, norms and LoRA, set what is recomputed.
 
@@ -52,7 +57,7 @@ def prepare_model(
     experts = _experts(base, loaded, recipe, chosen, lines)
     if experts:
         set_experts(base, experts)
-    score_by_chunks(base)
+    objective.prepare_model(base)
     if recipe.adapter.method != "none":
         by_factors(model)
     if recipe.train.activation_checkpointing == "mla":

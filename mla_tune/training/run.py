@@ -20,6 +20,7 @@ from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.runs.checkpoints import newest_whole
 from mla_tune.runs.folder import RunFolder, check_folder, environment, how_to_go_on, make_folder, write_recipe
 from mla_tune.runs.process import this_process
+from mla_tune.sockets import OBJECTIVES
 from mla_tune.training.distributed.launch import worker
 from mla_tune.training.distributed.team import join, leave, lost_others_told, tell_idle_gpus
 from mla_tune.training.job import Job
@@ -54,9 +55,10 @@ def train(
     recipe = resolved.recipe
     for line in resolved.notes:
         err.print(f"note: {line}", markup=False, soft_wrap=True)
+    objective = OBJECTIVES.get(recipe.train.objective)(recipe)
     team = join(recipe)
     with lost_others_told(team, lambda: how_to_go_on(RunFolder(Path(recipe.output.dir).expanduser()))):
-        job = _begin(Job(recipe, resolved.placement, resolved.arch, team), resume, allow_changes)
+        job = _begin(Job(recipe, resolved.placement, resolved.arch, team, objective), resume, allow_changes)
         _do(job, callbacks)
     leave()
     return job.run
@@ -73,6 +75,7 @@ def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
     for line in job.data.lines:
         err.print(line, markup=False, soft_wrap=True)
     check_held_out(recipe, job.data)
+    job.objective.check_data(job.data)
     job.start_memory = memory_now()
     full = job.placement.method == "none"
     with memory_advice(recipe):

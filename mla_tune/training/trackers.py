@@ -60,6 +60,7 @@ class ForTrackers(TrainerCallback):
         logs |= {f"lr/{role}": rate for role, rate in rates_now(kwargs.get("optimizer")).items()}
         logs |= {f"grad_norm/{role}": norm for role, norm in self.trainer.role_norms.items()}
         logs |= {"spike": self.spikes, "spikes": self.trainer.guard.skipped, "cuts": self.trainer.guard.cuts}
+        logs |= self.trainer.step_metrics
         logs["tokens"] = self.trainer.real_tokens
         self.spikes = 0
 

@@ -21,7 +21,8 @@ from mla_tune.runs import checkpoints
 from mla_tune.training.distributed.deepspeed import gradient
 from mla_tune.training.distributed.sampler import EvenSampler, SetEpoch, is_filler
 from mla_tune.training.distributed.team import Team, gathered, set_up_sharding
-from mla_tune.training.kernels.chunked_loss import KEYWORD
+from mla_tune.training.held_out import held_out_figures
+from mla_tune.training.objective import Objective
 from mla_tune.training.spike_guard import Spike, SpikeGuard
 
 
@@ -38,9 +39,10 @@ class CountingCollator:
 
 
 class RoleTrainer(Trainer):
-    """`groups` builds the optimizer's parameter groups from the model; `guard` judges each step.
+    """transformers' `Trainer`, for one run.
 
-    The model must answer `token_loss=True` (`train.loss.score_by_chunks`).
+    `objective` says what is minimized, `groups` builds the optimizer's parameter groups from the model, `guard` judges
+    each step, `team` are the processes of the run, and `keep` is how many checkpoints stay.
     """
 
     model: Any
@@ -48,12 +50,14 @@ class RoleTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        objective: Objective,
         groups: Callable[[torch.nn.Module], list[dict[str, Any]]],
         guard: SpikeGuard,
         team: Team,
         keep: int = 2,
         **kwargs: Any,
     ) -> None:
+        self.objective = objective
         self.groups = groups
         self.guard = guard
         self.team = team
@@ -68,11 +72,18 @@ class RoleTrainer(Trainer):
         self.step_loss: list[torch.Tensor] = []
         self.step_tokens = 0
         self.role_norms: dict[str, float] = {}
+        #: The objective's metrics: sums (M,) of each micro-batch of the step under way, here; units of the whole step;
+        #: and means over the latest step.
+        self.step_sums: list[torch.Tensor] = []
+        self.step_count: torch.Tensor | float = 1.0
+        self.step_metrics: dict[str, float] = {}
         self.spike: Spike | None = None
         self._staging: Path | None = None
         #: (step, held-out loss) of the latest evaluation
         self.last_evaluation: tuple[int, float] = (-1, math.nan)
         super().__init__(*args, **kwargs)
+        # The loss is divided by the units of the whole step, so the Trainer must not divide it by the micro-batches.
+        self.model_accepts_loss_kwargs = True
 
     # ---- many processes ----
 
@@ -137,10 +148,13 @@ class RoleTrainer(Trainer):
         scaler = self.accelerator.scaler
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         values = torch.stack(list(squares.values())).tolist() if squares else []
-        loss, values = self._all_agree(float(torch.stack(self.step_loss).sum()), values)
+        metrics = torch.stack(self.step_sums).sum(0).tolist() if self.step_sums else []
+        loss, metrics, values = self._all_agree(float(torch.stack(self.step_loss).sum()), metrics, values)
+        count = max(float(self.step_count), 1.0)
+        self.step_metrics = {name: v / count for name, v in zip(self.objective.metrics, metrics, strict=True)}
         self.role_norms = {name: math.sqrt(v) / scale for name, v in zip(squares, values, strict=True)}
         total = math.sqrt(sum(values)) / scale
-        self.step_loss = []
+        self.step_loss, self.step_sums = [], []
         self.spike = None
         if scale != 1.0 and not math.isfinite(total):
             return total  # a float16 scale that was too large: the scaler skips the step and lowers it
@@ -153,24 +167,32 @@ class RoleTrainer(Trainer):
                 self._cut(self.spike.cut)
         return total
 
-    def _all_agree(self, loss: float, squares: list[float]) -> tuple[float, list[float]]:
-        """The step's loss over all processes and the first one's norms, to the last bit the same for all; on the way
-        tokens are counted, and whether one of them wants to stop."""
+    def _all_agree(
+        self, loss: float, metrics: list[float], squares: list[float]
+    ) -> tuple[float, list[float], list[float]]:
+        """Return the step's loss and the sums of its metrics over all processes, and the first one's squared norms.
+
+        They are the same to the last bit in all processes.  The step's tokens are counted on the way, and whether a
+        process wants to stop.
+        """
         tokens, stop = self.step_tokens, self.wants_stop()
         self.step_tokens = 0
         if self.team.many:
-            sums = torch.tensor([loss, tokens, stop], dtype=torch.float64)  # on the CPU, whose group is always there
+            sums = torch.tensor(
+                [loss, tokens, stop, *metrics], dtype=torch.float64
+            )  # on the CPU, whose group is always there
             norms = torch.tensor(squares, dtype=torch.float64)
             dist.all_reduce(sums)
             if self.roles_of_handles:
                 dist.all_reduce(norms)  # of this process's shards as yet
             shared = torch.cat([sums, norms])
             dist.broadcast(shared, src=0)
-            loss, tokens, stop, *squares = shared.tolist()
+            loss, tokens, stop, *rest = shared.tolist()
+            metrics, squares = rest[: len(metrics)], rest[len(metrics) :]
             loss /= self.team.here.count
         self.real_tokens += int(tokens)
         self.stop_agreed = bool(stop)
-        return loss, squares
+        return loss, metrics, squares
 
     def _cut(self, factor: float) -> None:
         """Every learning rate from here on; the scheduler's own state carries it over a resume."""
@@ -189,14 +211,21 @@ class RoleTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean over the trained tokens of the global batch, in nats."""
+        """The objective's loss, a mean over its units.
+
+        `num_items_in_batch`: the units of the whole step; None: those of this batch.
+        """
         tokens = inputs.pop("real_tokens", None)
+        count = torch.as_tensor(self.objective.count(inputs) if num_items_in_batch is None else num_items_in_batch)
+        found = self.objective.loss(model, inputs)
         if tokens is not None and self.model.training:
             self.step_tokens += int(tokens)
-        count = num_items_in_batch
-        if count is None:
-            count = (inputs["labels"][:, 1:] != -100).sum()
-        loss = model(**inputs, **{KEYWORD: True}) / torch.as_tensor(count).clamp(min=1)
+        if self.objective.metrics:
+            self.step_sums.append(
+                torch.stack([found.metrics[name].detach().float() for name in self.objective.metrics])
+            )
+            self.step_count = count
+        loss = found.loss / count.clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is of all processes, and their gradients are averaged.
             loss = loss * self.accelerator.num_processes
@@ -208,6 +237,15 @@ class RoleTrainer(Trainer):
         self.rows += self.args.per_device_train_batch_size * self.team.here.count
         return loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Units of the objective in all micro-batches of a step, of all processes."""
+        if not batch_samples:
+            return None
+        count = torch.stack([self.objective.count(batch) for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
+        return count
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the stock way walks over all parameters at every step."""
         return 0
@@ -215,26 +253,11 @@ class RoleTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over all trained tokens of the held-out rows, in nats.
-
-        The stock loop averages batch means, so its figure moves with batch size and packing; this one does not.
-        """
+        """The objective's loss and metrics on the held-out rows, means over all their units (`held_out_figures`)."""
         was_training = self.model.training
         self.model.eval()
-        loader = self.get_eval_dataloader(eval_dataset)
-        total = torch.zeros(2, dtype=torch.float64)
-        with torch.no_grad():
-            for inputs in loader:
-                inputs = self._prepare_inputs(inputs)
-                count = int((inputs["labels"][:, 1:] != -100).sum())
-                if count or self.team.sharded:  # where the model is sharded, the others wait for this forward
-                    with self.compute_loss_context_manager():
-                        loss = self.compute_loss(self.model, inputs)
-                    total += torch.tensor([float(loss) * count, count], dtype=torch.float64)
-        total = self.accelerator.reduce(total.to(self.args.device), reduction="sum")
-        assert isinstance(total, torch.Tensor)
-        loss_sum, tokens = total.tolist()
-        metrics = {f"{metric_key_prefix}_loss": loss_sum / tokens if tokens else math.nan}
+        found = held_out_figures(self, self.get_eval_dataloader(eval_dataset))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.last_evaluation = (self.state.global_step, metrics[f"{metric_key_prefix}_loss"])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
