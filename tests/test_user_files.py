@@ -144,6 +144,12 @@ def of_tokenizer(name: str) -> Callable[[Path, bytes], list[str]]:
     return command
 
 
+def generation_config(tmp_path: Path, data: bytes) -> list[str]:
+    base = copy_of_embedded(tmp_path / "base")
+    (base / "generation_config.json").write_bytes(data)
+    return ["generate", str(base), "--prompt", "x", "-n", "1"]
+
+
 KINDS: dict[str, Callable[[Path, bytes], list[str]]] = {
     "recipe": recipe,
     "rows.jsonl": data_of(".jsonl"),
@@ -164,11 +170,14 @@ KINDS: dict[str, Callable[[Path, bytes], list[str]]] = {
     "prompts": prompts,
     "chat_template.jinja": of_tokenizer("chat_template.jinja"),
     "tokenizer_config.json": of_tokenizer("tokenizer_config.json"),
+    "generation_config.json": generation_config,
     "tokenizer.json": of_tokenizer("tokenizer.json"),
 }
 
 
 CASES = [(kind, bytes_) for kind in KINDS for bytes_ in AWFUL]
+# Objects without a known key: settings that say nothing.
+CASES.remove(("generation_config.json", "an escaped NUL"))
 CASES.remove(("chat_template.jinja", "empty"))  # a model without a template
 
 

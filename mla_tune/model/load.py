@@ -25,6 +25,7 @@ from mla_tune.model.auto import auto_class, set_experts
 from mla_tune.model.quantized_linear import EXPERTS, Matrix, register_experts
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
+from mla_tune.user_files import read_json_object
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -124,6 +125,8 @@ def load_model(
         base = str(EMBEDDED_MODEL) if section.base in (None, "embedded") else str(folder or section.base)
         if folder:
             Checkpoint.open(folder)  # a damaged or missing file is named here, before transformers meets it
+            if (folder / "generation_config.json").exists():
+                read_json_object(folder / "generation_config.json", "the settings for sampling")
         hub = {"revision": section.revision} if section.revision and folder is None else {}
         kwargs |= {"trust_remote_code": section.trust_remote_code, **hub}
         if kind:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from mla_tune.errors import FileError, RecipeError, did_you_mean
 from mla_tune.recipe.renamed import OLD_KEYS
 from mla_tune.recipe.schema import Recipe
-from mla_tune.recipe.yaml import Document, parse, scalar
+from mla_tune.recipe.yaml import Document, parse, scalar, shortened
 from mla_tune.resources import RECIPES, recipe_names
 from mla_tune.user_files import read_text
 
@@ -32,7 +32,7 @@ def find_recipe(name: str) -> Path:
     except FileError:
         raise
     except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, `~` of nobody
-        raise FileError(f"{_short(name)}: can't be read: {getattr(error, 'strerror', None) or error}") from None
+        raise FileError(f"{shortened(name)}: can't be read: {getattr(error, 'strerror', None) or error}") from None
     stem = name.removesuffix(".yaml").removesuffix(".yml")
     if "/" not in name and stem in recipe_names():
         return RECIPES / f"{stem}.yaml"
@@ -80,11 +80,12 @@ def build(doc: Document, where: str, overrides: list[str] | tuple[str, ...] = ()
 def _override(data: dict, text: str, from_set: dict[tuple, str]) -> str | None:
     """Put one `a.b=value` into `data`, and the paths that it set into `from_set`.  Returns what is wrong with it."""
     key, eq, value = text.partition("=")
+    shown = text if len(text) <= 120 else f"{text[:117]}…"
     path = tuple(key.strip().split("."))
     if not eq or not all(path):
-        return f"--set {text}: expected a.b=value, such as --set train.max_steps=50"
+        return f"--set {shown}: expected a.b=value, such as --set train.max_steps=50"
     try:
-        parsed = scalar(value, f"--set {text}")
+        parsed = scalar(value, f"--set {shown}")
     except RecipeError as error:
         return error.problems[0]
     here: Any = data
@@ -93,10 +94,10 @@ def _override(data: dict, text: str, from_set: dict[tuple, str]) -> str | None:
             here[part] = {}
         here = here[part]
         if not isinstance(here, dict):
-            return f"--set {text}: '{part}' is a {_kind(here)}, not a section"
+            return f"--set {shown}: '{part}' is a {_kind(here)}, not a section"
     here[path[-1]] = parsed
     for i in range(1, len(path) + 1):
-        from_set[path[:i]] = f"--set {text}"
+        from_set[path[:i]] = f"--set {shown}"
     return None
 
 
@@ -129,7 +130,7 @@ def _what(error: Any, loc: tuple) -> str:
     if kind == "literal_error":
         allowed = ctx["expected"].replace(" or ", ", ")
         names = [n.strip().strip("'") for n in allowed.split(",")]
-        return f"expected one of {', '.join(names)}, got {_short(got)}{did_you_mean(str(got)[:80], names)}"
+        return f"expected one of {', '.join(names)}, got {shortened(got)}{did_you_mean(str(got)[:80], names)}"
     expected = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",
@@ -143,18 +144,12 @@ def _what(error: Any, loc: tuple) -> str:
         "finite_number": "a finite number",
     }.get(kind)
     if expected:
-        return f"expected {expected}, got {_short(got)} ({_kind(got)})"
+        return f"expected {expected}, got {shortened(got)} ({_kind(got)})"
     bounds = {"greater_than": "more than {gt}", "greater_than_equal": "at least {ge}", "less_than": "less than {lt}",
               "less_than_equal": "at most {le}"}  # fmt: skip
     if kind in bounds:
-        return f"expected {bounds[kind].format(**ctx)}, got {_short(got)}"
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {_short(got)}"
-
-
-def _short(value: Any) -> str:
-    """A value as Python writes it, cut where it is long."""
-    shown = repr(value)
-    return shown if len(shown) <= 120 else f"{shown[:117]}…"
+        return f"expected {bounds[kind].format(**ctx)}, got {shortened(got)}"
+    return f"{error['msg'][:1].lower()}{error['msg'][1:]}, got {shortened(got)}"
 
 
 def _model_at(loc: tuple) -> type[BaseModel]:

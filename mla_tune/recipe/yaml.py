@@ -128,7 +128,7 @@ class _Walk:
         except Exception as error:  # PyYAML's constructors let what int(), date() and their like raise pass
             why = str(error) or type(error).__name__
             self.problems.append(
-                f"{self._at(node)}: {dotted}{_short(node.value)} is no {node.tag.split(':')[-1]}: {why}"
+                f"{self._at(node)}: {dotted}{shortened(node.value)} is no {node.tag.split(':')[-1]}: {why}"
             )
             return None
         if isinstance(value, str) and (wrong := _UNUSABLE.search(value)):
@@ -139,6 +139,7 @@ class _Walk:
         return f"{self.where}:{node.start_mark.line + 1}"
 
 
-def _short(text: Any) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 60 else f"{shown[:57]}…"
+def shortened(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= 120 else f"{shown[:117]}…"

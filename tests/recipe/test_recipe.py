@@ -169,6 +169,12 @@ def test_overrides_are_yaml_and_nest(tmp_path: Path) -> None:
             load_recipe("safe", [bad])
 
 
+def test_a_long_override_is_cut_in_its_error() -> None:
+    with pytest.raises(RecipeError, match="nested too deeply") as error:
+        load_recipe("safe", [f"data.path={'[' * 50_000}"])
+    assert len(str(error.value)) < 300
+
+
 def test_missing_recipe_names_the_shipped_ones() -> None:
     with pytest.raises(FileError, match=r"did you mean 'safe'\? Shipped: W_UKV-priority, all-linear"):
         load_recipe("sfae")
