@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
-from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.checkpoint.index import Checkpoint, TensorRef
 
 #: Endings of the keys of tensors that belong to a quantized weight, beside its codes.
 _SCALES = ("_scale", "_scale_inv", "scale", "_scale_2", "input_scale", "_packed", "_shape", "qzeros", "g_idx", "absmax")
@@ -62,6 +63,23 @@ def check_weights(arch: Architecture, folder: Path) -> dict[str, Any]:
             found += 1
             if site.mtp and site.layer is not None:
                 mtp.add(site.layer)
+    return {
+        "folder": str(folder),
+        "holds": not missing and not wrong,
+        "found": found,
+        "missing": missing,
+        "wrong_shape": wrong,
+        "mtp_layers": len(mtp),
+        "unexplained": _unexplained(arch, here, tensors, known),
+        "tensors": len(tensors),
+    }
+
+
+def _unexplained(
+    arch: Architecture, here: Architecture, tensors: Mapping[str, TensorRef], known: set[str]
+) -> list[str]:
+    """Keys of matrices that `arch` does not explain; `here` is `arch` with the names of this checkpoint, and `known`
+    holds the keys that were compared."""
     ends = set(here.naming.candidates(arch.embedding))
     unexplained = [
         key
@@ -73,17 +91,8 @@ def check_weights(arch: Architecture, folder: Path) -> dict[str, Any]:
         beyond = re.compile(r"\.experts\.(\d+)\.")
         count = max(site.count for site in arch)
         unexplained = [k for k in unexplained if not ((m := beyond.search(k)) and int(m[1]) >= count)]
-    mtp_named = [k for k in unexplained if any(f"layers.{arch.num_layers + i}." in k for i in range(arch.mtp_layers))]
-    return {
-        "folder": str(folder),
-        "holds": not missing and not wrong,
-        "found": found,
-        "missing": missing,
-        "wrong_shape": wrong,
-        "mtp_layers": len(mtp),
-        "unexplained": [k for k in unexplained if k not in mtp_named],
-        "tensors": len(tensors),
-    }
+    mtp = [f"layers.{arch.num_layers + i}." for i in range(arch.mtp_layers)]
+    return [k for k in unexplained if not any(name in k for name in mtp)]
 
 
 def _shape(site: Site, pieces: int) -> tuple[int, ...]:
