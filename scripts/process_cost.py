@@ -35,7 +35,7 @@ def measure(command: Sequence[str], env: Mapping[str, str] | None = None) -> Cos
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
-        watch = _Watch(process.pid)
+        watch = VersionGuard(process.pid)
         watch.start()
         code = process.wait()
         seconds = time.perf_counter() - began
@@ -47,7 +47,7 @@ def measure(command: Sequence[str], env: Mapping[str, str] | None = None) -> Cos
     return Cost(seconds, watch.peak, watch.anonymous)
 
 
-class _Watch(threading.Thread):
+class VersionGuard(threading.Thread):
     """Reads /proc/PID/status of a process tree until it is stopped."""
 
     def __init__(self, pid: int) -> None:

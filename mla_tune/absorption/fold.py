@@ -162,7 +162,7 @@ _OBSTACLES = {
 }
 
 
-def obstacle(name: str) -> str | None:
+def unsupported_reason(name: str) -> str | None:
     """Why a tensor of this name inside an attention module (`q_b_proj.bias`, `g_proj.weight`) makes `fold` inexact;
     None where it doesn't."""
     part = name.split(".", 1)[0]

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from mla_tune.adapter.keys import MAGNITUDE, KeyMap, Place, in_model, is_expert_key
-from mla_tune.adapter.settings import CONFIG_FILE, Names, read_settings
+from mla_tune.adapter.keys import AdapterKeys, KeyTarget, in_model, is_expert_key
+from mla_tune.adapter.methods import AdapterMethod, method_of
+from mla_tune.adapter.settings import CONFIG_FILE, AdapterSettings, read_settings
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.dtypes import FLOATS, decode
@@ -23,6 +24,7 @@ from mla_tune.checkpoint.index import TensorRef, read_shard
 from mla_tune.checkpoint.pickles import PICKLES, convert_command
 from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import FileError, InputError
+from mla_tune.sockets import ADAPTER_METHODS
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 #: Where a run folder keeps its adapter.
@@ -34,12 +36,13 @@ _BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterDelta:
+class LoraDelta:
     """One low-rank update of one site, by reference: shapes are checked, weights not read.
 
     A (E·r, in) and B (out, r·E) for `experts` E in the factors, B rank-major (see `merge.apply`).  E is 1 for a single
     matrix, and more than the site's count where the model holds unused weights for its identity experts
-    (LongCat-Flash); the site's come first.  `scale` is the factor s on B·A, `magnitude` (out) DoRA's.
+    (LongCat-Flash); the site's come first.  `scale` is the factor s on B·A; `vectors` are those of the `method`, in the
+    order of `AdapterMethod.vectors`, each (out).
 
     The adapter of one expert, as transformers before 5 had them, says which in `expert`, and in `rows` which rows of
     the site's (out, in) matrix B covers: those of gate or of up; None means all.
@@ -52,7 +55,8 @@ class AdapterDelta:
     scale: float
     A: TensorRef
     B: TensorRef
-    magnitude: TensorRef | None
+    method: AdapterMethod
+    vectors: tuple[TensorRef, ...]
     experts: int
     expert: int | None = None
     rows: tuple[int, int] | None = None
@@ -62,10 +66,13 @@ class AdapterDelta:
         """Every tensor of the adapter file that belongs to this delta."""
         yield self.A
         yield self.B
-        if self.magnitude is not None:
-            yield self.magnitude
+        yield from self.vectors
         if self.bias is not None:
             yield self.bias
+
+    def vector(self, name: str) -> TensorRef | None:
+        """The vector of this name; None where the method has none such."""
+        return dict(zip(self.method.vectors, self.vectors, strict=True)).get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +95,13 @@ class Adapter:
 
     folder: Path
     settings: dict[str, Any]
-    deltas: tuple[AdapterDelta, ...]
+    deltas: tuple[LoraDelta, ...]
     saved: tuple[SavedTensor, ...] = ()
 
     @property
-    def method(self) -> str:
-        """What the adapter is, in the words of the recipe."""
-        scale = "rslora" if self.settings.get("use_rslora") else "lora"
-        if self.settings.get("use_dora"):
-            return "dora" if scale == "lora" else "dora with rslora's scale"
-        return scale
+    def method(self) -> AdapterMethod:
+        """The adapter method, by the switches in adapter_config.json."""
+        return method_of(self.settings)
 
     def refs(self) -> Iterator[TensorRef]:
         """Every tensor of the adapter that the merge uses."""
@@ -137,10 +141,10 @@ def open_adapter(folder: Path, arch: Architecture, base_keys: Mapping[str, Tenso
     file lacks, and shapes that differ from the base's.
     """
     settings = read_settings(folder)
-    names = Names(folder / CONFIG_FILE, settings)
+    names = AdapterSettings(folder / CONFIG_FILE, settings)
     file = _weights_file(folder)
-    keys = KeyMap(arch, names, mtp)
-    parts: dict[str, tuple[Place, dict[str, TensorRef]]] = {}
+    keys = AdapterKeys(arch, names, mtp)
+    parts: dict[str, tuple[KeyTarget, dict[str, TensorRef]]] = {}
     whole: list[TensorRef] = []
     tensors = read_shard(file).tensors
     for key, ref in tensors.items():
@@ -194,10 +198,13 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _delta(
-    file: Path, stem: str, place: Place, found: dict[str, TensorRef], names: Names, arch: Architecture
-) -> AdapterDelta:
-    site, optional = place.site, {MAGNITUDE: "use_dora", "lora_B.bias": "lora_bias"}
-    wanted = {part for part, setting in optional.items() if names.settings.get(setting)}
+    file: Path, stem: str, place: KeyTarget, found: dict[str, TensorRef], names: AdapterSettings, arch: Architecture
+) -> LoraDelta:
+    site, method = place.site, method_of(names.settings)
+    optional = {"lora_B.bias": "lora_bias"}
+    for other in ADAPTER_METHODS.values():
+        optional |= dict.fromkeys(other.vectors, " and ".join(other.switches))
+    wanted = {*method.vectors, *(["lora_B.bias"] if names.settings.get("lora_bias") else [])}
     if missing := sorted({"lora_A.weight", "lora_B.weight", *wanted} - found.keys()):
         raise InputError(f"{file}: the adapter of '{stem}' lacks {', '.join(missing)}: the adapter is not complete")
     for part, setting in optional.items():
@@ -206,8 +213,9 @@ def _delta(
                 f"{file}: the adapter of '{stem}' has {part}, but {setting} is not set: {CONFIG_FILE} and the weights "
                 "are of different adapters"
             )
-    if MAGNITUDE in found and site.is_experts and place.expert is None:
-        raise InputError(f"{file}: '{found[MAGNITUDE].key}': DoRA on fused experts is not something PEFT has")
+    if not method.on_experts and site.is_experts and place.expert is None:
+        key = found[method.vectors[0] if method.vectors else "lora_A.weight"].key
+        raise InputError(f"{file}: '{key}': {method.title} on fused experts is not something PEFT has")
     rank, scale = names.rank_and_scale(place.name)
     rows = found["lora_A.weight"].shape[0] if found["lora_A.weight"].shape else 0
     experts = 1 if place.expert is not None else _experts(site, arch, rows // rank)
@@ -216,7 +224,7 @@ def _delta(
         "lora_A.weight": (experts * rank, inner),
         "lora_B.weight": (out, rank * experts),
         "lora_B.bias": (out,),
-        MAGNITUDE: (out,),
+        **dict.fromkeys(method.vectors, (out,)),
     }
     for part, ref in found.items():
         if ref.shape != expected[part]:
@@ -226,13 +234,14 @@ def _delta(
                 f"is {site.shape}{of_experts}, and {CONFIG_FILE} gives it the rank {rank}. "
                 "Was the adapter trained on another base model?"
             )
-    return AdapterDelta(
+    return LoraDelta(
         site=site,
         rank=rank,
         scale=scale,
         A=found["lora_A.weight"],
         B=found["lora_B.weight"],
-        magnitude=found.get(MAGNITUDE),
+        method=method,
+        vectors=tuple(found[name] for name in method.vectors),
         experts=experts,
         expert=place.expert,
         rows=place.rows,

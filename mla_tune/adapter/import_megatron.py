@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mla_tune.adapter.files import WEIGHTS_FILE, open_adapter
-from mla_tune.adapter.keys import PREFIX, KeyMap
-from mla_tune.adapter.megatron import Names as Megatron
-from mla_tune.adapter.megatron import Source
+from mla_tune.adapter.keys import PREFIX, AdapterKeys
+from mla_tune.adapter.megatron import MegatronFactor
+from mla_tune.adapter.megatron import MegatronNames as Megatron
 from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import Placement, PlannedSite
-from mla_tune.adapter.settings import CONFIG_FILE, Names
+from mla_tune.adapter.settings import CONFIG_FILE, AdapterSettings
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.checkpoint.pickles import PICKLES, convert_folder_command
@@ -71,7 +71,9 @@ def import_adapter(
     settings = {"target_parameters": list(config.target_parameters or ())}
     stems = {
         place.site.path: stem
-        for stem, place in reversed(KeyMap(arch, Names(out / CONFIG_FILE, settings), mtp=True).stems.items())
+        for stem, place in reversed(
+            AdapterKeys(arch, AdapterSettings(out / CONFIG_FILE, settings), mtp=True).stems.items()
+        )
     }
     state: dict[str, torch.Tensor] = {}
     for path, (A, B) in found.items():
@@ -131,7 +133,7 @@ def _alpha(source: Path, given: float | None) -> float:
 
 def _sorted(
     source: Path, tensors: dict[str, torch.Tensor], arch: Architecture
-) -> tuple[list[tuple[Site, Source]], int]:
+) -> tuple[list[tuple[Site, MegatronFactor]], int]:
     """Each factor with each of its sites, and how many keys were left out."""
     names, problems, factors, ignored = Megatron(arch), [], [], 0
     for key in tensors:
@@ -152,11 +154,11 @@ def _sorted(
 
 
 def _site_factors(
-    source: Path, site: Site, factors: Iterable[tuple[Site, Source]], tensors: dict[str, torch.Tensor]
+    source: Path, site: Site, factors: Iterable[tuple[Site, MegatronFactor]], tensors: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of one site in PEFT's layout."""
     mine = [f for s, f in factors if s.path == site.path]
-    by_expert: dict[int | None, dict[bool, Source]] = {}
+    by_expert: dict[int | None, dict[bool, MegatronFactor]] = {}
     for factor in mine:
         pair = by_expert.setdefault(factor.expert, {})
         if factor.is_a in pair:
@@ -176,7 +178,7 @@ def _site_factors(
     return _stacked(source, site, pairs)
 
 
-def _rows(site: Site, factor: Source, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def _rows(site: Site, factor: MegatronFactor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """B, or the half of it that is this site's: gate's rows come first."""
     B = tensors[factor.key]
     if len(factor.sites) == 1:
@@ -185,7 +187,7 @@ def _rows(site: Site, factor: Source, tensors: dict[str, torch.Tensor]) -> torch
     return B.chunk(2, dim=-2)[index]
 
 
-def _check(source: Path, site: Site, pair: dict[bool, Source], A: torch.Tensor, B: torch.Tensor) -> None:
+def _check(source: Path, site: Site, pair: dict[bool, MegatronFactor], A: torch.Tensor, B: torch.Tensor) -> None:
     out, inner = site.shape
     stack = (site.count,) if A.dim() == 3 and site.is_experts else ()
     rank = A.shape[-2] if A.dim() > 1 else 0

@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class MergePaths:
     """The folders of one merge."""
 
     adapters: tuple[Path, ...]
@@ -34,7 +34,7 @@ class Places:
     out: Path
 
 
-def locate(named: Sequence[Path], base: Path | str | None, out: Path | None) -> Places:
+def find_paths(named: Sequence[Path], base: Path | str | None, out: Path | None) -> MergePaths:
     """Find the adapters in `named` (adapter folders or run folders), their base and the output folder.
 
     The base is `base`, else what the first one records: run.json's `base_path`, or adapter_config.json's
@@ -56,7 +56,7 @@ def locate(named: Sequence[Path], base: Path | str | None, out: Path | None) -> 
         is_result = adapter != folders[0] or (run is not None and adapter == run / RUN_SUBFOLDER)
         out = (adapter.parent if is_result else adapter) / OUT_NAME
     if base is not None:
-        return Places(adapters, _folder(str(base), "--base", None), out)
+        return MergePaths(adapters, _folder(str(base), "--base", None), out)
     settings = read_json_object(adapter / CONFIG_FILE, "the adapter's configuration")
     recorded, source = settings.get("base_model_name_or_path"), adapter / CONFIG_FILE
     if run is not None:
@@ -64,14 +64,14 @@ def locate(named: Sequence[Path], base: Path | str | None, out: Path | None) -> 
         recorded, source = (in_run, run / RUN_FILE) if in_run else (recorded, source)
     if not recorded:
         raise InputError(f"{source}: does not say which base model the adapter belongs to: name its folder with --base")
-    return Places(adapters, _folder(str(recorded), str(source), settings.get("revision")), out)
+    return MergePaths(adapters, _folder(str(recorded), str(source), settings.get("revision")), out)
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What a merge is made from: headers read, nothing else."""
 
-    places: Places
+    places: MergePaths
     base: Checkpoint
     arch: Architecture
     adapters: list[tuple[Adapter, float]]
@@ -80,9 +80,10 @@ class Inputs:
 def open_inputs(
     adapters: Sequence[tuple[Path, float]], base: Path | str | None, out: Path | None, mtp: bool = False
 ) -> Inputs:
-    """`locate` the folders and open them; each adapter stands with its weight.  `mtp`: adapters may be on MTP layers.
-    Raises `FileError` and `InputError`."""
-    places = locate([path for path, _ in adapters], base, out)
+    """Find the folders (`find_paths`) and open them; each adapter stands with its weight.
+
+    `mtp`: adapters may be on MTP layers.  Raises `FileError` and `InputError`."""
+    places = find_paths([path for path, _ in adapters], base, out)
     checkpoint = Checkpoint.open(places.base)
     arch = architecture(checkpoint.config, str(places.base / "config.json")).located(checkpoint.tensors)
     opened = [

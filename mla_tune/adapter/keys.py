@@ -27,17 +27,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mla_tune.adapter.settings import CONFIG_FILE, Names
-from mla_tune.arch.key_mapping import Naming
+from mla_tune.adapter.methods import vector_names
+from mla_tune.adapter.settings import CONFIG_FILE, AdapterSettings
+from mla_tune.arch.key_mapping import KeyMapping
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import HEAD, Architecture, Site
 from mla_tune.checkpoint.index import TensorRef, nearest
 from mla_tune.errors import InputError
 
 PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
 _FACTOR = re.compile(
-    rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?:(?P<part>lora_A\.weight|lora_B\.(?:weight|bias))|(?P<m>{MAGNITUDE})(\.weight)?)"
+    rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?:(?P<part>lora_A\.weight|lora_B\.(?:weight|bias))|(?P<vector>lora_[a-z]\w*)(\.weight)?)"
 )
 _ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
 #: What a decoder has beside its layers.
@@ -46,7 +46,7 @@ _AGAIN = "save the adapter again with PeftModel.save_pretrained"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class KeyTarget:
     """Where the factors under one stem (the module path that PEFT puts into their keys) belong.
 
     `name` is what rank_pattern and alpha_pattern are matched against, `shape` (out, in) of the adapted matrix.
@@ -60,35 +60,35 @@ class Place:
     rows: tuple[int, int] | None = None
 
 
-class KeyMap:
+class AdapterKeys:
     """Translates adapter keys for one architecture and one adapter_config.json; `mtp`: those of MTP layers too."""
 
-    def __init__(self, arch: Architecture, names: Names, mtp: bool = False) -> None:
+    def __init__(self, arch: Architecture, names: AdapterSettings, mtp: bool = False) -> None:
         self.arch = arch
-        self.stems: dict[str, Place] = {}
+        self.stems: dict[str, KeyTarget] = {}
         self._experts: dict[str, dict[str, Site]] = {}
         sites = arch.stored_sites if mtp else arch.sites
         for site in sites:
             if not site.is_experts:
                 name = site.parameter if names.is_parameter(site.parameter) else site.path
-                self.stems[site.path] = Place(site, name, site.shape)
+                self.stems[site.path] = KeyTarget(site, name, site.shape)
         downs = {s.path: s for s in sites if s.role == Role.EXPERTS_DOWN}
         for up in (s for s in sites if s.role == Role.EXPERTS_GATE_UP):
             container = up.path.rpartition(".")[0]
             down = downs[f"{container}.down_proj"]
-            for path in arch.naming.candidates(container):
-                for gate_leaf, up_leaf, down_leaf in (arch.naming.experts, Naming().experts):
+            for path in arch.key_mapping.candidates(container):
+                for gate_leaf, up_leaf, down_leaf in (arch.key_mapping.experts, KeyMapping().experts):
                     leaves = {gate_leaf: up, up_leaf: up, down_leaf: down}
                     self._experts[path] = {**leaves, **self._experts.get(path, {})}
             adapted = [s for s in (up, down) if names.is_parameter(s.parameter)]
             for depth, site in enumerate(reversed(adapted)):
-                self.stems[container + ".base_layer" * depth] = Place(site, site.parameter, site.shape)
+                self.stems[container + ".base_layer" * depth] = KeyTarget(site, site.parameter, site.shape)
         # Code of the checkpoint's own (`trust_remote_code`) has modules of the names on disk.
         for site in sites:
-            for path in () if site.is_experts else arch.naming.candidates(site.path):
-                self.stems.setdefault(path, Place(site, path, site.shape))
+            for path in () if site.is_experts else arch.key_mapping.candidates(site.path):
+                self.stems.setdefault(path, KeyTarget(site, path, site.shape))
 
-    def place(self, stem: str) -> Place | None:
+    def place(self, stem: str) -> KeyTarget | None:
         """The place of a stem; None where the model has no such matrix."""
         if stem in self.stems:
             return self.stems[stem]
@@ -100,18 +100,22 @@ class KeyMap:
             return None
         out, inner = site.shape
         if site.role == Role.EXPERTS_DOWN:
-            return Place(site, stem, site.shape, expert)
+            return KeyTarget(site, stem, site.shape, expert)
         rows = (0, out // 2) if match["leaf"] in ("gate_proj", "w1") else (out // 2, out)
-        return Place(site, stem, (out // 2, inner), expert, rows)
+        return KeyTarget(site, stem, (out // 2, inner), expert, rows)
 
-    def factor(self, where: str, key: str) -> tuple[str, str, Place]:
-        """(stem, part, place) of a key with `lora_` in it; the part is lora_A.weight, lora_B.weight, lora_B.bias or
-        lora_magnitude_vector.  Raises `InputError`."""
+    def factor(self, where: str, key: str) -> tuple[str, str, KeyTarget]:
+        """Return (stem, part, target) of a key with `lora_` in it.
+
+        The part is lora_A.weight, lora_B.weight, lora_B.bias, or a vector of some adapter method
+        (`AdapterMethod.vectors`).  Raises `InputError` for a key that fits nothing in the base model.
+        """
         match = _FACTOR.fullmatch(key)
-        place = self.place(match["stem"]) if match else None
-        if match is None or place is None:
+        known = match is not None and (match["vector"] is None or match["vector"] in vector_names())
+        target = self.place(match["stem"]) if match is not None and known else None
+        if match is None or target is None:
             raise InputError(f"{where}: '{key}' fits no weight of the base model{self._hint(key)}")
-        return match["stem"], match["part"] or match["m"], place
+        return match["stem"], match["part"] or match["vector"], target
 
     def saved(self, where: str, ref: TensorRef, adapted: Collection[str], base: Mapping[str, TensorRef]) -> str:
         """The key of the base's tensor that a whole tensor replaces, as PEFT's loader would put it; `adapted` are the
@@ -139,11 +143,11 @@ class KeyMap:
             )
             refuse(f"would be ignored by PEFT: '{module}' {state}. To fix the file, {_AGAIN}")
         name = f"{module}.{leaf}" if module else leaf
-        key = self.arch.naming.on_disk(name, base)
+        key = self.arch.key_mapping.on_disk(name, base)
         if key not in base and any(s.is_experts and f"{name}.".startswith(f"{s.path}.") for s in self.arch.sites):
             refuse("holds whole fused experts, which are not supported: train them with a LoRA on target_parameters")
-        twin = base.get(self.arch.embedding_key) if name == HEAD and self.arch.tied else None
-        target = base.get(key, twin)
+        alias = base.get(self.arch.embedding_key) if name == HEAD and self.arch.tied else None
+        target = base.get(key, alias)
         if target is None:
             known = nearest(ref.key, [PREFIX + k for k in base])
             refuse(f"fits no tensor of the base model{known}")
@@ -167,7 +171,7 @@ class KeyMap:
             return f": it is on an MTP layer, {how}"
         if not key.startswith(PREFIX):
             return f": keys of a PEFT adapter begin with '{PREFIX}'. To fix the file, {_AGAIN}"
-        if match := re.search(r"\.lora_(?:[AB]|magnitude_vector)\.(?!weight$|bias$)([^.]+)", key):
+        if match := re.search(rf"\.(?:lora_[AB]|{'|'.join(vector_names())})\.(?!weight$|bias$)([^.]+)", key):
             return f": it holds the adapter's name '{match[1]}'; to get a file without it, {_AGAIN}"
         if "lora_embedding" in key:
             return (

@@ -34,7 +34,7 @@ for _role in ADAPTABLE:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class MegatronFactor:
     """One factor: `is_a` or B, of these sites (two where B's rows are gate and up), of one expert or of all."""
 
     key: str
@@ -43,7 +43,7 @@ class Source:
     expert: int | None
 
 
-class Names:
+class MegatronNames:
     """Translates keys for one architecture."""
 
     def __init__(self, arch: Architecture) -> None:
@@ -55,7 +55,7 @@ class Names:
                 self._sites.setdefault((site.layer, site.role), site)
         self.ambiguous = len({a.layer for a in arch.attention}) != len(arch.attention)
 
-    def source(self, key: str) -> Source | str | None:
+    def source(self, key: str) -> MegatronFactor | str | None:
         """What a key is: a factor, None for what may be left out, or a sentence on why it is neither."""
         if key.endswith(_IGNORED):
             return None
@@ -72,4 +72,4 @@ class Names:
             return f"layer {layer} of this model has no {' and '.join(roles)}"
         is_a = match["side"] == "in" or (match["ab"] or "").lower() == "a"
         expert = int(match["expert"]) if match["expert"] else None
-        return Source(key, tuple(site for site in sites if site is not None), is_a, expert)
+        return MegatronFactor(key, tuple(site for site in sites if site is not None), is_a, expert)

@@ -21,7 +21,7 @@ CHOICES = {
 class Options:
     """`absorb`: split | fold | none.  `dtype`: keep | float32 | bfloat16 | float16 of the merged weights.  `fp8`: write
     changed FP8 weights as bf16, or keep them FP8 with fresh scales.  `exact`: compute in float64.  `round`: nearest |
-    stochastic, from `seed`.  `untie`: an output head that is tied to the embedding becomes a tensor of its own.
+    stochastic, from `seed`.  `untie_embeddings`: an output head tied to the embedding becomes a tensor of its own.
     `link`: files that don't change are reflinked or hard-linked where the disk can.  `mtp`: adapters on MTP layers,
     which transformers does not load, are merged too."""
 
@@ -31,7 +31,7 @@ class Options:
     exact: bool = False
     round: str = "nearest"
     seed: int = 0
-    untie: bool = False
+    untie_embeddings: bool = False
     link: bool = True
     mtp: bool = False
 

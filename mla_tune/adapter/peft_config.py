@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from mla_tune.adapter.placement import Placement, PlannedSite, reached_as_parameter
 from mla_tune.arch.site import Architecture, Site
+from mla_tune.sockets import ADAPTER_METHODS
 
 
 def peft_config(arch: Architecture, placement: Placement, whole: list[str] | None = None) -> LoraConfig:
@@ -25,7 +26,8 @@ def peft_config(arch: Architecture, placement: Placement, whole: list[str] | Non
         (parameters if as_parameter else modules).append(p.site)
 
     # Of a wider LoRA alpha is larger, so that its scale stays the planned one.
-    stretch = placement.width**0.5 if placement.method == "rslora" else placement.width
+    method = ADAPTER_METHODS.get(placement.method)
+    stretch = method.scale(1.0, 1) / method.scale(1.0, placement.width)
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     parameter_paths = {s.path for s in parameters}
@@ -41,8 +43,7 @@ def peft_config(arch: Architecture, placement: Placement, whole: list[str] | Non
         r=placement.rank * placement.width,
         lora_alpha=_number(placement.alpha * stretch),  # type: ignore[arg-type]
         lora_dropout=placement.dropout,
-        use_rslora=placement.method == "rslora",
-        use_dora=placement.method == "dora",
+        **dict.fromkeys(method.switches, True),  # type: ignore[arg-type]
         target_modules=_module_names(arch, modules),
         target_parameters=_parameter_names(arch, parameters) or None,
         rank_pattern=rank_pattern,

@@ -8,6 +8,7 @@ from mla_tune.arch.roles import GROUPS, PRESETS, Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import PlacementError, did_you_mean
 from mla_tune.recipe.schema import AdapterSection, RoleOverride
+from mla_tune.sockets import ADAPTER_METHODS
 
 #: Initializations that take a part of W out of the base.
 RESIDUAL = ("pissa", "olora")
@@ -44,7 +45,7 @@ class Placement:
     sites: tuple[PlannedSite, ...]
     init: str = "default"
     #: Modules that are trained whole beside the LoRA: path and number of parameters (`model.whole`).
-    whole: tuple[tuple[str, int], ...] = ()
+    modules_to_save: tuple[tuple[str, int], ...] = ()
 
     @property
     def width(self) -> int:
@@ -53,7 +54,7 @@ class Placement:
 
     def scale(self, planned: PlannedSite) -> float:
         """s of ΔW = s·B A, of the planned rank."""
-        return planned.alpha / (planned.rank**0.5 if self.method == "rslora" else planned.rank)
+        return ADAPTER_METHODS.get(self.method).scale(planned.alpha, planned.rank)
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -66,22 +67,25 @@ class Placement:
 
     @property
     def trainable_params(self) -> int:
-        """Numbers in A and B, plus DoRA's magnitude (one for each output row) and modules that are trained whole."""
-        return self.lora_params + self.whole_params
+        """Trained parameters of the adapter, and of modules that are trained whole beside it."""
+        return self.lora_params + self.modules_to_save_params
 
     @property
-    def whole_params(self) -> int:
-        return sum(count for _, count in self.whole)
+    def modules_to_save_params(self) -> int:
+        return sum(count for _, count in self.modules_to_save)
 
     @property
-    def whole_names(self) -> tuple[str, ...]:
+    def modules_to_save_names(self) -> tuple[str, ...]:
         """Last parts of the paths of modules that are trained whole: they stand where elsewhere a role does."""
-        return tuple(dict.fromkeys(path.rpartition(".")[2] for path, _ in self.whole))
+        return tuple(dict.fromkeys(path.rpartition(".")[2] for path, _ in self.modules_to_save))
 
     @property
     def lora_params(self) -> int:
-        dora = sum(p.site.shape[0] for p in self.sites) if self.method == "dora" else 0
-        return sum(p.lora_params for p in self.sites) + dora
+        """Trained parameters of the adapter: A and B, and what its method trains beside them (DoRA's magnitudes)."""
+        if not self.sites:
+            return 0
+        method = ADAPTER_METHODS.get(self.method)
+        return sum(method.params(p.lora_params, p.site.shape[0]) for p in self.sites)
 
 
 def place(arch: Architecture, adapter: AdapterSection) -> Placement:
@@ -156,7 +160,8 @@ def _overrides(arch: Architecture, adapter: AdapterSection, roles: set[Role]) ->
 
 
 def _refuse_impossible(arch: Architecture, adapter: AdapterSection, roles: set[Role]) -> None:
-    """Roles whose adapters would be lost with the process; DoRA and dropout, which PEFT can't do on parameters."""
+    """Raise `PlacementError` for roles whose adapters would not survive saving, and for a method or dropout that PEFT
+    can't do on parameters."""
     lost = [r for r in Role if r in roles and r in arch.family.not_reloaded]
     if lost:
         keeps = [r.value for r in arch.roles if r not in arch.family.not_reloaded]
@@ -166,13 +171,16 @@ def _refuse_impossible(arch: Architecture, adapter: AdapterSection, roles: set[R
             f"Adapt attention only (targets: attention-only), or some of {', '.join(keeps)}"
         )
     through_parameters = {r for r in roles if reached_as_parameter(arch, r)}
-    asked = "method: dora" if adapter.method == "dora" else f"dropout: {adapter.dropout:g}" if adapter.dropout else ""
+    asked = f"dropout: {adapter.dropout:g}" if adapter.dropout else ""
+    if not ADAPTER_METHODS.get(adapter.method).through_parameters:
+        asked = f"method: {adapter.method}"
     if not asked or not through_parameters:
         return
     names = ", ".join(r for r in Role if r in through_parameters)
+    able = " or ".join(method.name for method in ADAPTER_METHODS.values() if method.through_parameters)
     raise PlacementError(
         f"adapter.{asked}: PEFT can't do that for {names} of {arch.family.title}, which it can only reach as "
-        f"parameters. Use method lora or rslora without dropout, or adapt attention only (targets: attention-only)"
+        f"parameters. Use method {able} without dropout, or adapt attention only (targets: attention-only)"
     )
 
 

@@ -7,16 +7,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mla_tune.adapter.methods import method_of, scaling, titles
 from mla_tune.errors import InputError
+from mla_tune.sockets import ADAPTER_METHODS
 from mla_tune.user_files import read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 
-#: Settings that may have any value: they don't change what the tensors mean, or are read where they do.
+#: Settings that may have any value, besides the switches of adapter methods: they don't change what the tensors mean,
+#: or are read where they do.
 FREE = frozenset(
     {
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "lora_dropout"),
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_bias", "lora_dropout"),
         *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("modules_to_save", "ensure_weight_tying"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # read by init_lora_weights only
@@ -33,29 +36,26 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 _UNSET = (None, False, [], {})
 
 
-def scaling(alpha: float, rank: int, rslora: bool) -> float:
-    """The factor s on B·A: alpha/r (Hu et al., arXiv:2106.09685, section 4.1), with rsLoRA alpha/√r (Kalajdzievski,
-    arXiv:2312.03732, section 3)."""
-    return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
 def read_settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of `folder`.
+    """Read adapter_config.json of `folder`.
 
-    Raises `FileError` for a file that can't be read and `InputError` for settings that make the adapter anything but
-    LoRA, rsLoRA or DoRA.
+    Raises `FileError` for a file that can't be read, and `InputError` for settings of an adapter that is none of
+    `sockets.ADAPTER_METHODS`.
     """
     file = folder / CONFIG_FILE
     settings = read_json_object(file, "the adapter's configuration")
     problems = []
+    free = FREE.union(*(method.switches for method in ADAPTER_METHODS.values()))
     for name, value in settings.items():
         allowed = ALLOWED.get(name, _UNSET)
-        if name not in FREE and not any(value == a and type(value) is type(a) for a in allowed):
+        if name not in free and not any(value == a and type(value) is type(a) for a in allowed):
             problems.append(f"{name}: {value!r}")
     if settings.get("peft_type") is None:
         problems.append("no peft_type")
-    if settings.get("use_dora") and settings.get("lora_bias"):
-        problems.append("use_dora with lora_bias")  # LoraConfig refuses it too
+    method = method_of(settings)
+    for other in method.excludes:  # LoraConfig refuses it too
+        if settings.get(other):
+            problems.append(f"{' and '.join(method.switches)} with {other}")
     for name in ("modules_to_save", "target_parameters"):
         value = settings.get(name) or []
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
@@ -65,13 +65,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
             problems.append(f"{name}: {settings[name]!r} is not a table")
     if problems:
         raise InputError(
-            f"{file}: not supported: {'; '.join(problems)}. Supported are LoRA, rsLoRA and DoRA as PEFT writes them, "
+            f"{file}: not supported: {'; '.join(problems)}. Supported are {titles()} as PEFT writes them, "
             "with rank_pattern, alpha_pattern, target_parameters, lora_bias, trained biases and modules_to_save"
         )
     return settings
 
 
-class Names:
+class AdapterSettings:
     """What adapter_config.json says about one name: targeted as a parameter or not, its rank, its alpha."""
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:

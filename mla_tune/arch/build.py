@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mla_tune.arch.config import Config, Keys, dims_of, letters_of, numbers_of
+from mla_tune.arch.config import Config, ConfigReader, dims_of, letters_of, numbers_of
 from mla_tune.arch.dims import MLADims
 from mla_tune.arch.fallback import detected
 from mla_tune.arch.families import BY_TYPE, FAMILIES, Family
-from mla_tune.arch.key_mapping import Naming
-from mla_tune.arch.layer_types import INDEXERS, KINDS, LAYER_DIMS, SPARSE
+from mla_tune.arch.key_mapping import KeyMapping
+from mla_tune.arch.layer_types import INDEXERS, KINDS, LAYER_DIMS, MOE_LAYERS
 from mla_tune.arch.multimodal import WRAPPERS, Wrapper, tower_parts, unwrapped
 from mla_tune.arch.parts import Part, numbers, size
 from mla_tune.arch.roles import REASONS, Role
@@ -28,25 +28,27 @@ def architecture(config: Config, where: str = "config.json") -> Architecture:
     """
     text, kind, wrapper = unwrapped(config)
     family, warnings = _family(config, text, kind, where)
-    return _Builder(config, Keys(text, family, where), family, wrapper, warnings).build()
+    return _Builder(config, ConfigReader(text, family, where), family, wrapper, warnings).build()
 
 
 class _Builder:
     """Lists the sites of one model, layer by layer."""
 
     def __init__(
-        self, config: Config, keys: Keys, family: Family, wrapper: Wrapper | None, warnings: tuple[str, ...]
+        self, config: Config, keys: ConfigReader, family: Family, wrapper: Wrapper | None, warnings: tuple[str, ...]
     ) -> None:
         self.config, self.c, self.family, self.wrapper, self.warnings = config, keys, family, wrapper, warnings
         self.prefix = wrapper.prefix if wrapper else "model"
         self.n = keys.int(family.layers_key)
         self.D, self.vocab = keys.int("hidden_size"), keys.int("vocab_size")
-        self.naming = _naming(family, wrapper)
+        self.key_mapping = _naming(family, wrapper)
         self.letters = {"D": self.D, **letters_of(keys, family)}
-        self.kinds = self._list(KINDS[family.kinds])
+        self.attention_types = self._list(KINDS[family.attention_types])
         self.indexers = self._list(INDEXERS[family.indexers]) if family.indexers else [False] * self.n
-        self.sparse = self._list(SPARSE[family.moe.layers]) if family.moe and self._experts() else [False] * self.n
-        own = LAYER_DIMS[family.layer_dims](keys, self.kinds) if family.layer_dims else [{}] * self.n
+        self.moe_layers = (
+            self._list(MOE_LAYERS[family.moe.layers]) if family.moe and self._experts() else [False] * self.n
+        )
+        own = LAYER_DIMS[family.layer_dims](keys, self.attention_types) if family.layer_dims else [{}] * self.n
         self.dims = [dims_of(keys.with_(sizes), self.D) for sizes in own]
         self.vectors = 0
 
@@ -55,7 +57,7 @@ class _Builder:
         sites: list[Site] = []
         attention: list[Attention] = []
         for layer in range(self.n):
-            sites += self._layer(layer, self.kinds[layer], self.sparse[layer], self.dims[layer])
+            sites += self._layer(layer, self.attention_types[layer], self.moe_layers[layer], self.dims[layer])
             attention += self._attentions(layer)
         if not attention:
             raise InputError(f"{self.c.where}: no layer of this {self.family.title} model has MLA")
@@ -70,7 +72,7 @@ class _Builder:
         total = matrices + self.vectors + self.D + self.vocab * self.D * (1 if tied else 2)
         top_k = idle = 0
         moe = self.family.moe
-        if moe and any(self.sparse):
+        if moe and any(self.moe_layers):
             routed = sum(s.params for s in sites if s.is_experts)
             top_k = self.c.int(moe.top_k_key)
             idle = round(routed * (1 - top_k / self.c.int(moe.experts_key)))
@@ -93,11 +95,11 @@ class _Builder:
             experts_per_token=top_k,
             prefix=self.prefix,
             wrapper=self.wrapper,
-            naming=self.naming,
+            key_mapping=self.key_mapping,
             mtp_sites=tuple(mtp),
             warnings=self.warnings,
-            embedding_key=self.naming.candidates(f"{self.prefix}.embed_tokens.weight")[0],
-            head_key=self.naming.candidates(HEAD)[0],
+            embedding_key=self.key_mapping.candidates(f"{self.prefix}.embed_tokens.weight")[0],
+            head_key=self.key_mapping.candidates(HEAD)[0],
             letters=self.letters,
         )
 
@@ -120,7 +122,7 @@ class _Builder:
             return self.wrapper.tied if found is None else bool(found)
         return bool(self.c.get("tie_word_embeddings", False))
 
-    def _layer(self, layer: int, kind: str, sparse: bool, dims: MLADims) -> Iterator[Site]:
+    def _layer(self, layer: int, kind: str, has_experts: bool, dims: MLADims) -> Iterator[Site]:
         family, c = self.family, self.c
         base = f"{self.prefix}.layers.{layer}"
         letters = self.letters | numbers_of(dims)
@@ -131,34 +133,34 @@ class _Builder:
             else:
                 yield from self._attention(f"{base}.{name}", layer, dims, letters)
         yield from self._parts("layer", base, layer, letters)
-        if not sparse or family.dense_beside_moe:
+        if not has_experts or family.dense_beside_moe:
             width, bias = c.int(family.width_key), bool(c.get("mlp_bias", False))
             for name in family.dense_mlp:
                 yield from self._mlp(f"{base}.{name}", layer, width, (Role.GATE, Role.UP, Role.DOWN), bias)
-        if sparse:
+        if has_experts:
             yield from self._moe(base, layer)
-        yield from self._parts("sparse" if sparse else "dense", base, layer, letters)
+        yield from self._parts("moe" if has_experts else "dense", base, layer, letters)
 
     def _attentions(self, layer: int) -> Iterator[Attention]:
-        if self.kinds[layer] != "linear":
+        if self.attention_types[layer] != "linear":
             for name in self.family.attention:
                 yield Attention(
                     f"{self.prefix}.layers.{layer}.{name}",
                     layer,
                     self.dims[layer],
                     owns_cache=not self._borrows(layer),
-                    window=self.kinds[layer] == "sliding",
+                    window=self.attention_types[layer] == "sliding",
                     indexer=self._has_indexer(layer),
                 )
 
     def _borrows(self, layer: int) -> bool:
-        sources = self.c.get(self.family.borrows_key) if self.family.borrows_key else None
+        sources = self.c.get(self.family.kv_source_key) if self.family.kv_source_key else None
         return bool(sources) and layer < self.n and sources[layer] != layer
 
     def _has_indexer(self, layer: int) -> bool:
         if layer >= self.n:  # an MTP layer
             return self.family.indexers is not None
-        return self.indexers[layer] and self.kinds[layer] == "mla"
+        return self.indexers[layer] and self.attention_types[layer] == "mla"
 
     def _attention(self, path: str, layer: int, d: MLADims, letters: Mapping[str, int]) -> Iterator[Site]:
         bias = bool(self.c.get("attention_bias", False))
@@ -238,11 +240,11 @@ class _Builder:
         if not self.family.mtp or not count:
             return count, []
         vectors, sites = self.vectors, []
-        sparse = self.family.moe is not None and any(self.sparse)
+        has_experts = self.family.moe is not None and any(self.moe_layers)
         for layer in range(self.n, self.n + count):
             projection = f"{self.prefix}.layers.{layer}.eh_proj"
             sites.append(self._matrix(projection, Role.MTP_PROJECTION, layer, (self.D, 2 * self.D)))
-            sites += self._layer(layer, "mla", sparse, dims_of(self.c, self.D))
+            sites += self._layer(layer, "mla", has_experts, dims_of(self.c, self.D))
         self.vectors = vectors
         reason = REASONS[Role.MTP_PROJECTION]
         return count, [replace(s, attachable=False, reason=reason, mtp=True) for s in sites]
@@ -252,21 +254,23 @@ class _Builder:
 
     def _placed(self, site: Site) -> Site:
         """With the place on disk that published checkpoints of the family have."""
-        path = self.naming.candidates(site.path)[0]
+        path = self.key_mapping.candidates(site.path)[0]
         if not site.is_experts:
             return replace(site, disk_path=path if path != site.path else "")
         moe = self.family.moe
         if moe is not None and moe.fused_on_disk:
             return replace(site, disk="fused", disk_path=path if path != site.path else "")
-        gate, up, down = self.naming.experts
+        gate, up, down = self.key_mapping.experts
         leaves = (gate, up) if site.role == Role.EXPERTS_GATE_UP else (down,)
         return replace(site, disk="per_expert", disk_path=path.rpartition(".")[0], leaves=leaves)
 
 
-def _naming(family: Family, wrapper: Wrapper | None) -> Naming:
+def _naming(family: Family, wrapper: Wrapper | None) -> KeyMapping:
     """The family's names and, after them, the wrapper's."""
     around = wrapper.ways if wrapper else ((),)
-    return replace(family.naming, ways=tuple((*inner, *outer) for outer in around for inner in family.naming.ways))
+    return replace(
+        family.key_mapping, ways=tuple((*inner, *outer) for outer in around for inner in family.key_mapping.ways)
+    )
 
 
 def _family(config: Config, text: Config, kind: str | None, where: str) -> tuple[Family, tuple[str, ...]]:

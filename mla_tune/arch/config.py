@@ -29,15 +29,15 @@ _LINEAR: dict[str, str] = {
 }
 
 
-class Keys:
+class ConfigReader:
     """Reads config keys with the family's defaults; a missing or non-numeric key is an error that names it."""
 
     def __init__(self, config: Config, family: Family, where: str) -> None:
         self.config, self.family, self.where = config, family, where
 
-    def with_(self, others: Config) -> Keys:
+    def with_(self, others: Config) -> ConfigReader:
         """The same with other values for some keys."""
-        return Keys({**self.config, **others}, self.family, self.where) if others else self
+        return ConfigReader({**self.config, **others}, self.family, self.where) if others else self
 
     def get(self, key: str, default: Any = None) -> Any:
         linear = self.config.get("linear_attn_config")
@@ -57,7 +57,7 @@ class Keys:
         return value
 
 
-def dims_of(c: Keys, D: int) -> MLADims:
+def dims_of(c: ConfigReader, D: int) -> MLADims:
     H = c.int("num_attention_heads")
     L = c.get("q_lora_rank") if c.family.compresses_query else None
     V = c.get("v_head_dim") or D // H
@@ -67,7 +67,7 @@ def dims_of(c: Keys, D: int) -> MLADims:
     return dims
 
 
-def letters_of(c: Keys, family: Family) -> dict[str, int]:
+def letters_of(c: ConfigReader, family: Family) -> dict[str, int]:
     """Sizes of what only some families have, by the letters of `families`."""
     letters: dict[str, int] = {}
     if family.indexers:

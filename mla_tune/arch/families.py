@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mla_tune.arch.key_mapping import Naming
+from mla_tune.arch.key_mapping import KeyMapping
 from mla_tune.arch.parts import Part
 from mla_tune.arch.roles import GROUPS, Role
 
 #: Where a family's parts are: in the module of MLA, of linear attention or of an indexer, in a layer, in a layer with
 #: or without experts, in the decoder.
-Where = Literal["mla", "linear", "indexer", "layer", "sparse", "dense", "decoder"]
+Where = Literal["mla", "linear", "indexer", "layer", "moe", "dense", "decoder"]
 
 
 @dataclass(frozen=True, slots=True)
 class MoELayout:
     """Mixture-of-experts block of a decoder layer.
 
-    `layers` names the rule for which layers have one (`schedules.SPARSE`).  `shared_width_key` is the width of one
+    `layers` names the rule for which layers have one (`layer_types.MOE_LAYERS`).  `shared_width_key`: the width of one
     shared expert where it is not that of a routed one.  `fused_on_disk`: published files hold all experts of a layer in
     one tensor.
     """
@@ -55,9 +55,9 @@ class Family:
     a config.json may leave out.
 
     `query` names W_UQ where it is not q_b_proj, and its shape; `compresses_query` is False where the family has no
-    query compression whatever config.json says.  `kinds` names the rule for what attention each layer has
+    query compression whatever config.json says.  `attention_types` names the rule for what attention each layer has
     (`schedules.KINDS`), `indexers` that for which layers have an indexer, `layer_dims` that for layers with dimensions
-    of their own.  `borrows_key` is a list with, for each layer, the layer whose cache it reads.
+    of their own.  `kv_source_key` is a list with, for each layer, the layer whose cache it reads.
 
     `mtp`: published checkpoints hold MTP layers as further decoder layers, `model.layers.<num_hidden_layers + i>`.
     `keeps_dtype` are endings of tensors on disk that stay as they are when others change their dtype: transformers
@@ -81,12 +81,12 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     query: tuple[str, tuple[str, str]] = ("q_b_proj", ("H*P+H*R", "L"))
     compresses_query: bool = True
-    kinds: str = "mla"
+    attention_types: str = "mla"
     indexers: str | None = None
     layer_dims: str | None = None
-    borrows_key: str | None = None
+    kv_source_key: str | None = None
     parts: Mapping[Where, tuple[Part, ...]] = field(default_factory=dict)
-    naming: Naming = field(default_factory=Naming)
+    key_mapping: KeyMapping = field(default_factory=KeyMapping)
     mtp: bool = False
     keeps_dtype: tuple[str, ...] = ("e_score_correction_bias",)
     eager_only: bool = False
@@ -148,9 +148,9 @@ FAMILIES: tuple[Family, ...] = (
         "axk1",
         "A.X-K1",
         moe=MoELayout("mlp_layer_types"),
-        parts={"sparse": (Part("mlp.post_mlp_layernorm", ("D",)),)},
+        parts={"moe": (Part("mlp.post_mlp_layernorm", ("D",)),)},
         defaults={"n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1},
-        naming=Naming((((r"\.mlp\.post_mlp_layernorm\b", ".post_mlp_layernorm"),),)),
+        key_mapping=KeyMapping((((r"\.mlp\.post_mlp_layernorm\b", ".post_mlp_layernorm"),),)),
     ),
     Family(
         "axk2",
@@ -163,7 +163,7 @@ FAMILIES: tuple[Family, ...] = (
             "layer": _matrices(
                 Role.NORM_GATE, input_layernorm__mlp__fc1=("g", "D"), input_layernorm__mlp__fc2=("D", "g")
             ),
-            "sparse": _matrices(
+            "moe": _matrices(
                 Role.NORM_GATE,
                 post_attention_layernorm__mlp__fc1=("g", "D"), post_attention_layernorm__mlp__fc2=("D", "g"),
             ),
@@ -172,7 +172,7 @@ FAMILIES: tuple[Family, ...] = (
             "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "index_head_dim": 128,
             "index_n_heads": 16, "gated_norm_rank": 16,
         },
-        naming=Naming(
+        key_mapping=KeyMapping(
             (
                 (
                     (r"\.q_gate_proj\b", ".q_b_proj"),
@@ -186,7 +186,7 @@ FAMILIES: tuple[Family, ...] = (
         "Ling (Bailing hybrid)",
         moe=MoELayout("mlp_layer_types", experts_key="num_local_experts"),
         compresses_query=False,
-        kinds="bailing_hybrid",
+        attention_types="bailing_hybrid",
         parts={
             "mla": (Part("g_proj", ("H", "D"), Role.ATTENTION_GATE),),
             "linear": (
@@ -199,7 +199,7 @@ FAMILIES: tuple[Family, ...] = (
             "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 2, "num_local_experts": 512,
             "head_dim": 128, "short_conv_kernel_size": 4, "layer_group_size": 6, "num_nextn_predict_layers": 1,
         },
-        naming=Naming(
+        key_mapping=KeyMapping(
             (
                 (
                     (r"^(.*\.)?embed_tokens\b", r"\1word_embeddings"), (r"\.self_attn\.o_proj\b", ".self_attn.dense"),
@@ -246,7 +246,7 @@ FAMILIES: tuple[Family, ...] = (
         "dots3 Note",
         moe=MoELayout("mlp_layer_types", shared_width_key="shared_experts_intermediate_size"),
         aliases=("dots3_note_text",),
-        kinds="dots3_note",
+        attention_types="dots3_note",
         indexers="indexed_attention",
         layer_dims="sliding",
         parts={
@@ -271,7 +271,7 @@ FAMILIES: tuple[Family, ...] = (
         "GLM-5.3-Flash",
         moe=MoELayout("mlp_layer_types_only"),
         aliases=("glm5_next_text",),
-        kinds="glm5_next",
+        attention_types="glm5_next",
         indexers="indexer_types",
         parts={
             "linear": _KDA,
@@ -290,7 +290,7 @@ FAMILIES: tuple[Family, ...] = (
         keeps_dtype=(
             "e_score_correction_bias", "hc_attn_base", "hc_attn_scale", "hc_ffn_base", "hc_ffn_scale", *_KDA_FLOAT32,
         ),
-        naming=Naming(
+        key_mapping=KeyMapping(
             ((_FORGET, (r"\.attn_hc\.(\w+)$", r".hc_attn_\1"), (r"\.ffn_hc\.(\w+)$", r".hc_ffn_\1")),), splits=_CONV
         ),
     ),
@@ -332,7 +332,7 @@ FAMILIES: tuple[Family, ...] = (
             "n_shared_experts": 1, "num_experts_per_tok": 8, "dense_layers": 1, "index_head_dim": 128,
             "index_n_heads": 16, "hc_mult": 4,
         },
-        naming=Naming(
+        key_mapping=KeyMapping(
             tuple(
                 (
                     *mlp_gate,
@@ -351,13 +351,13 @@ FAMILIES: tuple[Family, ...] = (
         "kimi_linear",
         "Kimi Linear",
         moe=MoELayout("mlp_layer_types", experts_key="num_local_experts"),
-        kinds="kimi_linear",
+        attention_types="kimi_linear",
         parts={"linear": _KDA},
         defaults={
             "first_k_dense_replace": 1, "n_shared_experts": 1, "num_experts_per_tok": 8, "num_local_experts": 256,
             "linear_head_dim": 128, "linear_num_heads": 32, "linear_conv_kernel_dim": 4,
         },
-        naming=Naming(
+        key_mapping=KeyMapping(
             (
                 (_FORGET, (r"\.mlp\.(experts|gate|shared_experts)\b", r".block_sparse_moe.\1")),
                 # as transformers writes it: the dense MLPs too
@@ -409,7 +409,7 @@ FAMILIES: tuple[Family, ...] = (
         compresses_query=False,
         indexers="indexer_types",
         layer_dims="no_rope",
-        borrows_key="kv_source_layers",
+        kv_source_key="kv_source_layers",
         keeps_dtype=("lerope.alpha", ".gate.weight"),
         not_reloaded=(*GROUPS["shared"], *GROUPS["experts"]),
         parts={
@@ -423,7 +423,7 @@ FAMILIES: tuple[Family, ...] = (
             "first_k_dense_replace": 1, "n_shared_experts": 1, "num_experts_per_tok": 4, "index_head_dim": 128,
             "index_n_heads": 32,
         },
-        naming=Naming(
+        key_mapping=KeyMapping(
             (
                 (
                     (r"^model\.language_model\.embed_tokens\b", "tok_embeddings"), (r"^lm_head\b", "output"),

@@ -17,7 +17,7 @@ Renames = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Naming:
+class KeyMapping:
     """`ways`: each a list of replacements on a name in the module tree; the first is that of published checkpoints.
 
     `experts` are names of an expert's (gate, up, down) in files that hold experts apart, `splits` parameters that are

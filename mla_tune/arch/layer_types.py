@@ -9,43 +9,36 @@ A layer's attention is of one of these kinds:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
+
+from mla_tune.arch.config import ConfigReader
+
+Rule = Callable[[ConfigReader, int], list[Any]]
 
 
-class Keys(Protocol):
-    """A config.json with its family's defaults (`config.Keys`)."""
-
-    def get(self, key: str, default: Any = None) -> Any: ...
-
-    def int(self, key: str) -> int: ...
-
-
-Rule = Callable[[Keys, int], list[Any]]
-
-
-def _first_k_dense(c: Keys, n: int) -> list[bool]:
+def _first_k_dense(c: ConfigReader, n: int) -> list[bool]:
     return [i >= c.int("first_k_dense_replace") for i in range(n)]
 
 
-def _mlp_layer_types(c: Keys, n: int) -> list[bool]:
+def _mlp_layer_types(c: ConfigReader, n: int) -> list[bool]:
     """A list, by default all from `first_k_dense_replace` on, every `moe_layer_freq`-th of them."""
-    if kinds := c.get("mlp_layer_types"):
-        return [kind == "sparse" for kind in kinds]
+    if mlp_types := c.get("mlp_layer_types"):
+        return [kind == "sparse" for kind in mlp_types]
     every = c.get("moe_layer_freq", 1)
     if isinstance(every, list):
         return [i >= c.int("first_k_dense_replace") and bool(every[i]) for i in range(n)]
     return [i >= c.int("first_k_dense_replace") and i % every == 0 for i in range(n)]
 
 
-def _mlp_layer_types_only(c: Keys, n: int) -> list[bool]:
+def _mlp_layer_types_only(c: ConfigReader, n: int) -> list[bool]:
     """A list, by default all but the family's first few, whatever other keys say."""
-    if kinds := c.get("mlp_layer_types"):
-        return [kind == "sparse" for kind in kinds]
+    if mlp_types := c.get("mlp_layer_types"):
+        return [kind == "sparse" for kind in mlp_types]
     return [i >= c.int("dense_layers") for i in range(n)]
 
 
 #: Which layers have routed experts.
-SPARSE: dict[str, Rule] = {
+MOE_LAYERS: dict[str, Rule] = {
     "all": lambda _, n: [True] * n,
     "first_k_dense": _first_k_dense,
     "mlp_layer_types": _mlp_layer_types,
@@ -55,7 +48,7 @@ SPARSE: dict[str, Rule] = {
 _KINDS = {"linear_attention": "linear", "sliding_attention": "sliding"}
 
 
-def _layer_types(c: Keys) -> list[str] | None:
+def _layer_types(c: ConfigReader) -> list[str] | None:
     types = c.get("layer_types")
     return [_KINDS.get(t, "mla") for t in types] if types else None
 
@@ -64,12 +57,12 @@ def _every(n: int, is_mla: Callable[[int], bool], other: str = "linear") -> list
     return ["mla" if is_mla(i) else other for i in range(n)]
 
 
-def _bailing_hybrid(c: Keys, n: int) -> list[str]:
+def _bailing_hybrid(c: ConfigReader, n: int) -> list[str]:
     group = c.int("layer_group_size")
     return _layer_types(c) or _every(n, lambda i: (i + 1) % group == 0)
 
 
-def _kimi_linear(c: Keys, n: int) -> list[str]:
+def _kimi_linear(c: ConfigReader, n: int) -> list[str]:
     linear = c.get("linear_attn_config") or {}
     full = linear.get("full_attn_layers")
     if full is not None:  # counted from 1
@@ -77,11 +70,11 @@ def _kimi_linear(c: Keys, n: int) -> list[str]:
     return _layer_types(c) or _every(n, lambda i: i > 0 and i % 4 == 0)
 
 
-def _glm5_next(c: Keys, n: int) -> list[str]:
+def _glm5_next(c: ConfigReader, n: int) -> list[str]:
     return _layer_types(c) or _every(n, lambda i: i % 4 == 3)
 
 
-def _dots3_note(c: Keys, n: int) -> list[str]:
+def _dots3_note(c: ConfigReader, n: int) -> list[str]:
     windows = c.get("use_sliding_window", True)
     return _layer_types(c) or _every(n, lambda i: not windows or i < 2 or i % 4 == 1, "sliding")
 
@@ -96,7 +89,7 @@ KINDS: dict[str, Rule] = {
 }
 
 
-def _indexer_types(c: Keys, n: int) -> list[bool]:
+def _indexer_types(c: ConfigReader, n: int) -> list[bool]:
     """A list, a pattern of F and S, or every `index_topk_freq`-th layer from `index_skip_topk_offset` on."""
     types = c.get("indexer_types") or c.get("index_topk_pattern")
     if types:
@@ -105,12 +98,12 @@ def _indexer_types(c: Keys, n: int) -> list[bool]:
     return [max(i - offset + 1, 0) % every == 0 for i in range(n)]
 
 
-def _hy_v4_indexers(c: Keys, n: int) -> list[bool]:
+def _hy_v4_indexers(c: ConfigReader, n: int) -> list[bool]:
     types = c.get("indexer_types")
     return [t == "full" for t in types] if types else [i == 0 or (i - 1) % 4 == 0 for i in range(n)]
 
 
-def _indexed_attention(c: Keys, n: int) -> list[bool]:
+def _indexed_attention(c: ConfigReader, n: int) -> list[bool]:
     """Layers that the list calls so; `full_attention` is the same thing unless `use_dsa` is False."""
     dense = c.get("use_dsa") is False
     types = c.get("layer_types")
@@ -129,7 +122,7 @@ INDEXERS: dict[str, Rule] = {
 }
 
 
-def _sliding(c: Keys, kinds: list[str]) -> list[Mapping[str, Any]]:
+def _sliding(c: ConfigReader, attention_types: list[str]) -> list[Mapping[str, Any]]:
     """dots3: windows have sizes of their own, as `swa_*` keys or, as transformers writes them, layer by layer."""
     own = {int(i): sizes for i, sizes in (c.get("per_layer_config") or {}).items()}
     default = {
@@ -138,16 +131,19 @@ def _sliding(c: Keys, kinds: list[str]) -> list[Mapping[str, Any]]:
     }  # fmt: skip
     sizes = {name: c.get(f"swa_{name}", value) for name, value in default.items()}
     sizes["qk_rope_head_dim"] = c.get("swa_qk_rope_head_dim", sizes["head_dim"] - sizes["qk_nope_head_dim"])
-    return [own.get(i, sizes if not own else {}) if kind == "sliding" else {} for i, kind in enumerate(kinds)]
+    return [own.get(i, sizes if not own else {}) if kind == "sliding" else {} for i, kind in enumerate(attention_types)]
 
 
-def _no_rope(c: Keys, kinds: list[str]) -> list[Mapping[str, Any]]:
+def _no_rope(c: ConfigReader, attention_types: list[str]) -> list[Mapping[str, Any]]:
     """Mistral Large 4: a layer without rope has the numbers of the rope part among its others."""
     P, R = c.int("qk_nope_head_dim"), c.int("qk_rope_head_dim")
     every = c.get("no_rope_layer_interval", 4)
-    ropes = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(len(kinds))]
+    ropes = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(len(attention_types))]
     return [{} if rope else {"qk_nope_head_dim": P + R, "qk_rope_head_dim": 0} for rope in ropes]
 
 
 #: Keys of config.json that are others in some layers.
-LAYER_DIMS: dict[str, Callable[[Keys, list[str]], list[Mapping[str, Any]]]] = {"no_rope": _no_rope, "sliding": _sliding}
+LAYER_DIMS: dict[str, Callable[[ConfigReader, list[str]], list[Mapping[str, Any]]]] = {
+    "no_rope": _no_rope,
+    "sliding": _sliding,
+}

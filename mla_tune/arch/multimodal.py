@@ -36,7 +36,7 @@ class Wrapper:
     """One model type around a text model.
 
     `text` is the text model's type where config.json leaves it out.  `flat`: published files have the text model's keys
-    at the top level.  `ways` are names on disk (`arch.naming`) of the whole model's parameters, besides the family's.
+    at the top level.  `ways` are names on disk (`arch.key_mapping`) of the whole model's parameters, as in the family.
     `tied` is transformers' default for `tie_word_embeddings`, which is read from the top level.  `prefix` is the path
     of the text model in what transformers loads: a causal LM, or where there is none the model with its towers.
     """

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mla_tune.arch.dims import DTYPE_BYTES, MLADims
 from mla_tune.arch.families import Family
-from mla_tune.arch.key_mapping import Naming
+from mla_tune.arch.key_mapping import KeyMapping
 from mla_tune.arch.multimodal import Wrapper
 from mla_tune.arch.roles import ADAPTABLE, Role
 
@@ -30,7 +30,7 @@ class Site:
     it can't be adapted.  `layer` is None outside of the decoder layers; `mtp` marks one of an MTP layer.
 
     `disk`, `disk_path` and `leaves` say where it lies in a checkpoint: its path there, and the names of the matrices of
-    one expert.  `twins` are other paths under which a file may hold it once more.
+    one expert.  `aliases` are other paths under which a file may hold it once more.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Site:
     disk: DiskLayout = "module"
     disk_path: str = ""
     leaves: tuple[str, ...] = ()
-    twins: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
     is_parameter: bool = False
     mtp: bool = False
 
@@ -74,9 +74,9 @@ class Site:
         """The checkpoint keys that hold this site's weight; for per-expert files gate and up of each expert in turn."""
         return self._keys(self.disk_path or self.path, self.leaves)
 
-    def twin_keys(self) -> list[list[str]]:
+    def alias_keys(self) -> list[list[str]]:
         """The keys of each further copy of the weight in the same checkpoint, in the order of `disk_keys`."""
-        return [self._keys(path, leaves) for path, leaves in self.twins]
+        return [self._keys(path, leaves) for path, leaves in self.aliases]
 
     def disk_key(self, leaf: str) -> str:
         """The key of another tensor of this module: its `bias`."""
@@ -132,7 +132,7 @@ class Architecture:
     experts_per_token: int
     prefix: str = "model"
     wrapper: Wrapper | None = None
-    naming: Naming = field(default_factory=Naming)
+    key_mapping: KeyMapping = field(default_factory=KeyMapping)
     mtp_sites: tuple[Site, ...] = ()
     warnings: tuple[str, ...] = ()
     #: The keys of both ends of the model in a checkpoint.
@@ -191,24 +191,24 @@ class Architecture:
         """The same architecture with the sites where a checkpoint with these keys holds them."""
         return replace(
             self,
-            embedding_key=self.naming.on_disk(self.embedding, keys),
-            head_key=self.naming.on_disk(HEAD, keys),
-            sites=tuple(locate(site, self.naming, keys) for site in self.sites),
-            mtp_sites=tuple(locate(site, self.naming, keys) for site in self.mtp_sites),
+            embedding_key=self.key_mapping.on_disk(self.embedding, keys),
+            head_key=self.key_mapping.on_disk(HEAD, keys),
+            sites=tuple(locate_site(site, self.key_mapping, keys) for site in self.sites),
+            mtp_sites=tuple(locate_site(site, self.key_mapping, keys) for site in self.mtp_sites),
         )
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
 
 
-def locate(site: Site, naming: Naming, keys: Container[str]) -> Site:
+def locate_site(site: Site, key_mapping: KeyMapping, keys: Container[str]) -> Site:
     """`site` with the place in the checkpoint that these keys show; as it is where they show none.
 
-    A file that holds the weight more than once (under two of its names) gets the others as `twins`.
+    A file that holds the weight more than once (under two of its names) gets the others as `aliases`.
     """
     found: list[Site] = []
-    for path in naming.candidates(site.path):
-        for disk, leaves in _layouts(site, naming):
+    for path in key_mapping.candidates(site.path):
+        for disk, leaves in _layouts(site, key_mapping):
             here = replace(
                 site, disk=disk, disk_path=path.rpartition(".")[0] if disk == "per_expert" else path, leaves=leaves
             )
@@ -217,15 +217,15 @@ def locate(site: Site, naming: Naming, keys: Container[str]) -> Site:
     if not found:
         return site
     first = found[0]
-    twins = tuple((s.disk_path, s.leaves) for s in found[1:] if s.disk == first.disk)
-    return replace(first, twins=twins)
+    aliases = tuple((s.disk_path, s.leaves) for s in found[1:] if s.disk == first.disk)
+    return replace(first, aliases=aliases)
 
 
-def _layouts(site: Site, naming: Naming) -> list[tuple[DiskLayout, tuple[str, ...]]]:
+def _layouts(site: Site, key_mapping: KeyMapping) -> list[tuple[DiskLayout, tuple[str, ...]]]:
     if not site.is_experts:
         return [("module", ())]
     gate_up = site.role == Role.EXPERTS_GATE_UP
     ways: list[tuple[DiskLayout, tuple[str, ...]]] = []
-    for gate, up, down in dict.fromkeys((naming.experts, Naming().experts)):
+    for gate, up, down in dict.fromkeys((key_mapping.experts, KeyMapping().experts)):
         ways.append(("per_expert", (gate, up) if gate_up else (down,)))
     return [*ways, ("fused", ())]

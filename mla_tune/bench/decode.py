@@ -28,13 +28,13 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.bench.decode_cases import (
     ABSORBED,
     STOCK,
-    Way,
+    BenchCase,
+    bench_cases,
     cache_bytes,
     load,
     random_cache,
     room_bytes,
-    twin,
-    ways_of,
+    shared_copy,
 )
 from mla_tune.bench.meter import captured, copy_bandwidth, synchronize, transient_bytes
 from mla_tune.errors import InputError, WorkError
@@ -180,7 +180,7 @@ def measure(
     """`decode` of a model in memory, which is in evaluation mode afterwards and else as it was."""
     model, arch, device = loaded.model.eval(), loaded.arch, loaded.device
     batch = max(batch, adapters)
-    ways = ways_of(model, arch, batch, adapters, DTYPE_BYTES[loaded.dtype], CACHES[cache])
+    ways = bench_cases(model, arch, batch, adapters, DTYPE_BYTES[loaded.dtype], CACHES[cache])
     say("bandwidth of a copy")
     bandwidth = copy_bandwidth(device)
     with torch.inference_mode():
@@ -212,7 +212,7 @@ def _at_context(
     model: Any,
     S: int,
     batch: int,
-    ways: list[Way],
+    ways: list[BenchCase],
     device: torch.device,
     bandwidth: float,
     floor: float,
@@ -226,7 +226,7 @@ def _at_context(
         return net(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
     say(f"context {S:,}: memory")
-    fits: list[Way] = []
+    fits: list[BenchCase] = []
     transients, caches, logits = {}, {}, {}
     for way in ways:
         try:
@@ -254,7 +254,7 @@ def _at_context(
             with way.ready() as net:
                 ms[way.name].append(_median_ms(lambda net=net, way=way: step(net, caches[way.cache]), device))
             say(f"context {S:,}, round {i + 1} of {runs}: {way.name} {ms[way.name][-1]:.4g} ms a token")
-    graphs = _graphs(fits, lambda net, way: step(net, twin(caches[way.cache])), device)
+    graphs = _graphs(fits, lambda net, way: step(net, shared_copy(caches[way.cache])), device)
     graph_ms = {way.name: [] for way in fits}
     for _ in range(runs):
         for name, replay in graphs.items():
@@ -293,7 +293,9 @@ def _at_context(
     )
 
 
-def _graphs(ways: list[Way], step: Callable[[Any, Way], object], device: torch.device) -> dict[str, Callable[[], None]]:
+def _graphs(
+    ways: list[BenchCase], step: Callable[[Any, BenchCase], object], device: torch.device
+) -> dict[str, Callable[[], None]]:
     """A step of each way that can be captured, by name; what it reads and does not make must outlive it."""
     found = {}
     for way in ways:
@@ -304,7 +306,7 @@ def _graphs(ways: list[Way], step: Callable[[Any, Way], object], device: torch.d
     return found
 
 
-def _filled(model: Any, batch: int, S: int, device: torch.device, way: Way) -> DynamicCache:
+def _filled(model: Any, batch: int, S: int, device: torch.device, way: BenchCase) -> DynamicCache:
     return random_cache(model, batch, S, device, way.cache)
 
 
@@ -316,12 +318,12 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _prefill(model: Any, S: int, ways: list[Way], device: torch.device, runs: int, say: Say) -> Prefill:
+def _prefill(model: Any, S: int, ways: list[BenchCase], device: torch.device, runs: int, say: Say) -> Prefill:
     random_cache(model, 1, 1, device)  # refuses what can't be measured, before anything is
     numbers = torch.Generator(device).manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, S), generator=numbers, device=device)
 
-    def prompt(net: Any, way: Way) -> None:
+    def prompt(net: Any, way: BenchCase) -> None:
         net(input_ids=ids, past_key_values=way.cache(config=model.config), use_cache=True, logits_to_keep=1)
 
     ms: dict[str, list[float]] = {STOCK: [], ABSORBED: []}

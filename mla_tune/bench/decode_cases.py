@@ -18,8 +18,8 @@ from mla_tune.arch.lookup import ALIASES, architecture_of
 from mla_tune.arch.roles import GROUPS
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError
-from mla_tune.inference.absorb import absorb, mla_modules, obstacles
-from mla_tune.inference.latent_cache import LatentCache, RoomyLayer
+from mla_tune.inference.absorb import absorb, mla_modules, unsupported_reasons
+from mla_tune.inference.latent_cache import LatentCache, PreallocatedLayer
 from mla_tune.inference.session import resolve_model
 from mla_tune.model.load import DTYPES, Loaded, load_model, pick_device, pick_dtype
 from mla_tune.recipe.schema import ModelSection
@@ -113,7 +113,7 @@ def random_cache(
     cache = kind(config=model.config)
     modules = {m.layer_idx: m for m in mla_modules(model)}
     for i, layer in enumerate(cache.layers):
-        if i not in modules or type(layer) not in (DynamicLayer, RoomyLayer):
+        if i not in modules or type(layer) not in (DynamicLayer, PreallocatedLayer):
             what = "another kind of attention" if i not in modules else f"a cache of its own, {type(layer).__name__}"
             raise InputError(f"layer {i} of this {model.config.model_type} has {what}: only latents can be made up")
     numbers = torch.Generator(device).manual_seed(0)
@@ -126,7 +126,7 @@ def random_cache(
     return cache
 
 
-def twin(cache: DynamicCache) -> DynamicCache:
+def shared_copy(cache: DynamicCache) -> DynamicCache:
     """Another cache of the same tensors: what it forgets or appends, `cache` still holds."""
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
@@ -137,19 +137,19 @@ def cache_bytes(cache: DynamicCache) -> int:
     """Of the memory behind all keys and values; of a `LatentCache` without the room for tokens to come."""
     layers: list[Any] = cache.layers
     held = [(layer, t) for layer in layers for t in (layer.keys, layer.values)]
-    return sum(t.nbytes if isinstance(layer, RoomyLayer) else t.untyped_storage().nbytes() for layer, t in held)
+    return sum(t.nbytes if isinstance(layer, PreallocatedLayer) else t.untyped_storage().nbytes() for layer, t in held)
 
 
 def room_bytes(cache: DynamicCache) -> int:
     """Of the room for tokens to come; none in a cache of another kind."""
     layers: list[Any] = cache.layers
-    held: list[Any] = [layer.memory for layer in layers if isinstance(layer, RoomyLayer)]
+    held: list[Any] = [layer.memory for layer in layers if isinstance(layer, PreallocatedLayer)]
     memory = sum(t.untyped_storage().nbytes() for t in held)
     return memory - cache_bytes(cache) if held else 0
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class BenchCase:
     """`ready` lasts as long as a measurement and gives what is called; `weight_bytes` is what a step must read, `cache`
     the kind that it decodes with."""
 
@@ -159,23 +159,23 @@ class Way:
     cache: type[DynamicCache]
 
 
-def ways_of(
+def bench_cases(
     model: Any, arch: Architecture, batch: int, adapters: int, itemsize: int, cache: type[DynamicCache] = LatentCache
-) -> list[Way]:
+) -> list[BenchCase]:
     """Stock, absorbed and, with adapters, absorbed with an adapter of its own for each row; `cache`: of the latter two,
     stock has what transformers' `generate` makes."""
     weights = weights_read(arch, batch) * itemsize
     ways = [
-        Way(STOCK, lambda: nullcontext(model), weights, DynamicCache),
+        BenchCase(STOCK, lambda: nullcontext(model), weights, DynamicCache),
         # A merged model has the shapes of its base: this is how long the batch takes on one merged model, too.
-        Way(ABSORBED, lambda: _absorbed(model), weights, cache),
+        BenchCase(ABSORBED, lambda: _absorbed(model), weights, cache),
     ]
     if adapters:
         names = [f"adapter{i}" for i in range(adapters)]
         adapted = _with_adapters(model, arch, names)
         lora = sum(p.nbytes for key, p in adapted.named_parameters() if "lora_" in key)
         rows = [names[row % adapters] for row in range(batch)]
-        ways.append(Way(_adapters(adapters), lambda: _by_rows(adapted, rows), weights + lora, cache))
+        ways.append(BenchCase(_adapters(adapters), lambda: _by_rows(adapted, rows), weights + lora, cache))
     return ways
 
 
@@ -186,30 +186,30 @@ def _adapters(count: int) -> str:
 @contextmanager
 def _absorbed(model: Any) -> Iterator[Any]:
     with absorb(model):
-        for path, why in obstacles(model).items():
+        for path, why in unsupported_reasons(model).items():
             raise InputError(f"{path} can't be absorbed: {why}")
         yield model
 
 
 @contextmanager
-def _by_rows(twin: Any, rows: list[str]) -> Iterator[Any]:
+def _by_rows(shared_copy: Any, rows: list[str]) -> Iterator[Any]:
     """As in PEFT's own `generate`, its hooks are entered once: to enter them it walks over all modules."""
-    with _absorbed(twin), twin.base_model._enable_peft_forward_hooks(adapter_names=rows):
-        yield twin.base_model.model
+    with _absorbed(shared_copy), shared_copy.base_model._enable_peft_forward_hooks(adapter_names=rows):
+        yield shared_copy.base_model.model
 
 
 def _with_adapters(model: Any, arch: Architecture, names: list[str]) -> Any:
     """A `PeftModel` on a twin of `model` that has modules of its own and the same tensors."""
     shared = [*model.parameters(), *model.buffers()]
     trainable = [t for t in shared if t.requires_grad]
-    twin = copy.deepcopy(model, {id(t): t for t in shared})
+    shared_copy = copy.deepcopy(model, {id(t): t for t in shared})
     leaves = {site.path.rpartition(".")[2] for site in arch.sites if site.role in GROUPS["attention"]}
     torch.manual_seed(0)
 
     def config() -> LoraConfig:
         return LoraConfig(r=RANK, target_modules=sorted(leaves), init_lora_weights=False)
 
-    wrapped: Any = get_peft_model(twin, config(), adapter_name=names[0])
+    wrapped: Any = get_peft_model(shared_copy, config(), adapter_name=names[0])
     for name in names[1:]:
         wrapped.add_adapter(name, config())
     for t in trainable:  # PEFT froze them, the model's too

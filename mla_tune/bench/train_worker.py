@@ -144,7 +144,7 @@ def _with_trl(recipe: Recipe, case: Case, rows: list[dict[str, Any]], rounds: Ro
             self.real_tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
             return super().training_step(model, inputs, num_items_in_batch)
 
-    arguments = SFTConfig(
+    training_arguments = SFTConfig(
         output_dir=str(Path(recipe.output.dir) / "trl"),
         per_device_train_batch_size=t.batch_size,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
@@ -165,7 +165,7 @@ def _with_trl(recipe: Recipe, case: Case, rows: list[dict[str, Any]], rounds: Ro
     )
     columns = {"input_ids": [r["input_ids"] for r in rows], "labels": [r["labels"] for r in rows]}
     trainer: Any = Counting(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
+        model=model, args=training_arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
     )
     trainer.add_callback(rounds)
     rounds.trainer = trainer

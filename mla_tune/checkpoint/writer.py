@@ -21,14 +21,14 @@ from mla_tune.checkpoint.index import TensorRef, tensor_bytes
 from mla_tune.errors import FileError
 
 #: Key → (dtype of the format, shape), in the order in which the data lies.
-Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+TensorLayout = Mapping[str, tuple[str, tuple[int, ...]]]
 #: Bytes copied in one call: other threads get their turn between calls.
 _CHUNK = 1 << 26
 #: Reasons for which the kernel can't copy between two files and plain reading and writing can.
 _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 
-def header_bytes(layout: Layout, metadata: Mapping[str, str]) -> bytes:
+def header_bytes(layout: TensorLayout, metadata: Mapping[str, str]) -> bytes:
     """The beginning of the file: the length of the header, and the header, padded to a multiple of 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -44,7 +44,7 @@ class ShardWriter:
     """Writes beside `file` and renames at `commit`.  As a context manager: commits when the block ends well, else
     discards."""
 
-    def __init__(self, file: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
+    def __init__(self, file: Path, layout: TensorLayout, metadata: Mapping[str, str]) -> None:
         self.file = file
         self._partial = file.with_name(f".{file.name}.partial")
         raw = header_bytes(layout, metadata)

@@ -19,6 +19,7 @@ from mla_tune.errors import InputError
 #: Option as it was called → what it is called now.
 OLD_OPTIONS: dict[str, str] = {
     "--min-survival": "--min-retained",
+    "--untie": "--untie-embeddings",
 }
 
 

@@ -20,10 +20,10 @@ def command(
     """Show what a recipe trains on: samples with the trained tokens marked, their lengths, and what packing saves."""
     from mla_tune.console import err, print_json
     from mla_tune.data.prepare import prepare
-    from mla_tune.data.preview import view
+    from mla_tune.data.preview import preview
     from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
     from mla_tune.recipe.load import load_recipe
-    from mla_tune.report.data_preview import print_view
+    from mla_tune.report.data_preview import print_preview
     from mla_tune.training.resolve import check_held_out, resolve
 
     resolved = resolve(load_recipe(recipe, list(set_ or [])))
@@ -35,5 +35,5 @@ def command(
     for line in prepared.lines:
         err.print(line, markup=False, soft_wrap=True)
     check_held_out(resolved.recipe, prepared)
-    found = view(prepared, tokenizer, resolved.recipe, samples)
-    print_json(found) if json else print_view(found)
+    found = preview(prepared, tokenizer, resolved.recipe, samples)
+    print_json(found) if json else print_preview(found)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from mla_tune.merge.report import MergeReport, PlanReport
+    from mla_tune.merge.report import MergeResult, PlanReport
 
 
 def command(
@@ -55,11 +55,13 @@ def command(
         Literal["nearest", "stochastic"], typer.Option("--round", help="How sums are rounded to the dtype written.")
     ] = "nearest",
     seed: Annotated[int, typer.Option(help="Seed of stochastic rounding.")] = 0,
-    min_survival: Annotated[
+    min_retained: Annotated[
         float | None,
         typer.Option(metavar="X", help="Fail where rounding keeps less than this share of a tensor's change (0 to 1)."),
     ] = None,
-    untie: Annotated[bool, typer.Option("--untie", help="Write a tied output head as a tensor of its own.")] = False,
+    untie_embeddings: Annotated[
+        bool, typer.Option("--untie-embeddings", help="Write a tied output head as a tensor of its own.")
+    ] = False,
     link: Annotated[
         bool, typer.Option("--link/--no-link", help="Share files that don't change with the base, or copy them.")
     ] = True,
@@ -89,7 +91,7 @@ def command(
     from mla_tune.merge.run import merge_absorb, plan_only
 
     named = weighted(adapter, adapters or [])
-    options = Options(absorb, dtype, fp8, exact, rounding, seed, untie, link, mtp)
+    options = Options(absorb, dtype, fp8, exact, rounding, seed, untie_embeddings, link, mtp)
     if dry_run:
         plan = plan_only(named, base, out, options=options, verify=verify, workers=workers)
         print_json(plan.to_json()) if as_json else _print_plan(plan)
@@ -98,7 +100,7 @@ def command(
     stages += ["logits"] if verify and probe else []
     with bars(stages) as show:
         report = merge_absorb(
-            named, base, out, options=options, min_survival=min_survival, verify=verify, probe=probe,
+            named, base, out, options=options, min_retained=min_retained, verify=verify, probe=probe,
             overwrite=overwrite, workers=workers, prover=prover, progress=show,
             note=lambda line: err.print(line, soft_wrap=True),
         )  # fmt: skip
@@ -180,7 +182,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _print(report: MergeReport) -> None:
+def _print(report: MergeResult) -> None:
     from rich.table import Table
 
     from mla_tune.console import human_bytes, out

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mla_tune.serving.compatibility import Check, Judgment
+    from mla_tune.serving.compatibility import Check, CompatibilityReport
 
 #: Colors of verdicts on a terminal.
 _STYLES = {"dropped": "bold red", "refused": "red", "unknown": "yellow", "applied": "green"}
@@ -44,11 +44,11 @@ def command(
         raise CheckError(f"{what}: {judgment.engine.title} can't serve it as it is. {listed}")
 
 
-def _named(judgment: Judgment, verdict: str) -> list[str]:
+def _named(judgment: CompatibilityReport, verdict: str) -> list[str]:
     return list(dict.fromkeys(judgment.named(verdict)))
 
 
-def _judge(what: Path, engine: Any, base: str | None) -> tuple[Judgment, dict[str, Any]]:
+def _judge(what: Path, engine: Any, base: str | None) -> tuple[CompatibilityReport, dict[str, Any]]:
     from mla_tune.adapter.files import RUN_SUBFOLDER
     from mla_tune.adapter.inputs import EMBEDDED, open_inputs
     from mla_tune.adapter.settings import CONFIG_FILE
@@ -56,7 +56,7 @@ def _judge(what: Path, engine: Any, base: str | None) -> tuple[Judgment, dict[st
     from mla_tune.checkpoint.index import Checkpoint
     from mla_tune.errors import FileError, InputError
     from mla_tune.resources import EMBEDDED_MODEL
-    from mla_tune.serving.compatibility import judge
+    from mla_tune.serving.compatibility import check_compatibility
 
     folder = EMBEDDED_MODEL if str(what) == EMBEDDED else what.expanduser()
     is_model, is_adapter = (folder / "config.json").is_file(), (folder / CONFIG_FILE).is_file()
@@ -74,12 +74,12 @@ def _judge(what: Path, engine: Any, base: str | None) -> tuple[Judgment, dict[st
         if base is not None:
             raise InputError(f"{what}: is a model, not an adapter: --base has no meaning for it")
         checkpoint = Checkpoint.open(folder)
-        judgment = judge(engine, checkpoint, architecture(checkpoint.config, str(folder / "config.json")))
+        judgment = check_compatibility(engine, checkpoint, architecture(checkpoint.config, str(folder / "config.json")))
         places = {"adapter": None, "model": str(folder)}
     else:
         inputs = open_inputs([(what, 1.0)], base, None)
         adapter = inputs.adapters[0][0]
-        judgment = judge(engine, inputs.base, inputs.arch, adapter, str(inputs.places.out))
+        judgment = check_compatibility(engine, inputs.base, inputs.arch, adapter, str(inputs.places.out))
         places = {"adapter": str(adapter.folder), "model": str(inputs.base.folder)}
     return judgment, {
         "what": str(what),
@@ -94,7 +94,7 @@ def _judge(what: Path, engine: Any, base: str | None) -> tuple[Judgment, dict[st
     }
 
 
-def _print(judgment: Judgment, document: dict[str, Any]) -> None:
+def _print(judgment: CompatibilityReport, document: dict[str, Any]) -> None:
     from rich.markup import escape
 
     from mla_tune.console import out

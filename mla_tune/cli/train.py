@@ -53,11 +53,11 @@ def command(
     from mla_tune.console import err, human_count, out, print_json
     from mla_tune.errors import InputError
     from mla_tune.recipe.load import load_recipe
-    from mla_tune.training.distributed.launch import check_options, only_the_first_talks, use, worker
+    from mla_tune.training.distributed.launch import check_options, silence_other_processes, use, worker
     from mla_tune.training.resolve import resolve
 
     check_options(launch, processes)
-    only_the_first_talks()
+    silence_other_processes()
     if allow_changes and not resume:
         raise InputError("--allow-changes only has a meaning for a run that is continued: give --resume too")
     if overwrite and resume:
@@ -81,7 +81,7 @@ def command(
     from mla_tune.training.run import train
 
     run = train(loaded, resume=resume, allow_changes=allow_changes)
-    if not worker().first:
+    if not worker().is_main_process:
         return
     if json:
         print_json(run)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mla_tune.verification.verify import Verified
+    from mla_tune.verification.verify import VerifyResult
 
 #: Tensors that are listed.
 _LISTED = 20
@@ -51,7 +51,7 @@ def command(
         raise CheckError(f"{out}: {n:,} {what} not what base and adapters make")
 
 
-def _print(found: Verified) -> None:
+def _print(found: VerifyResult) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -77,7 +77,7 @@ def _print(found: Verified) -> None:
 
 
 def print_proof(proof: dict[str, Any], probe: dict[str, Any] | None) -> None:
-    """What was proven, and what the logits said, from `ProofReport.to_json` and `ProbeReport.to_json`."""
+    """What was proven, and what the logits said, from `ProofReport.to_json` and `LogitsReport.to_json`."""
     from mla_tune.console import human_count
 
     near = "each the nearest to the exact sum" if proof["worst_ulp"] <= 0.5 else f"within {proof['worst_ulp']:.3g} ulp"

@@ -13,7 +13,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+def samples_per_source(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """How many samples of each source an epoch holds: their sum is Σ sizes (largest remainders), each at least 1."""
     total, whole = sum(sizes), sum(weights)
     exact = [total * w / whole for w in weights]
@@ -24,10 +24,10 @@ def shares(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def mixed(sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> tuple[list[T], list[int]]:
+def mix_samples(sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> tuple[list[T], list[int]]:
     """The samples of an epoch in an order drawn from `seed`, and how many come from each source."""
     chooser = random.Random(seed)
-    counts = shares([len(s) for s in sources], weights)
+    counts = samples_per_source([len(s) for s in sources], weights)
     chosen: list[T] = []
     for source, count in zip(sources, counts, strict=True):
         passes, rest = divmod(count, len(source))

@@ -16,7 +16,7 @@ import torch
 from mla_tune.data.encode import IGNORED
 
 
-class FlatCollator:
+class PaddingFreeCollator:
     """Rows with `input_ids`, `labels` and perhaps `position_ids` (which start again at 0 with each sample) → a batch:
     input_ids, labels, position_ids (1, N); cu_seq_lens_q, cu_seq_lens_k (S + 1), int32; max_length_q, max_length_k.
     """

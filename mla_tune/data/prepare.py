@@ -10,7 +10,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.data.cache import cached, key_of
 from mla_tune.data.collate import rows_for
 from mla_tune.data.encode import Encoded, encode
-from mla_tune.data.mixing import mixed
+from mla_tune.data.mixing import mix_samples
 from mla_tune.data.rows import EMBEDDED, RowSet, evaluation_rows, load_rows, sha256_of
 from mla_tune.errors import InputError
 from mla_tune.preflight.family_limits import check_window
@@ -21,7 +21,7 @@ _NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PreparedSource:
     """One data set: its rows, and both sides as tokens.  `used`: samples of it in an epoch of the mixture."""
 
     rows: RowSet
@@ -35,7 +35,7 @@ class Part:
 class Prepared:
     """Trainer rows of both sides; `parts` keep the counts of each data set."""
 
-    parts: list[Part]
+    parts: list[PreparedSource]
     train_rows: Any
     """A list of rows, or a `data.stream.Stream` of them; then `parts` hold its first rows only."""
     held_out_rows: list[dict[str, Any]]
@@ -108,8 +108,10 @@ def prepare(recipe: Recipe, arch: Architecture, tokenizer: Any) -> Prepared:
     parts = [_part(section, weight, recipe, tokenizer, lines) for section, weight in sections]
     samples = parts[0].train.samples
     if len(parts) > 1:
-        samples, counts = mixed([p.train.samples for p in parts], [p.weight for p in parts], seed)
-        parts = [Part(p.rows, p.train, p.held_out, p.weight, used) for p, used in zip(parts, counts, strict=True)]
+        samples, counts = mix_samples([p.train.samples for p in parts], [p.weight for p in parts], seed)
+        parts = [
+            PreparedSource(p.rows, p.train, p.held_out, p.weight, used) for p, used in zip(parts, counts, strict=True)
+        ]
         lines += [
             f"{p.rows.source}: {p.used} of an epoch's {len(samples)} samples, {p.used / len(p.train.samples):.2f} "
             f"times its {len(p.train.samples)}"
@@ -127,16 +129,16 @@ def prepare(recipe: Recipe, arch: Architecture, tokenizer: Any) -> Prepared:
 
 def _streamed(recipe: Recipe, tokenizer: Any) -> Prepared:
     """Held-out rows, the first rows of each source as a sample of what comes, and a `Stream` for training."""
-    from mla_tune.data.stream import Origin, Stream
+    from mla_tune.data.stream import Stream, StreamSource
 
     length, packing, seed = recipe.train.max_length, recipe.train.packing, recipe.train.seed
-    origins = [Origin(section, weight) for section, weight in sections_of(recipe.data)]
+    origins = [StreamSource(section, weight) for section, weight in sections_of(recipe.data)]
     stream = Stream(recipe, tokenizer, origins)
     parts, lines = [], []
     for origin in origins:
         fraction = origin.data.eval_fraction
         own = origin.data.eval_path is not None or bool(fraction and origin.data.path in EMBEDDED)
-        first, held_out, skipped = origin.look(0.0 if own else fraction, seed)
+        first, held_out, skipped = origin.peek(0.0 if own else fraction, seed)
         assert origin.kind is not None
         source = origin.reader.source
         if own:
@@ -145,7 +147,7 @@ def _streamed(recipe: Recipe, tokenizer: Any) -> Prepared:
         rows = RowSet(first, held_out, source, sha256_of(origin.kind, first, held_out), origin.kind, skipped)
         encoded = stream.encoded(origin, first, f"{source}, first rows")
         held = encode(held_out, origin.kind, tokenizer, origin.data, length, "held-out rows") if held_out else None
-        parts.append(Part(rows, encoded, held, origin.weight, len(encoded.samples)))
+        parts.append(PreparedSource(rows, encoded, held, origin.weight, len(encoded.samples)))
         lines.append(f"{source}: streamed, shuffled and packed among {recipe.data.buffer:,} rows at a time")
     held_samples = [sample for p in parts if p.held_out for sample in p.held_out.samples]
     held_rows = rows_for(held_samples, length, packing) if held_samples else []
@@ -166,7 +168,7 @@ def sections_of(data: DataSection) -> list[tuple[DataSection, float]]:
     return found
 
 
-def _part(data: DataSection, weight: float, recipe: Recipe, tokenizer: Any, lines: list[str]) -> Part:
+def _part(data: DataSection, weight: float, recipe: Recipe, tokenizer: Any, lines: list[str]) -> PreparedSource:
     rows = load_rows(data, recipe.train.seed)
     length = recipe.train.max_length
 
@@ -182,7 +184,7 @@ def _part(data: DataSection, weight: float, recipe: Recipe, tokenizer: Any, line
         return found
 
     train = tokens("training rows", rows.train)
-    return Part(rows, train, tokens("held-out rows", rows.held_out) if rows.held_out else None, weight)
+    return PreparedSource(rows, train, tokens("held-out rows", rows.held_out) if rows.held_out else None, weight)
 
 
 def steps_of(recipe: Recipe, rows: Any, processes: int = 1) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BARS = 10
 
 
-def view(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, shown: int) -> dict[str, Any]:
+def preview(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, shown: int) -> dict[str, Any]:
     """Counts, `shown` samples of each source as `[{"text", "trained"}, …]`, a histogram of lengths in tokens, and how
     many rows packing makes of the samples."""
     length = recipe.train.max_length

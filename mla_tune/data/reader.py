@@ -30,7 +30,7 @@ class Cursor:
     read: int = 0
 
 
-class Reader:
+class RecordReader:
     """`data.path`, over and over.  The rows that a checkpoint has seen are passed over, not decoded."""
 
     def __init__(self, data: DataSection) -> None:

@@ -20,7 +20,7 @@ from mla_tune.data.collate import rows_for
 from mla_tune.data.encode import Encoded, Sample, encode
 from mla_tune.data.files import Table
 from mla_tune.data.formats import Kind, Row, detect, normalize
-from mla_tune.data.reader import Cursor, Reader
+from mla_tune.data.reader import Cursor, RecordReader
 from mla_tune.data.rows import canonical, split
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import DataSection, Recipe
@@ -31,7 +31,7 @@ NAMED = 3
 
 
 @dataclass
-class State:
+class StreamState:
     """Where the stream is at the beginning of a chunk: its number, the rows before it, and what they were made of."""
 
     chunk: int = 0
@@ -41,22 +41,22 @@ class State:
     faults: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> State:
+    def of(cls, saved: dict[str, Any]) -> StreamState:
         """From what `asdict` made of it."""
         return cls(**{**saved, "cursors": [Cursor(**c) for c in saved["cursors"]]})
 
 
-class Origin:
+class StreamSource:
     """One source: its reader, and its rows as samples."""
 
     def __init__(self, data: DataSection, weight: float) -> None:
         self.data, self.weight = data, weight
-        self.reader = Reader(data)
+        self.reader = RecordReader(data)
         self.kind: Kind | None = None
         #: Rows that are held out, as `rows.canonical` writes them.
         self.held_out: set[str] = set()
 
-    def rows(self, count: int, cursor: Cursor, state: State) -> list[Row]:
+    def rows(self, count: int, cursor: Cursor, state: StreamState) -> list[Row]:
         """The next records that can be used, without those that are held out."""
         table = self.reader.take(count, cursor)
         faults: list[str] = []
@@ -66,7 +66,7 @@ class Origin:
         state.faults += faults[: max(0, NAMED - len(state.faults))]
         return [row for row in rows if canonical(row) not in self.held_out] if self.held_out else rows
 
-    def look(self, fraction: float, seed: int) -> tuple[list[Row], list[Row], list[str]]:
+    def peek(self, fraction: float, seed: int) -> tuple[list[Row], list[Row], list[str]]:
         """Of the first `data.buffer` records those to train on and those held out, which no chunk will hold, and what
         is wrong with others."""
         table = self.reader.take(self.data.buffer, Cursor(), once=True)
@@ -100,28 +100,28 @@ class Stream(IterableDataset):
     """Trainer rows (`collate.rows_for`) without end.  Of `processes` each has its part of a global batch: `batch` rows
     after those of the processes before it."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, origins: Sequence[Origin]) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any, origins: Sequence[StreamSource]) -> None:
         super().__init__()
         self.recipe, self.tokenizer, self.origins = recipe, tokenizer, list(origins)
         self.rank, self.processes = 0, 1
-        self._start = State(cursors=[Cursor() for _ in self.origins])
+        self._start = StreamState(cursors=[Cursor() for _ in self.origins])
         self._done = 0
         self._after = self._start  # the end of the chunk under way
         #: Beginnings of the last chunks: a loader is a batch or two ahead of the step.
-        self._states: deque[State] = deque(maxlen=8)
+        self._states: deque[StreamState] = deque(maxlen=8)
 
     def share(self, rank: int, processes: int) -> None:
         """Which of how many processes this is."""
         self.rank, self.processes = rank, processes
 
-    def state_at(self, rows: int) -> dict[str, Any]:
-        """What `go_on` needs after so many rows, of all processes together, were trained on."""
+    def state_dict_at(self, rows: int) -> dict[str, Any]:
+        """What `load_state_dict` needs after so many rows, of all processes together, were trained on."""
         state = next((s for s in reversed(self._states) if s.rows <= rows), self._start)
         return {"state": asdict(state), "done": rows - state.rows}
 
-    def go_on(self, saved: dict[str, Any]) -> None:
-        """Begin where `state_at` was asked."""
-        self._start, self._done = State.of(saved["state"]), saved["done"]
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Begin where `state_dict_at` was asked."""
+        self._start, self._done = StreamState.of(saved["state"]), saved["done"]
 
     def counts_at(self, rows: int) -> dict[str, Any]:
         """Records and samples read for so many rows (in whole chunks), and the first faults in words."""
@@ -148,7 +148,7 @@ class Stream(IterableDataset):
                 names = ", ".join(o.reader.name for o in self.origins)
                 raise InputError(f"{names}: a whole pass left no sample to train on; {'; '.join(state.faults)}")
 
-    def _chunk(self, state: State) -> list[dict[str, Any]]:
+    def _chunk(self, state: StreamState) -> list[dict[str, Any]]:
         """The rows of the next chunk; `state` moves on to the one after it."""
         samples: list[Sample] = []
         for origin, count, cursor in zip(self.origins, self._records_of(state.chunk), state.cursors, strict=True):
@@ -174,7 +174,7 @@ class Stream(IterableDataset):
         share = self.recipe.data.buffer / sum(o.weight for o in self.origins)
         return [int((chunk + 1) * o.weight * share) - int(chunk * o.weight * share) for o in self.origins]
 
-    def encoded(self, origin: Origin, rows: list[Row], part: str) -> Encoded:
+    def encoded(self, origin: StreamSource, rows: list[Row], part: str) -> Encoded:
         """Rows of a source as samples; that none of so few can be used is no error."""
         length = self.recipe.train.max_length
         return encode(rows, origin.kind or "text", self.tokenizer, origin.data, length, part, partial=True)

@@ -11,10 +11,10 @@ from peft import PeftModel
 from torch import nn
 
 from mla_tune.errors import InputError, NotMLAError
-from mla_tune.inference.absorbed_weights import find_stored
+from mla_tune.inference.absorbed_weights import find_absorbed_weights
 from mla_tune.inference.attention_interface import PREFIX, STATE, register
-from mla_tune.inference.batched_lora import let_rows_choose, undo_rows_choose
-from mla_tune.inference.latent_attention import Latent, no_plain_weight
+from mla_tune.inference.batched_lora import disable_batched_lora, enable_batched_lora
+from mla_tune.inference.latent_attention import LatentAttention, no_plain_weight
 
 MODES = ("auto", "absorbed", "expanded")
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,7 +29,7 @@ class absorb:
     `model.set_attn_implementation` ends it: call it again to absorb over another implementation.
 
     Where `kv_b_proj` is quantized or offloaded, W_UK and W_UV come from the absorbed.safetensors beside the model, if
-    that was made from it; modules that stay expanded are told by `obstacles`.
+    that was made from it; modules that stay expanded are told by `unsupported_reasons`.
 
     As a function it returns nothing of use and lasts until `expand(model)`; as a context manager (`with absorb(model)
     as model:`) until the block ends.  Raises `NotMLAError` for a model without MLA modules, `InputError` for a mode.
@@ -45,7 +45,7 @@ class absorb:
         for module in modules:
             _absorb(module, mode)
         _take_stored(model)
-        let_rows_choose(model)
+        enable_batched_lora(model)
 
     def __enter__(self) -> Any:
         return self.model
@@ -59,7 +59,7 @@ def expand(model: Model) -> Model:
     for module in mla_modules(model):
         if hasattr(module, STATE):
             _expand(module)
-    undo_rows_choose(model)
+    disable_batched_lora(model)
     return model
 
 
@@ -72,20 +72,20 @@ def mla_modules(model: nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if hasattr(m, "kv_b_proj") and hasattr(m, "expand_kv"))
 
 
-def obstacles(model: nn.Module) -> dict[str, str]:
+def unsupported_reasons(model: nn.Module) -> dict[str, str]:
     """By module path, why it is not absorbed whatever the mode; empty where all can be."""
     found = {}
     for path, module in model.named_modules():
-        state: Latent | None = getattr(module, STATE, None)
-        if state is not None and (why := state.obstacle()):
+        state: LatentAttention | None = getattr(module, STATE, None)
+        if state is not None and (why := state.unsupported_reason()):
             found[path] = why
     return found
 
 
 def _absorb(module: Any, mode: str) -> None:
-    state: Latent | None = getattr(module, STATE, None)
+    state: LatentAttention | None = getattr(module, STATE, None)
     if state is None:
-        state = Latent(module)
+        state = LatentAttention(module)
         setattr(module, STATE, state)
         module.expand_kv = MethodType(_keep_latent, module)
     config = module.config
@@ -102,9 +102,9 @@ def _take_stored(model: nn.Module) -> None:
         for path, module in inner.named_modules()
         if hasattr(module, STATE) and getattr(module, STATE).stored is None and no_plain_weight(module)
     }
-    found, why = find_stored(inner, wanting)
+    found, why = find_absorbed_weights(inner, wanting)
     for path, module in wanting.items():
-        state: Latent = getattr(module, STATE)
+        state: LatentAttention = getattr(module, STATE)
         state.stored, state.not_stored = found.get(path), why
 
 
@@ -118,7 +118,7 @@ def _expand(module: Any) -> None:
 
 def _keep_latent(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """In the place of `expand_kv`: the latent (B, 1, S, C) and the rope key (B, 1, S, R) as they are."""
-    state: Latent = getattr(module, STATE)
+    state: LatentAttention = getattr(module, STATE)
     if not module.config._attn_implementation.startswith(PREFIX):  # the user has set another one since
         return state.expand(kv_nope, k_rot)
     state.listen(kv_nope)

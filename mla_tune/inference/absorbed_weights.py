@@ -24,7 +24,7 @@ from mla_tune.inference.lora_tensors import is_adapted
 
 
 @dataclass(slots=True)
-class Stored:
+class AbsorbedWeights:
     """W_UK (H, C, P) and W_UV (H, V, C) of one module: where they lie, and, once asked for, the two on a device.
 
     They stand for `weight`, the module's own as it was when the file was found to fit, and for no other.
@@ -36,7 +36,7 @@ class Stored:
     _version: int
     _taken: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    def stands_for(self, weight: torch.Tensor) -> bool:
+    def matches(self, weight: torch.Tensor) -> bool:
         return weight is self.weight and weight._version == self._version
 
     def take(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +48,7 @@ class Stored:
         return self._taken[place]
 
 
-def find_stored(model: nn.Module, modules: dict[str, Any]) -> tuple[dict[str, Stored], str]:
+def find_absorbed_weights(model: nn.Module, modules: dict[str, Any]) -> tuple[dict[str, AbsorbedWeights], str]:
     """By path, for the attention `modules` of a model that was loaded from a folder, what the file beside it has of
     them; and why it has nothing of some, if so.
 
@@ -63,7 +63,7 @@ def find_stored(model: nn.Module, modules: dict[str, Any]) -> tuple[dict[str, St
         if not shards:
             return {}, ""
         checkpoint = Checkpoint.open(folder)
-        tensors, naming = checkpoint.tensors, architecture(checkpoint.config, str(folder)).naming
+        tensors, key_mapping = checkpoint.tensors, architecture(checkpoint.config, str(folder)).key_mapping
         found = {}
         for path, module in modules.items():
             refs = [s.tensors[key] for key in (f"{path}.W_UK", f"{path}.W_UV") for s in shards if key in s.tensors]
@@ -74,7 +74,7 @@ def find_stored(model: nn.Module, modules: dict[str, Any]) -> tuple[dict[str, St
                 for shard in shards
                 if f"{path}.W_UK" in shard.tensors
                 for key, digest in sources_of(shard).items()
-                if key.startswith(tuple(f"{name}." for name in naming.candidates(f"{path}.kv_b_proj")))
+                if key.startswith(tuple(f"{name}." for name in key_mapping.candidates(f"{path}.kv_b_proj")))
             }
             if not made_of or any(key not in tensors or sha256(tensors[key]) != d for key, d in made_of.items()):
                 return found, f"{folder / ABSORBED_FILE} was made from another kv_b_proj than {path} has"
@@ -82,7 +82,7 @@ def find_stored(model: nn.Module, modules: dict[str, Any]) -> tuple[dict[str, St
             if tuple(ref.shape for ref in refs) != shapes:
                 return found, f"{folder / ABSORBED_FILE}: {path} has other shapes than {shapes}"
             weight = base_layer(module).weight
-            found[path] = Stored(refs[0], refs[1], weight, weight._version)
+            found[path] = AbsorbedWeights(refs[0], refs[1], weight, weight._version)
         return found, ""
     except MlaTuneError as error:  # damaged: the model itself was loaded all the same
         return {}, str(error)

@@ -26,10 +26,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mla_tune.inference.latent_attention import Latent
+from mla_tune.inference.latent_attention import LatentAttention
 
 PREFIX = "mla_tune_"
-#: Where an attention module keeps its `Latent`.
+#: Where an attention module keeps its `LatentAttention`.
 STATE = "_mla_tune_latent"
 #: Operations and bytes a second, and seconds that absorbed attention takes besides, of a usual machine of each kind:
 #: only their proportions matter, and these only where both ways take about the same time (`scripts/bench_choice.py`).
@@ -45,7 +45,7 @@ def register(original: str) -> str:
     return name
 
 
-def prefers_absorbed(latent: Latent, B: int, T: int, S: int, device: str = "cpu", itemsize: int = 4) -> bool:
+def prefers_absorbed(latent: LatentAttention, B: int, T: int, S: int, device: str = "cpu", itemsize: int = 4) -> bool:
     """Whether a call with these counts of rows, queries and keys is cheaper absorbed; `itemsize`: bytes of a number."""
     m = latent.module
     H, C, R, P, V = m.num_heads, m.kv_lora_rank, m.qk_rope_head_dim, latent.P, latent.V
@@ -65,7 +65,7 @@ def _attention_over(original: str) -> Callable[..., tuple[torch.Tensor, torch.Te
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        state: Latent | None = getattr(module, STATE, None)
+        state: LatentAttention | None = getattr(module, STATE, None)
         if state is None:  # another attention module under the same configuration
             return _original(original, module)(module, query, key, value, attention_mask, **kwargs)
         B, T, S = query.shape[0], query.shape[2], key.shape[2]
@@ -99,8 +99,8 @@ def _as_wide_as(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return F.pad(values, (0, missing)) if missing > 0 and values.device.type == "cpu" else values
 
 
-def _is_absorbed(state: Latent, B: int, T: int, latent: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    if state.mode == "expanded" or state.obstacle() or kwargs.get("position_bias") is not None:
+def _is_absorbed(state: LatentAttention, B: int, T: int, latent: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    if state.mode == "expanded" or state.unsupported_reason() or kwargs.get("position_bias") is not None:
         return False
     if kwargs.get("dropout") or kwargs.get("softcap") is not None:
         return False

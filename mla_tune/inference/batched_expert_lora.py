@@ -31,7 +31,7 @@ from mla_tune.inference.lora_tensors import refuse_merged
 #: A (E, r, in), B (E, out, r) and s of one adapter.
 Factors = tuple[torch.Tensor, torch.Tensor, float]
 #: What the tokens of one choice of adapters add, by the name of the parameter.
-Choice = dict[str, list[Factors]]
+ExpertFactors = dict[str, list[Factors]]
 
 
 def is_experts(layer: Any) -> bool:
@@ -82,8 +82,8 @@ class ExpertLora:
         choice = torch.tensor([numbers[name] for name in names], device=x.device).repeat_interleave(tokens)
         return self._run(choices, choice, x, index, weights)
 
-    def _choice(self, names: Sequence[str], keep: bool) -> Choice:
-        found: Choice = {}
+    def _choice(self, names: Sequence[str], keep: bool) -> ExpertFactors:
+        found: ExpertFactors = {}
         for wrapper in wrappers(self.layer):
             here = [name for name in names if name in wrapper.lora_A] if not wrapper.disable_adapters else []
             if here:
@@ -104,7 +104,7 @@ class ExpertLora:
 
     def _run(
         self,
-        choices: list[Choice],
+        choices: list[ExpertFactors],
         choice: torch.Tensor | None,
         x: torch.Tensor,
         index: torch.Tensor,
@@ -215,7 +215,7 @@ class _Picked:
 
 def _by_loop(
     experts: Any,
-    choices: list[Choice],
+    choices: list[ExpertFactors],
     choice: torch.Tensor | None,
     x: torch.Tensor,
     index: torch.Tensor,
@@ -224,7 +224,7 @@ def _by_loop(
     own = type(experts).forward
     loop = getattr(own, "__wrapped__", own)  # under transformers' choice of another form
 
-    def run(factors: Choice, *given: torch.Tensor) -> torch.Tensor:
+    def run(factors: ExpertFactors, *given: torch.Tensor) -> torch.Tensor:
         stacks = {name: LoopStack(getattr(experts, name), found) for name, found in factors.items()}
         with _in_their_place(experts, stacks):
             return loop(experts, *given)

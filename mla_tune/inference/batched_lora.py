@@ -20,14 +20,14 @@ from torch import nn
 
 from mla_tune.errors import InputError
 from mla_tune.inference.batched_expert_lora import ExpertLora, is_experts, wrappers
-from mla_tune.inference.lora_tensors import LoraTensors, is_adapted
+from mla_tune.inference.lora_tensors import LayerLora, is_adapted
 
 
-class RowForward:
+class BatchedLoraForward:
     """In the place of the `forward` of a PEFT layer."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.original, self.tensors = layer, layer.forward, LoraTensors(layer)
+        self.layer, self.original, self.tensors = layer, layer.forward, LayerLora(layer)
         self.experts = ExpertLora(layer)
         #: Whether its tokens are those of the text: the patches of an image lie in no row of the batch.
         self.of_text = False
@@ -43,7 +43,7 @@ class RowForward:
             return self.original(x, *args, **kwargs)
         if is_experts(layer) and len(args) == 2 and not kwargs:
             return self._experts(x, *args, adapter_names=adapter_names)
-        whole = bool(args or kwargs or self.tensors.obstacle())
+        whole = bool(args or kwargs or self.tensors.unsupported_reason())
         if adapter_names is None:
             if whole or layer.disable_adapters or layer.merged:
                 return self.original(x, *args, **kwargs)
@@ -93,7 +93,7 @@ class RowForward:
         """Whether rows can't have adapters of their own here: a parameter of something else, a router for one."""
         if is_experts(self.layer):
             return not self.of_text
-        return isinstance(self.layer, ParamWrapper) and bool(self.tensors.obstacle())
+        return isinstance(self.layer, ParamWrapper) and bool(self.tensors.unsupported_reason())
 
     def _refuse(self, names: Sequence[str]) -> None:
         """Raise `InputError` where one of these adapters is on such a layer."""
@@ -122,15 +122,15 @@ class RowForward:
         return self._heard
 
 
-def row_forward(layer: Any) -> RowForward:
+def batched_lora_forward(layer: Any) -> BatchedLoraForward:
     """That of this layer, put in its place where it has none."""
     found = layer.__dict__.get("forward")
-    if not isinstance(found, RowForward):
-        found = layer.forward = RowForward(layer)
+    if not isinstance(found, BatchedLoraForward):
+        found = layer.forward = BatchedLoraForward(layer)
     return found
 
 
-def let_rows_choose(model: nn.Module) -> None:
+def enable_batched_lora(model: nn.Module) -> None:
     """For every LoRA of a linear layer and of routed experts in the model.  Layers that are adapted later stay PEFT's
     until it is called again: slower, and without rows of their own where PEFT reaches them as parameters."""
     attention = (path for path, m in model.named_modules() if hasattr(m, "kv_b_proj") and hasattr(m, "expand_kv"))
@@ -138,16 +138,16 @@ def let_rows_choose(model: nn.Module) -> None:
     text = {match[0] if (match := re.match(r"(?:.*?\.)?(?=\d+\.)", path)) else "" for path in attention}
     for path, module in model.named_modules():
         if is_adapted(module):
-            row_forward(module).of_text = path.startswith(tuple(text))
+            batched_lora_forward(module).of_text = path.startswith(tuple(text))
 
 
-def can_be_mixed(model: nn.Module, name: str) -> bool:
+def supports_batched_lora(model: nn.Module, name: str) -> bool:
     """Whether rows of a batch can have this adapter of an absorbed model, whatever the others have."""
     layers: list[Any] = [m for m in model.modules() if is_adapted(m)]
-    return not any(row_forward(layer).refuses for layer in layers if name in layer.lora_A)
+    return not any(batched_lora_forward(layer).refuses for layer in layers if name in layer.lora_A)
 
 
-def drop_names(model: nn.Module) -> None:
+def drop_stale_adapter_names(model: nn.Module) -> None:
     """Take out the hooks with `adapter_names` that PEFT leaves behind where a forward ends by an error: with them,
     every later call would be one of that batch."""
     for module in model.modules():
@@ -157,14 +157,14 @@ def drop_names(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def undo_rows_choose(model: nn.Module) -> None:
+def disable_batched_lora(model: nn.Module) -> None:
     for module in model.modules():
         found = module.__dict__.get("forward")
-        if isinstance(found, RowForward):
+        if isinstance(found, BatchedLoraForward):
             undo(found)
 
 
-def undo(forward: RowForward) -> None:
+def undo(forward: BatchedLoraForward) -> None:
     layer = forward.layer
     del layer.forward
     if getattr(forward.original, "__func__", None) is not type(layer).forward:

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mla_tune.inference.absorbed_weights import Stored, base_layer
-from mla_tune.inference.batched_lora import row_forward
+from mla_tune.inference.absorbed_weights import AbsorbedWeights, base_layer
+from mla_tune.inference.batched_lora import batched_lora_forward
 from mla_tune.inference.latent_cache import side_by_side
-from mla_tune.inference.lora_tensors import LoraTensors, Rows, Update, is_adapted
+from mla_tune.inference.lora_tensors import BatchedLoraFactors, LayerLora, LoraFactors, is_adapted
 
 #: Numbers of a block of scores, on a CPU and elsewhere: queries are taken a few at a time beyond it.
 _SCORES, _SCORES_GPU = 1 << 22, 1 << 25
@@ -36,7 +36,7 @@ class _HeadRows:
     """`of` with the heads apart: A (B, r, C) and its transpose, B_K (B, H, P, r), B_V (B, H, r, V), g_K (B, H, 1, P)
     and g_V (B, H, 1, V)."""
 
-    of: Rows
+    of: BatchedLoraFactors
     A: torch.Tensor
     A_T: torch.Tensor
     B_K: torch.Tensor
@@ -45,7 +45,7 @@ class _HeadRows:
     g_V: torch.Tensor | None
 
 
-class Latent:
+class LatentAttention:
     """The absorbed form of `module`, an attention module of transformers with `kv_b_proj` and `expand_kv`."""
 
     def __init__(self, module: Any) -> None:
@@ -55,36 +55,36 @@ class Latent:
         self.expand = module.expand_kv
         self.mode = "auto"
         #: W_UK and W_UV from a file, for a kv_b_proj without a plain weight; or why there are none.
-        self.stored: Stored | None = None
+        self.stored: AbsorbedWeights | None = None
         self.not_stored = ""
         #: One adapter name for each row of the batch at hand, as PEFT was told; None: those that are active.
         self.names: Sequence[str] | None = None
-        self._updates: list[Update] = []
+        self._updates: list[LoraFactors] = []
         self._rows: _HeadRows | None = None
 
     @property
-    def lora(self) -> LoraTensors | None:
+    def lora(self) -> LayerLora | None:
         """Of kv_b_proj as it is now: adapters may come and go."""
         layer = self.module.kv_b_proj
-        return row_forward(layer).tensors if is_adapted(layer) else None
+        return batched_lora_forward(layer).tensors if is_adapted(layer) else None
 
     def listen(self, latent: torch.Tensor) -> None:
         """Ask PEFT which rows have which adapters; latent (B, 1, S, C)."""
         layer = self.module.kv_b_proj
-        self.names = row_forward(layer).listen(latent) if is_adapted(layer) else None
+        self.names = batched_lora_forward(layer).listen(latent) if is_adapted(layer) else None
 
-    def obstacle(self) -> str:
+    def unsupported_reason(self) -> str:
         """Why this call can't be computed absorbed; empty where it can."""
         lora = self.lora
         base = base_layer(self.module)
-        if lora and (why := lora.obstacle()):
+        if lora and (why := lora.unsupported_reason()):
             return why
         if base._parameters.get("bias") is not None:
             return "kv_b_proj has a bias"
         if why := no_plain_weight(self.module):
             if self.stored is None:
                 return why + (self.not_stored and f", and {self.not_stored}")
-            if not self.stored.stands_for(base.weight):
+            if not self.stored.matches(base.weight):
                 return f"{why}, and has changed since absorbed.safetensors was found to fit"
             if lora and (lora.layer.merged or lora.layer.lora_magnitude_vector):
                 what = "adapters are merged into it" if lora.layer.merged else "a DoRA needs the norms of its rows"
@@ -163,7 +163,7 @@ class Latent:
         elif self._rows is None or self._rows.of is not rows:
             self._rows = self._by_rows(rows)
 
-    def _by_rows(self, rows: Rows) -> _HeadRows:
+    def _by_rows(self, rows: BatchedLoraFactors) -> _HeadRows:
         B_T = rows.B_T.unflatten(-1, (-1, self.P + self.V)).transpose(1, 2)  # (B, H, r, P+V)
         g = None if rows.g is None else self._heads(rows.g).unsqueeze(2)
         return _HeadRows(

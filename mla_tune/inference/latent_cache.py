@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 _SHARE, _LEAST = 0.125, 64
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Latents (B, 1, S, C) and rope keys (B, 1, S, R) of one layer, views of rows of C + R for more tokens than S."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -80,7 +80,7 @@ class LatentCache(DynamicCache):
 
     def __init__(self, *, config: Any) -> None:
         super().__init__(config=config)
-        self.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
 
 def side_by_side(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor | None:

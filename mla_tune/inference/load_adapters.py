@@ -20,11 +20,11 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mla_tune.adapter.files import Adapter, AdapterDelta
+from mla_tune.adapter.files import Adapter, LoraDelta
 from mla_tune.adapter.keys import PREFIX
-from mla_tune.adapter.settings import CONFIG_FILE, Names
+from mla_tune.adapter.settings import CONFIG_FILE, AdapterSettings
 from mla_tune.errors import InputError
-from mla_tune.model.attach import Attached, attached
+from mla_tune.model.attach import AttachedLora, attached_loras
 
 #: PEFT's name for the adapter that makes the wrappers.
 _FRAME = "frame"
@@ -69,7 +69,7 @@ def side_by_side(
         config = net.peft_config[internal[name]]
         targets[name], config.target_parameters = config.target_parameters, None
         missing = [key for key in result.missing_keys if f".{internal[name]}." in key]  # PEFT asks for less than a name
-        _check(adapter, attached(net, internal[name]), [*missing, *result.unexpected_keys])
+        _check(adapter, attached_loras(net, internal[name]), [*missing, *result.unexpected_keys])
     for name in adapters:
         net.peft_config[internal[name]].target_parameters = targets[name]
     net.set_adapter(internal[next(iter(adapters))])
@@ -106,15 +106,15 @@ def _with_wrappers(model: nn.Module, adapters: Mapping[str, Adapter]) -> nn.Modu
     return net
 
 
-def _by_parameter(adapter: Adapter, delta: AdapterDelta) -> bool:
+def _by_parameter(adapter: Adapter, delta: LoraDelta) -> bool:
     """Whether PEFT reaches the matrix of this delta as a parameter; the adapter of one expert becomes one of all."""
-    names = Names(adapter.folder / CONFIG_FILE, adapter.settings)
+    names = AdapterSettings(adapter.folder / CONFIG_FILE, adapter.settings)
     return delta.expert is not None or names.is_parameter(delta.site.parameter)
 
 
-def _wrapped(net: nn.Module) -> Iterator[tuple[str, Attached]]:
+def _wrapped(net: nn.Module) -> Iterator[tuple[str, AttachedLora]]:
     """The path in a file's keys, and the parameter, of each wrapper."""
-    layers = {id(a.layer): a for a in attached(net, _FRAME)}
+    layers = {id(a.layer): a for a in attached_loras(net, _FRAME)}
     for path, module in net.named_modules():
         if id(module) in layers:
             yield path.removeprefix(PREFIX), layers[id(module)]
@@ -146,7 +146,7 @@ def _refuse_conflicts(adapters: Mapping[str, Adapter]) -> None:
                 )
 
 
-def _check(adapter: Adapter, found: list[Attached], stray: list[str]) -> None:
+def _check(adapter: Adapter, found: list[AttachedLora], stray: list[str]) -> None:
     """What PEFT attached == what the file holds, rank and scale of each matrix included.
 
     `stray` are keys of the file that PEFT left out, and of the model that the file did not fill.

@@ -26,7 +26,7 @@ BASE = "__base__"
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class BatchedLoraFactors:
     """One adapter for each row of a batch: Aᵀ (B, in, r), Bᵀ (B, r, out) times s, g (B, out) or None where all are 1.
 
     Ranks are filled up with zeros to the largest; a row of the base has zeros and ones.
@@ -38,7 +38,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class LoraFactors:
     """One adapter for all rows: A (r, in), B (out, r), s, g (out) or None."""
 
     A: torch.Tensor
@@ -47,25 +47,25 @@ class Update:
     g: torch.Tensor | None
 
 
-class LoraTensors:
+class LayerLora:
     """What the adapters of `layer`, a `peft` LoRA layer on a linear one, add to it."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self._rows: tuple[list[str], _Watch, Rows | None] | None = None
-        self._norms: dict[str, tuple[_Watch, torch.Tensor]] = {}
-        self._obstacle: tuple[Any, str] | None = None
+        self._rows: tuple[list[str], VersionGuard, BatchedLoraFactors | None] | None = None
+        self._norms: dict[str, tuple[VersionGuard, torch.Tensor]] = {}
+        self._reason: tuple[Any, str] | None = None
 
-    def obstacle(self) -> str:
+    def unsupported_reason(self) -> str:
         """Why the layer can't be taken apart into W, A and B; empty where it can."""
         layer = self.layer
         names = getattr(getattr(layer, "lora_A", None), "_modules", None)
         state = (tuple(names) if names else None, layer.training)
-        if self._obstacle is None or self._obstacle[0] != state:  # asked for every token
-            self._obstacle = (state, self._why_not())
-        return self._obstacle[1]
+        if self._reason is None or self._reason[0] != state:  # asked for every token
+            self._reason = (state, self._find_reason())
+        return self._reason[1]
 
-    def _why_not(self) -> str:
+    def _find_reason(self) -> str:
         layer = self.layer
         linear = isinstance(self.layer, LoraLayer) and hasattr(layer.get_base_layer(), "out_features")
         # mla-tune adapts dense and shared MLPs through the parameter (see `adapter.placement`).
@@ -85,10 +85,10 @@ class LoraTensors:
         return ""
 
     def forget(self) -> None:
-        self._rows = self._obstacle = None
+        self._rows = self._reason = None
         self._norms.clear()
 
-    def active(self) -> list[Update]:
+    def active(self) -> list[LoraFactors]:
         """The adapters that act on every row now, in PEFT's order."""
         layer = self.layer
         if layer.disable_adapters and layer.merged:
@@ -97,7 +97,7 @@ class LoraTensors:
             return []
         return [self._update(name) for name in layer.active_adapters if name in layer.lora_A]
 
-    def rows(self, names: Sequence[str]) -> Rows | None:
+    def rows(self, names: Sequence[str]) -> BatchedLoraFactors | None:
         """The adapters of a batch, one name for each row; None where none of them adapts this layer."""
         layer = self.layer
         names = list(names)
@@ -108,7 +108,7 @@ class LoraTensors:
         distinct = list(dict.fromkeys(names))
         updates = {name: self._update(name) for name in distinct if name in layer.lora_A}
         rows = self._stack(names, updates) if updates else None
-        self._rows = (names, _Watch(layer, distinct), rows)  # those that are not here, too: they may come
+        self._rows = (names, VersionGuard(layer, distinct), rows)  # those that are not here, too: they may come
         return None if layer.disable_adapters else rows
 
     def _learns(self, names: Sequence[str]) -> bool:
@@ -116,7 +116,7 @@ class LoraTensors:
         lora_A = self.layer.lora_A
         return torch.is_grad_enabled() and any(lora_A[name].weight.requires_grad for name in names if name in lora_A)
 
-    def _stack(self, names: Sequence[str], updates: dict[str, Update]) -> Rows:
+    def _stack(self, names: Sequence[str], updates: dict[str, LoraFactors]) -> BatchedLoraFactors:
         some = next(iter(updates.values()))
         rank = max(u.A.shape[0] for u in updates.values())
         A_T = some.A.new_zeros(len(names), some.A.shape[1], rank)
@@ -130,12 +130,12 @@ class LoraTensors:
             B_T[row, : update.A.shape[0]] = update.B.T * update.s
             if g is not None and update.g is not None:
                 g[row] = update.g
-        return Rows(A_T, B_T, g)
+        return BatchedLoraFactors(A_T, B_T, g)
 
-    def _update(self, name: str) -> Update:
+    def _update(self, name: str) -> LoraFactors:
         layer = self.layer
         A, B, s = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
-        return Update(A, B, s, self._g(name, A, B, s) if name in layer.lora_magnitude_vector else None)
+        return LoraFactors(A, B, s, self._g(name, A, B, s) if name in layer.lora_magnitude_vector else None)
 
     def _g(self, name: str, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
         module = self.layer.lora_magnitude_vector[name]
@@ -147,11 +147,11 @@ class LoraTensors:
         norm = torch.linalg.norm(W.to(A.dtype) + s * (B @ A), dim=1)
         g = module.weight / norm.detach()  # a constant of the gradient, as in the paper (section 4.3)
         if not learns:
-            self._norms[name] = (_Watch(self.layer, [name]), g.detach())
+            self._norms[name] = (VersionGuard(self.layer, [name]), g.detach())
         return g
 
 
-class _Watch:
+class VersionGuard:
     """Tells whether anything that the adapters of these names are made of has changed since.
 
     Torch's own lookups (`layer.lora_A[name].weight`) take ten times as long as those in the dictionaries behind them,

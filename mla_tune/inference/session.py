@@ -19,8 +19,8 @@ import torch
 from mla_tune.adapter.files import Adapter, adapter_folder, open_adapter
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import FileError, InputError, did_you_mean
-from mla_tune.inference.absorb import absorb, obstacles
-from mla_tune.inference.batched_lora import can_be_mixed, drop_names
+from mla_tune.inference.absorb import absorb, unsupported_reasons
+from mla_tune.inference.batched_lora import drop_stale_adapter_names, supports_batched_lora
 from mla_tune.inference.latent_cache import LatentCache
 from mla_tune.inference.load_adapters import has_whole_modules, side_by_side, without_whole_modules
 from mla_tune.inference.lora_tensors import BASE
@@ -56,7 +56,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
+class GenerateResult:
     """One answer; `tokens` counts the new ones, `seconds` are those of its batch, `batch` its rows."""
 
     prompt: str
@@ -100,7 +100,7 @@ class Session:
         self._alone = {
             name
             for name, own in self._internal.items()
-            if has_whole_modules(self.net, own) or not can_be_mixed(self.net, own)
+            if has_whole_modules(self.net, own) or not supports_batched_lora(self.net, own)
         }
         self.attention = attention
 
@@ -110,11 +110,11 @@ class Session:
 
     def not_absorbed(self) -> str:
         """Why attention is not absorbed whatever was asked for; empty where it can be."""
-        return next(iter(obstacles(self.net).values()), "")
+        return next(iter(unsupported_reasons(self.net).values()), "")
 
     def answer(
         self, requests: Sequence[Request], settings: Settings, stream: Callable[[str], None] | None = None
-    ) -> list[Generated]:
+    ) -> list[GenerateResult]:
         """The answers, in the order of the requests.  `stream` is told the text of a single request as it comes.
 
         Raises `InputError` for an unknown adapter, or if a prompt and its answer do not fit the model's window.
@@ -131,7 +131,7 @@ class Session:
                     "beside it. Ask it in a run without the adapter"
                 )
         torch.manual_seed(settings.seed)
-        answers: dict[int, Generated] = {}
+        answers: dict[int, GenerateResult] = {}
         for rows in self._batches(requests, settings.batch):
             found = self._generate([requests[i] for i in rows], [ids[i] for i in rows], settings, stream)
             answers |= dict(zip(rows, found, strict=True))
@@ -146,7 +146,7 @@ class Session:
 
     def _generate(
         self, requests: list[Request], ids: list[list[int]], settings: Settings, stream: Callable[[str], None] | None
-    ) -> list[Generated]:
+    ) -> list[GenerateResult]:
         width, device = max(map(len, ids)), self.loaded.device
         pad = self.tokenizer.pad_token_id
         inputs = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)
@@ -168,7 +168,7 @@ class Session:
                     **how,
                 )
         except BaseException:
-            drop_names(self.net)
+            drop_stale_adapter_names(self.net)
             raise
         seconds = round(time.monotonic() - began, 3)
         return [
@@ -187,14 +187,14 @@ class Session:
         self.net.set_adapter(self._internal[names[0]])
         return nullcontext()
 
-    def _result(self, request: Request, row: torch.Tensor, seconds: float, batch: int) -> Generated:
+    def _result(self, request: Request, row: torch.Tensor, seconds: float, batch: int) -> GenerateResult:
         new, end = row.tolist(), self.tokenizer.eos_token_id
         ended = end in new
         new = new[: new.index(end) + 1] if ended else new
         prompt = request.prompt if request.prompt is not None else (request.messages or [{}])[-1].get("content", "")
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         stopped = "end of text" if ended else "length"
-        return Generated(prompt, text, len(new), seconds, stopped, request.adapter, batch)
+        return GenerateResult(prompt, text, len(new), seconds, stopped, request.adapter, batch)
 
     def _encode(self, request: Request, settings: Settings) -> list[int]:
         tokenizer = self.tokenizer

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mla_tune.absorption.fold import FOLD_FACTS, LAYOUTS, absorbed_shapes, obstacle
+from mla_tune.absorption.fold import FOLD_FACTS, LAYOUTS, absorbed_shapes, unsupported_reason
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.absorbed import ABSORBED_FILE
 from mla_tune.checkpoint.dtypes import FLOATS
 from mla_tune.checkpoint.index import nearest, tensor_bytes
-from mla_tune.checkpoint.writer import Layout
+from mla_tune.checkpoint.writer import TensorLayout
 from mla_tune.errors import InputError
 
 #: FP8 codes are dequantized and rounded once to this.
@@ -29,7 +29,7 @@ class AbsorbedPlan:
     for each attention path the keys of the tensors that it is made from, by role."""
 
     mode: str
-    layout: Layout
+    layout: TensorLayout
     shards: dict[str, tuple[str, ...]]
     sources: dict[str, dict[Role, str]]
 
@@ -95,7 +95,7 @@ def _dtype(stored: set[str]) -> str:
     return "F64" if "F64" in kinds else "F32"
 
 
-def _shards(layout: Layout, limit: int) -> dict[str, tuple[str, ...]]:
+def _shards(layout: TensorLayout, limit: int) -> dict[str, tuple[str, ...]]:
     """File name → keys, in order; a file is filled up to `limit` bytes, and holds at least one tensor."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -124,6 +124,6 @@ def _refuse_inexact_fold(arch: Architecture, tensors: Headers, where: str) -> No
         path = key
         while path and path not in paths:
             path = path.rpartition(".")[0]
-        reason = obstacle(key[len(path) + 1 :]) if path else None
+        reason = unsupported_reason(key[len(path) + 1 :]) if path else None
         if reason:
             raise InputError(f"{where}: --absorb fold is not exact: '{key}': {reason}. Use --absorb split")

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from mla_tune.adapter.files import AdapterDelta
+from mla_tune.adapter.files import LoraDelta
 from mla_tune.checkpoint.dtypes import STORAGE, decode, encode, round_bf16
 from mla_tune.checkpoint.index import matrix_shape
 from mla_tune.checkpoint.quantized.fp8 import Quantized, dequantize, read_scales, requantize
 from mla_tune.checkpoint.tensor_io import read_float, read_into, read_raw
 from mla_tune.errors import WorkError
-from mla_tune.merge.plan import MergePlan, OutTensor, Update
+from mla_tune.merge.plan import MergePlan, OutTensor, WeightedDelta
 
 #: Numbers computed at once: three float32 arrays of this size fit into a core's cache.
 _BLOCK = 1 << 17
@@ -38,7 +38,7 @@ KEPT_FACTORS = 4
 
 
 @dataclass(slots=True)
-class Survival:
+class DeltaRetention:
     """How much of a delta survived the rounding, as sums over matrices that add up: ⟨Q(W+Δ)-W, Δ⟩, ‖Δ‖²,
     ‖Q(W+Δ)-W‖² and ‖W‖²."""
 
@@ -47,7 +47,7 @@ class Survival:
     kept2: float = 0.0
     weight2: float = 0.0
 
-    def add(self, other: Survival) -> None:
+    def add(self, other: DeltaRetention) -> None:
         self.inner += other.inner
         self.delta2 += other.delta2
         self.kept2 += other.kept2
@@ -71,7 +71,7 @@ class Survival:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class RowRange:
     """Rows [begin, end) of a tensor seen as a matrix: its last dimension are the columns."""
 
     out: OutTensor
@@ -91,18 +91,18 @@ class Merger:
         self._lock = threading.Lock()
         self._local = threading.local()
 
-    def pieces(self, out: OutTensor) -> Iterator[Piece]:
+    def pieces(self, out: OutTensor) -> Iterator[RowRange]:
         """The tensor in pieces of about `PIECE_BYTES`, that end where experts and quantized blocks end.  They depend on
         the tensor alone, never on the number of threads, and so do the results."""
         rows, columns = matrix_shape(out.shape)
         if out.scale_of is not None:
-            yield Piece(out, 0, rows)
+            yield RowRange(out, 0, rows)
             return
         step = max(1, PIECE_BYTES // max(1, columns * STORAGE[out.dtype].itemsize))
         for first, last, unit in self._spans(out, rows):
             size = max(unit, step // unit * unit)
             for begin in range(first, last, size):
-                yield Piece(out, begin, min(begin + size, last))
+                yield RowRange(out, begin, min(begin + size, last))
 
     def _spans(self, out: OutTensor, rows: int) -> Iterator[tuple[int, int, int]]:
         """(begin, end, granularity) of the rows that belong to one matrix."""
@@ -112,7 +112,7 @@ class Merger:
         for i in range(matrices):
             yield i * rows // matrices, (i + 1) * rows // matrices, unit
 
-    def compute(self, piece: Piece) -> tuple[np.ndarray, Survival | None]:
+    def compute(self, piece: RowRange) -> tuple[np.ndarray, DeltaRetention | None]:
         """The codes to write for a piece, (rows, columns) in the storage dtype, and what survived the rounding; None
         where no adapter changes the tensor.  The codes lie in memory that the thread's next call uses again.
         Raises `WorkError` where a result is not finite."""
@@ -121,7 +121,7 @@ class Merger:
             return self._fresh_scales(out), None
         _, columns = matrix_shape(out.shape)
         codes = self._spare("codes", (piece.end - piece.begin, columns), STORAGE[out.dtype])
-        survival = Survival() if out.updates else None
+        retention = DeltaRetention() if out.updates else None
         raw = self._read(out, piece.begin, piece.end, columns)
         for begin, end in self._blocks(piece, columns):
             W = self._weight(out, raw[begin - piece.begin : end - piece.begin], begin)
@@ -134,18 +134,18 @@ class Merger:
                 kept = dequantize(block, scales, out.requantize, 0, self.float_type)
             else:
                 kept = self._round(merged, out, begin, block)
-            if survival is None or added is None:
+            if retention is None or added is None:
                 if not np.isfinite(kept).all():
                     raise _not_finite(out, W)
                 continue
             np.subtract(kept, W, out=kept)
-            part = Survival(_dot(kept, added), _dot(added, added), _dot(kept, kept), _dot(W, W))
+            part = DeltaRetention(_dot(kept, added), _dot(added, added), _dot(kept, kept), _dot(W, W))
             if not np.isfinite(part.kept2):
                 raise _not_finite(out, W)
-            survival.add(part)
-        return codes, survival
+            retention.add(part)
+        return codes, retention
 
-    def _blocks(self, piece: Piece, columns: int) -> Iterator[tuple[int, int]]:
+    def _blocks(self, piece: RowRange, columns: int) -> Iterator[tuple[int, int]]:
         code = piece.out.quant or piece.out.requantize
         unit = code.block[0] if code is not None and code.block is not None else 1
         step = max(unit, _BLOCK // max(1, columns) // unit * unit)
@@ -181,17 +181,19 @@ class Merger:
         for i, update in enumerate(out.updates):
             self._add(update, out, begin, added, first=i == 0)
         merged = np.add(W, added, out=self._spare("merged", W.shape))
-        magnitude = out.updates[0].delta.magnitude
-        if magnitude is not None:
-            # A magnitude has the rows of its own delta: gate's or up's alone where experts were adapted one by one.
-            rows = out.first_row + begin - (out.updates[0].delta.rows or (0,))[0]
-            m = read_raw(magnitude, rows, rows + len(W))
-            norms = np.sqrt(np.einsum("ij,ij->i", merged, merged))
-            merged *= (decode(m, magnitude.dtype, self.float_type) / norms)[:, None]
+        delta = out.updates[0].delta
+        if not delta.method.additive:
+            # A vector has the rows of its own delta: gate's or up's alone where experts were adapted one by one.
+            first = out.first_row + begin - (delta.rows or (0,))[0]
+            vectors = {
+                name: decode(read_raw(ref, first, first + len(W)), ref.dtype, self.float_type)
+                for name, ref in zip(delta.method.vectors, delta.vectors, strict=True)
+            }
+            delta.method.finish(merged, vectors)
             np.subtract(merged, W, out=added)
         return merged, added
 
-    def _add(self, update: Update, out: OutTensor, begin: int, added: np.ndarray, *, first: bool) -> None:
+    def _add(self, update: WeightedDelta, out: OutTensor, begin: int, added: np.ndarray, *, first: bool) -> None:
         """Add s·B·A of these rows; `first` means that `added` holds nothing yet."""
         site, delta = out.site, update.delta
         assert site is not None
@@ -214,7 +216,7 @@ class Merger:
             added[...] = 0
         added[a - row : b - row] += rows @ A[which]
 
-    def _load(self, delta: AdapterDelta, weight: float) -> tuple[np.ndarray, ...]:
+    def _load(self, delta: LoraDelta, weight: float) -> tuple[np.ndarray, ...]:
         """A (E, r, in) and s·w·B (E, out, r) of one update, as floats.
 
         PEFT stacks A (E·r, in) by experts and B (out, r·E) by ranks: the columns of B count the experts fastest.
@@ -277,7 +279,7 @@ class Merger:
         if known is None:
             rows, columns = matrix_shape(out.shape)
             largest = 0.0
-            for begin, end in self._blocks(Piece(out, 0, rows), columns):
+            for begin, end in self._blocks(RowRange(out, 0, rows), columns):
                 merged, _ = self._merged(out, self._weight(out, self._read(out, begin, end, columns), begin), begin)
                 largest = max(largest, float(np.abs(merged).max()))
             known = np.array(largest)
@@ -298,7 +300,7 @@ class Merger:
         absmax = self._absmax(weight) if quant.block is None else None
         parts = []
         for first, last, _ in self._spans(weight, rows):
-            for begin, end in self._blocks(Piece(weight, first, last), columns):
+            for begin, end in self._blocks(RowRange(weight, first, last), columns):
                 W = self._weight(weight, self._read(weight, begin, end, columns), begin)
                 parts.append(requantize(self._merged(weight, W, begin)[0], quant, None, absmax)[1])
         raw = parts[0] if quant.block is None else np.concatenate(parts)

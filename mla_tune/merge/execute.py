@@ -23,7 +23,7 @@ from mla_tune.checkpoint.atomic_files import copy_file, sha256_of
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import CheckError
-from mla_tune.merge.apply import Merger, Piece, Survival
+from mla_tune.merge.apply import DeltaRetention, Merger, RowRange
 from mla_tune.merge.plan import MergePlan, OutShard, OutTensor
 from mla_tune.merge.staging import Staging
 
@@ -42,7 +42,7 @@ class _Work:
     shard: OutShard
     writer: ShardWriter
     left: int
-    survival: dict[tuple[str, int], Survival] = field(default_factory=dict)
+    retention: dict[tuple[str, int], DeltaRetention] = field(default_factory=dict)
 
 
 def execute(
@@ -50,16 +50,16 @@ def execute(
     staging: Staging,
     *,
     workers: int,
-    min_survival: float | None = None,
+    min_retained: float | None = None,
     hashed: dict[str, Future[str]] | None = None,
     done: Callable[[int], None] = lambda _: None,
-) -> dict[str, Survival]:
+) -> dict[str, DeltaRetention]:
     """Write every shard that `staging` does not have yet, and return by key what survived of each tensor's delta.
 
     `hashed` gets the sha256 of each file that is written, some time later: while it still lies in the page cache.  It
     is given where another process gets ready to prove them: then the threads let it go first, too (on Linux).
     Raises `WorkError` for results that are not finite, `FileError` where the base changes meanwhile, `CheckError` where
-    less than `min_survival` of a delta was kept, `OSError` where the disk is full or fails.
+    less than `min_retained` of a delta was kept, `OSError` where the disk is full or fails.
     """
     todo = []
     for shard in plan.shards:
@@ -71,12 +71,12 @@ def execute(
             done(shard.nbytes)
         else:
             todo.append(shard)
-    _Executor(plan, staging, min_survival, hashed, done).run(todo, workers)
-    survival = {}
+    _Executor(plan, staging, min_retained, hashed, done).run(todo, workers)
+    retention = {}
     for shard in plan.shards:
-        for key, sums in staging.finished[shard.name].get("survival", {}).items():
-            survival[key] = Survival(*sums)
-    return survival
+        for key, sums in staging.finished[shard.name].get("retention", {}).items():
+            retention[key] = DeltaRetention(*sums)
+    return retention
 
 
 class _Executor:
@@ -86,12 +86,12 @@ class _Executor:
         self,
         plan: MergePlan,
         staging: Staging,
-        min_survival: float | None,
+        min_retained: float | None,
         hashed: dict[str, Future[str]] | None,
         done: Callable[[int], None],
     ) -> None:
         self.merger = Merger(plan)
-        self.staging, self.min_survival, self.hashed, self.done = staging, min_survival, hashed, done
+        self.staging, self.min_retained, self.hashed, self.done = staging, min_retained, hashed, done
         self.lock = threading.Lock()
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
@@ -148,13 +148,13 @@ class _Executor:
             for piece in pieces:
                 yield work, partial(self._merge, work, piece)
 
-    def _merge(self, work: _Work, piece: Piece) -> None:
-        codes, survival = self.merger.compute(piece)
+    def _merge(self, work: _Work, piece: RowRange) -> None:
+        codes, retention = self.merger.compute(piece)
         work.writer.write(piece.out.key, codes, piece.begin * codes[:1].nbytes)
         self._count(codes.nbytes)
-        if survival is not None:
+        if retention is not None:
             with self.lock:
-                work.survival[piece.out.key, piece.begin] = survival
+                work.retention[piece.out.key, piece.begin] = retention
 
     def _count(self, nbytes: int) -> None:
         with self.lock:
@@ -178,31 +178,31 @@ class _Executor:
 
     def _flush(self) -> None:
         while (work := self.whole.get()) is not None and not self.stop.is_set():
-            sums: dict[str, Survival] = {}
-            for (key, _), part in sorted(work.survival.items()):
-                sums.setdefault(key, Survival()).add(part)
-            self._check_survival(sums)
+            sums: dict[str, DeltaRetention] = {}
+            for (key, _), part in sorted(work.retention.items()):
+                sums.setdefault(key, DeltaRetention()).add(part)
+            self._check_retention(sums)
             work.shard.source.check_unchanged()
             work.writer.commit()
             self.open.discard(work.writer)
-            survival = {key: [s.inner, s.delta2, s.kept2, s.weight2] for key, s in sums.items()}
-            what = {"bytes": work.writer.nbytes, "how": "written", "survival": survival}
+            retention = {key: [s.inner, s.delta2, s.kept2, s.weight2] for key, s in sums.items()}
+            what = {"bytes": work.writer.nbytes, "how": "written", "retention": retention}
             self.staging.record(work.shard.name, what)
             if self.hashed is not None:
                 file = self.staging.folder / work.shard.name
                 self.hashed[work.shard.name] = self.hashers.submit(sha256_of, file)
 
-    def _check_survival(self, sums: dict[str, Survival]) -> None:
-        if self.min_survival is None:
+    def _check_retention(self, sums: dict[str, DeltaRetention]) -> None:
+        if self.min_retained is None:
             return
-        poor = {key: s.kept for key, s in sums.items() if s.kept is not None and s.kept < self.min_survival}
+        poor = {key: s.kept for key, s in sums.items() if s.kept is not None and s.kept < self.min_retained}
         if poor:
             self.staging.keep = True
             worst = sorted(poor.items(), key=lambda item: item[1])
             lines = "".join(f"\n  {key}: {kept:.1%}" for key, kept in worst[:10])
             more = f"\n  … and {len(worst) - 10} more" if len(worst) > 10 else ""
             raise CheckError(
-                f"--min-survival {self.min_survival:g}: rounding leaves less of the adapter's change in {len(poor)} "
+                f"--min-retained {self.min_retained:g}: rounding leaves less of the adapter's change in {len(poor)} "
                 f"tensors; nothing was published:{lines}{more}\n"
                 "Write them in a wider dtype (--dtype float32, --fp8 bf16) or lower the limit"
             )

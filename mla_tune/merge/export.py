@@ -10,6 +10,7 @@ from typing import Any
 
 from mla_tune import __version__
 from mla_tune.absorption.fold import LAYOUTS
+from mla_tune.adapter.methods import title_of
 from mla_tune.checkpoint.atomic_files import copy_file, sha256_of, write_json
 from mla_tune.checkpoint.index import INDEX_FILE
 from mla_tune.checkpoint.quantized.config import edit_config
@@ -79,7 +80,7 @@ def write_index_of(plan: MergePlan, folder: Path) -> None:
     write_json(folder / INDEX_FILE, document)
 
 
-def carry_files(plan: MergePlan, staging: Path) -> tuple[list[str], list[str]]:
+def copy_auxiliary_files(plan: MergePlan, staging: Path) -> tuple[list[str], list[str]]:
     """Copy everything of the base that is not weights: tokenizer, generation config, chat templates, code.
 
     Returns the names that were copied and the names that were left behind; the weights that the merge has written
@@ -114,8 +115,8 @@ def carry_files(plan: MergePlan, staging: Path) -> tuple[list[str], list[str]]:
 def _config(plan: MergePlan) -> dict[str, Any]:
     """The base's config.json with what the merge has changed."""
     config = dict(plan.checkpoint.config)
-    if plan.raised:
-        config = edit_config(config, plan.raised, plan.quantized)
+    if plan.dequantized:
+        config = edit_config(config, plan.dequantized, plan.quantized)
     if plan.options.dtype != "keep":
         # transformers 4 wrote torch_dtype, transformers 5 writes dtype and reads both.
         present = [name for name in ("dtype", "torch_dtype") if name in config]
@@ -149,7 +150,7 @@ def write_manifest(plan: MergePlan, staging: Staging, hashes: Mapping[str, str |
             for name, (header, size, *_) in base["base"]["shards"].items()
         },
         "adapters": [
-            {"path": str(adapter.folder.absolute()), "method": adapter.method, **entry}
+            {"path": str(adapter.folder.absolute()), "method": title_of(adapter.settings), **entry}
             for (adapter, _), entry in zip(plan.adapters, base["adapters"], strict=True)
         ],
         "model_type": plan.architecture.model_type,
@@ -157,7 +158,7 @@ def write_manifest(plan: MergePlan, staging: Staging, hashes: Mapping[str, str |
         "roles": sorted({str(out.site.role) for out in changed if out.site is not None}),
         "dtypes": dict(Counter(out.dtype for shard in plan.shards for out in shard.tensors)),
         "replaced": sorted(plan.replaced),
-        "raised_from_fp8": sorted(plan.raised),
+        "raised_from_fp8": sorted(plan.dequantized),
         "absorbed": None
         if plan.absorbed is None
         else {"mode": plan.absorbed.mode, "layout": LAYOUTS[plan.absorbed.mode], "files": list(plan.absorbed.shards)},

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from mla_tune.adapter.files import Adapter, AdapterDelta
+from mla_tune.adapter.files import Adapter, LoraDelta
 from mla_tune.adapter.merge_options import DTYPES, Options
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.dtypes import FLOATS
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, tensor_bytes
-from mla_tune.checkpoint.quantized.config import raise_together
+from mla_tune.checkpoint.quantized.config import dequantize_fused_group
 from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights
-from mla_tune.checkpoint.writer import Layout
+from mla_tune.checkpoint.writer import TensorLayout
 from mla_tune.errors import InputError
 from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
 
@@ -29,10 +29,10 @@ _ROUTER_READ_DIRECTLY = frozenset({"longcat_flash"})
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class WeightedDelta:
     """One low-rank update, times the `weight` of its adapter."""
 
-    delta: AdapterDelta
+    delta: LoraDelta
     weight: float
 
 
@@ -57,7 +57,7 @@ class OutTensor:
     site: Site | None = None
     first_row: int = 0
     expert: int | None = None
-    updates: tuple[Update, ...] = ()
+    updates: tuple[WeightedDelta, ...] = ()
     is_bias: bool = False
 
     @property
@@ -80,7 +80,7 @@ class OutShard:
     is_same: bool
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TensorLayout:
         return {out.key: (out.dtype, out.shape) for out in self.tensors}
 
     @property
@@ -90,9 +90,12 @@ class OutShard:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """`adapters` stand with their weights; `quantized` says how the base's weights are coded, `raised` which of them
-    are written unquantized, `replaced` which tensors are whole ones from an adapter; `untied` is a model whose output
-    head becomes a tensor of its own, and `twins` are tensors of an adapter that must be equal."""
+    """Everything that a merge will write, from headers alone.
+
+    `adapters` stand with their weights.  `quantized` says how the base's weights are coded, `dequantized` which of them
+    are written unquantized, `replaced` which tensors come whole from an adapter.  `untied`: the output head becomes a
+    tensor of its own.  `aliases` are pairs of tensors of an adapter that must be equal.
+    """
 
     checkpoint: Checkpoint
     architecture: Architecture
@@ -100,10 +103,10 @@ class MergePlan:
     options: Options
     shards: tuple[OutShard, ...]
     quantized: Mapping[str, Quantized]
-    raised: frozenset[str]
+    dequantized: frozenset[str]
     replaced: frozenset[str]
     untied: bool
-    twins: tuple[tuple[TensorRef, TensorRef], ...] = ()
+    aliases: tuple[tuple[TensorRef, TensorRef], ...] = ()
     absorbed: AbsorbedPlan | None = None
 
     @cached_property
@@ -143,13 +146,13 @@ def plan_merge(
     for adapter, weight in adapters:
         changes.add(adapter, weight)
     touched = {key for key in changes.outs if key in quantized}
-    raised: set[str] = set()
+    dequantized: set[str] = set()
     if options.dtype != "keep":
-        raised = set(quantized)
+        dequantized = set(quantized)
     elif options.fp8 == "bf16":
-        raised = touched | raise_together(arch, checkpoint, touched) if touched else set()
-    raised |= {key for key in changes.replaced if key in quantized}
-    shards = tuple(_shards(checkpoint, changes, options, quantized, raised))
+        dequantized = touched | dequantize_fused_group(arch, checkpoint, touched) if touched else set()
+    dequantized |= {key for key in changes.replaced if key in quantized}
+    shards = tuple(_shards(checkpoint, changes, options, quantized, dequantized))
     replaced = frozenset(changes.replaced)
     plan = MergePlan(
         checkpoint,
@@ -158,10 +161,10 @@ def plan_merge(
         options,
         shards,
         quantized,
-        frozenset(raised),
+        frozenset(dequantized),
         replaced,
         changes.untied,
-        tuple(changes.twins),
+        tuple(changes.aliases),
     )
     if options.absorb == "none":
         return plan
@@ -181,14 +184,14 @@ class _Changes:
     outs: dict[str, OutTensor] = field(default_factory=dict)
     replaced: dict[str, Adapter] = field(default_factory=dict)
     untied: bool = False
-    twins: list[tuple[TensorRef, TensorRef]] = field(default_factory=list)
+    aliases: list[tuple[TensorRef, TensorRef]] = field(default_factory=list)
 
     def add(self, adapter: Adapter, weight: float) -> None:
         for saved in adapter.saved:
             self._replace(adapter, saved.key, saved.ref)
         for delta in adapter.deltas:
             self._refuse_unmergeable(adapter, delta)
-            update = Update(delta, weight)
+            update = WeightedDelta(delta, weight)
             for out in _tensors(self.checkpoint, self.arch, delta):
                 known = self.outs.get(out.key)
                 # Whole tensors come first: an adapted output head may be saved as a whole beside its LoRA.
@@ -201,37 +204,38 @@ class _Changes:
                 f"{adapter.folder}: '{key}' is changed by two adapters, of which one replaces it as a whole"
             )
         embedding, head = self.arch.embedding_key, self.arch.head_key
-        twin = {embedding: head, head: embedding}.get(key) if self.arch.tied else None
-        if twin and adapter.settings.get("ensure_weight_tying"):
-            if twin in self.replaced:  # one tensor, saved under both names
-                self.twins.append((self.outs[embedding].source, ref))
+        alias = {embedding: head, head: embedding}.get(key) if self.arch.tied else None
+        if alias and adapter.settings.get("ensure_weight_tying"):
+            if alias in self.replaced:  # one tensor, saved under both names
+                self.aliases.append((self.outs[embedding].source, ref))
                 return
             key = embedding
-        elif twin and not self.options.untie:
+        elif alias and not self.options.untie_embeddings:
             raise InputError(
                 f"{adapter.folder}: holds a whole '{key}', but the embedding and the output head are one tensor in "
-                "this model. With --untie both are written, each as it was trained"
+                "this model. With --untie-embeddings both are written, each as it was trained"
             )
         else:
-            self.untied |= twin is not None
+            self.untied |= alias is not None
         base = self.checkpoint[embedding if key == head and self.arch.tied else key]
         self.replaced[key] = adapter
         self.outs[key] = OutTensor(key, base.dtype, base.shape, ref)
 
-    def _refuse_unmergeable(self, adapter: Adapter, delta: AdapterDelta) -> None:
+    def _refuse_unmergeable(self, adapter: Adapter, delta: LoraDelta) -> None:
         site = delta.site
-        if delta.expert is not None and delta.magnitude is not None and site.disk != "per_expert":
+        if delta.expert is not None and not delta.method.additive and site.disk != "per_expert":
             raise InputError(
-                f"{adapter.folder}: a DoRA on single experts can't be merged where {site.path} is one tensor of all"
+                f"{adapter.folder}: a {delta.method.title} on single experts can't be merged where {site.path} is one "
+                "tensor of all"
             )
         what = f"{adapter.folder}: adapts {site.path} ({site.reason})"
         if site.role == Role.ROUTER and self.arch.family.model_type in _ROUTER_READ_DIRECTLY:
             raise InputError(f"{what}: merged, it would not be the model that was trained")
         if site.role == Role.LM_HEAD and self.arch.tied:
-            if not self.options.untie:
+            if not self.options.untie_embeddings:
                 raise InputError(
                     f"{what}: merged into both, it would not be the model that was trained. "
-                    "With --untie the output head is written as a tensor of its own"
+                    "With --untie-embeddings the output head is written as a tensor of its own"
                 )
             self.untied = True
 
@@ -239,23 +243,23 @@ class _Changes:
 def _check_weights(adapters: Sequence[tuple[Adapter, float]]) -> None:
     alone = len(adapters) == 1 and adapters[0][1] == 1
     for adapter, _ in adapters:
-        dora = any(delta.magnitude is not None for delta in adapter.deltas)
-        if not alone and (dora or adapter.saved):
-            what = "is a DoRA" if dora else f"holds whole tensors ('{adapter.saved[0].key}')"
+        sums = adapter.method.additive or not adapter.deltas
+        if not alone and (not sums or adapter.saved):
+            what = f"holds whole tensors ('{adapter.saved[0].key}')" if sums else f"is a {adapter.method.title}"
             raise InputError(
                 f"{adapter.folder}: {what}: it can be merged alone and with the weight 1 only, since a part of it, or "
                 "a sum with others, is not defined. Merge it first, then the others into the result"
             )
 
 
-def _tensors(checkpoint: Checkpoint, arch: Architecture, delta: AdapterDelta) -> list[OutTensor]:
+def _tensors(checkpoint: Checkpoint, arch: Architecture, delta: LoraDelta) -> list[OutTensor]:
     """The tensors on disk that one update reaches, as the base has them; the bias of a LoRA bias is one of them.
 
     A checkpoint may hold a weight under two of its names: each is merged, whichever a program reads.
     """
     site = delta.site
     outs = []
-    for keys in (site.disk_keys(), *site.twin_keys()):
+    for keys in (site.disk_keys(), *site.alias_keys()):
         if site.disk != "per_expert":
             # A tied output head is not on disk.
             ref = checkpoint.tensors.get(keys[0])
@@ -291,12 +295,16 @@ def _site_shape(out: OutTensor) -> tuple[int, ...]:
 
 
 def _shards(
-    checkpoint: Checkpoint, changes: _Changes, options: Options, quantized: Mapping[str, Quantized], raised: set[str]
+    checkpoint: Checkpoint,
+    changes: _Changes,
+    options: Options,
+    quantized: Mapping[str, Quantized],
+    dequantized: set[str],
 ) -> Iterator[OutShard]:
     scales = {q.scale.key: key for key, q in quantized.items()}
-    dropped = {key for weight in raised for key in (quantized[weight].scale.key, *quantized[weight].companions)}
+    dropped = {key for weight in dequantized for key in (quantized[weight].scale.key, *quantized[weight].companions)}
     for shard in checkpoint.shards:
-        outs = _outs(checkpoint, shard, changes, options, quantized, raised, scales, dropped)
+        outs = _outs(checkpoint, shard, changes, options, quantized, dequantized, scales, dropped)
         same = all(out.is_copy and out.source.file == shard.file for out in outs) and len(outs) == len(shard.tensors)
         if outs:
             yield OutShard(checkpoint.name(shard), shard, tuple(outs), same)
@@ -308,7 +316,7 @@ def _outs(
     changes: _Changes,
     options: Options,
     quantized: Mapping[str, Quantized],
-    raised: set[str],
+    dequantized: set[str],
     scales: Mapping[str, str],
     dropped: set[str],
 ) -> list[OutTensor]:
@@ -320,15 +328,15 @@ def _outs(
             continue
         weight = scales.get(key)
         if weight is not None and weight in changes.outs:
-            out = _finish(changes.outs[weight], checkpoint, options, quantized, raised, keeps)
+            out = _finish(changes.outs[weight], checkpoint, options, quantized, dequantized, keeps)
             outs.append(replace(out, key=key, dtype=ref.dtype, shape=ref.shape, scale_of=weight))
             continue
         out = changes.outs.get(key) or OutTensor(key, ref.dtype, ref.shape, ref)
-        outs.append(_finish(out, checkpoint, options, quantized, raised, keeps))
+        outs.append(_finish(out, checkpoint, options, quantized, dequantized, keeps))
         head_key = changes.arch.head_key
         if key == changes.arch.embedding_key and changes.untied and head_key not in checkpoint.tensors:
             head = changes.outs.get(head_key) or OutTensor(head_key, ref.dtype, ref.shape, ref)
-            outs.append(_finish(head, checkpoint, options, quantized, raised, keeps))
+            outs.append(_finish(head, checkpoint, options, quantized, dequantized, keeps))
     return outs
 
 
@@ -337,7 +345,7 @@ def _finish(
     checkpoint: Checkpoint,
     options: Options,
     quantized: Mapping[str, Quantized],
-    raised: set[str],
+    dequantized: set[str],
     keeps: tuple[str, ...],
 ) -> OutTensor:
     """Check the tensor and decide how it is read and written."""
@@ -346,7 +354,7 @@ def _finish(
     is_base = checkpoint.tensors.get(out.source.key) is out.source
     quant = quantized.get(out.source.key) if is_base else None
     if out.key in quantized:
-        if out.key in raised:
+        if out.key in dequantized:
             dtype = "BF16" if options.dtype == "keep" else DTYPES[options.dtype]
             return replace(out, dtype=dtype, quant=quant)
         return replace(out, quant=quant, requantize=quant if out.updates else None)

@@ -9,9 +9,10 @@ from typing import Any
 
 from mla_tune import __version__
 from mla_tune.absorption.fold import costs
+from mla_tune.adapter.methods import title_of
 from mla_tune.arch.roles import Role
 from mla_tune.console import human_count
-from mla_tune.merge.apply import KEPT_FACTORS, PIECE_BYTES, Survival
+from mla_tune.merge.apply import KEPT_FACTORS, PIECE_BYTES, DeltaRetention
 from mla_tune.merge.plan import MergePlan, OutTensor
 
 #: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).
@@ -82,10 +83,13 @@ class PlanReport:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeReport:
-    """A finished merge.  `survival` gives (‖Δ‖/‖W‖, kept, cosine) of each changed tensor.  `proof` and `probe` are None
-    where they were not asked for.  `carried` are the other files of the base that were copied, `left_behind` those that
-    were not (weights in other formats, folders, leftovers of an earlier merge)."""
+class MergeResult:
+    """A finished merge.
+
+    `retention` gives (‖Δ‖/‖W‖, share retained, cosine) of each changed tensor.  `proof` and `probe` are None where they
+    were not asked for.  `carried` are the other files of the base that were copied, `left_behind` those that were not
+    (weights in other formats, folders, leftovers of an earlier merge).
+    """
 
     output: str
     base: str
@@ -104,7 +108,7 @@ class MergeReport:
     absorbed: dict[str, Any] | None
     proof: dict[str, Any] | None
     probe: dict[str, Any] | None
-    survival: dict[str, tuple[float | None, float | None, float | None]]
+    retention: dict[str, tuple[float | None, float | None, float | None]]
     notes: list[str]
     carried: list[str]
     left_behind: list[str]
@@ -114,7 +118,7 @@ class MergeReport:
         return asdict(self)
 
 
-def role_reports(plan: MergePlan, survival: Mapping[str, Survival]) -> list[RoleReport]:
+def role_reports(plan: MergePlan, retention: Mapping[str, DeltaRetention]) -> list[RoleReport]:
     """A row for each role that was changed, in the order of `Role`."""
     by_role: dict[Role, list[OutTensor]] = {}
     for out in plan.changed:
@@ -125,10 +129,10 @@ def role_reports(plan: MergePlan, survival: Mapping[str, Survival]) -> list[Role
         outs = by_role.get(role)
         if not outs:
             continue
-        total = Survival()
+        total = DeltaRetention()
         for out in outs:
-            total.add(survival[out.key])
-        kept = [k for out in outs if (k := survival[out.key].kept) is not None]
+            total.add(retention[out.key])
+        kept = [k for out in outs if (k := retention[out.key].kept) is not None]
         rows.append(
             RoleReport(
                 role=role.value,
@@ -145,18 +149,18 @@ def role_reports(plan: MergePlan, survival: Mapping[str, Survival]) -> list[Role
 
 
 def adapter_reports(plan: MergePlan) -> list[AdapterReport]:
-    return [AdapterReport(str(a.folder.absolute()), weight, a.method) for a, weight in plan.adapters]
+    return [AdapterReport(str(a.folder.absolute()), weight, title_of(a.settings)) for a, weight in plan.adapters]
 
 
 def notes(plan: MergePlan) -> list[str]:
     """What a user has to know about this output, a sentence each."""
     lines = list(plan.architecture.warnings)
     changed = {out.key for out in plan.changed}
-    if plan.raised and plan.options.dtype == "keep":
-        beside = len(plan.raised - changed)
+    if plan.dequantized and plan.options.dtype == "keep":
+        beside = len(plan.dequantized - changed)
         fused = f", {beside} of them only because engines fuse them with changed ones" if beside else ""
         lines.append(
-            f"{len(plan.raised):,} FP8 weights are written as bfloat16{fused}; config.json tells engines. "
+            f"{len(plan.dequantized):,} FP8 weights are written as bfloat16{fused}; config.json tells engines. "
             "--fp8 keep writes FP8 again, which erases small changes"
         )
     requantized = sum(out.requantize is not None and out.scale_of is None for s in plan.shards for out in s.tensors)
@@ -218,7 +222,7 @@ def plan_report(plan: MergePlan, out: str, workers: int, *, verify: bool) -> Pla
         files_linked=[s.name for s in linked],
         tensors=sum(len(s.tensors) for s in plan.shards),
         tensors_changed=len(plan.changed),
-        tensors_raised=len(plan.raised),
+        tensors_raised=len(plan.dequantized),
         roles={r.value: roles[r.value] for r in Role if r.value in roles},
         bytes_read=read,
         bytes_written=plan.written_bytes,

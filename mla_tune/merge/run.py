@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mla_tune.adapter.files import WEIGHTS_FILE
-from mla_tune.adapter.inputs import Places, open_inputs
+from mla_tune.adapter.inputs import MergePaths, open_inputs
 from mla_tune.adapter.merge_options import DTYPES, Options
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
@@ -24,9 +24,9 @@ from mla_tune.checkpoint.tensor_io import sha256
 from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
 from mla_tune.merge.absorb import write_absorbed
 from mla_tune.merge.execute import execute
-from mla_tune.merge.export import REPORT_FILE, carry_files, check_output, write_index_of, write_manifest
+from mla_tune.merge.export import REPORT_FILE, check_output, copy_auxiliary_files, write_index_of, write_manifest
 from mla_tune.merge.plan import MergePlan, plan_merge
-from mla_tune.merge.report import MergeReport, PlanReport, adapter_reports, notes, plan_report, role_reports
+from mla_tune.merge.report import MergeResult, PlanReport, adapter_reports, notes, plan_report, role_reports
 from mla_tune.merge.staging import partial_folder, staged
 from mla_tune.progress import Progress, counter
 from mla_tune.verification.prover import Prover, start
@@ -58,7 +58,7 @@ def merge_absorb(
     out: Path | None = None,
     *,
     options: Options | None = None,
-    min_survival: float | None = None,
+    min_retained: float | None = None,
     verify: bool = True,
     probe: bool = True,
     overwrite: bool = False,
@@ -66,11 +66,11 @@ def merge_absorb(
     prover: Prover | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
-) -> MergeReport:
+) -> MergeResult:
     """Merge adapters (PEFT adapter folders or run folders, each with a weight) into `base` and write to `out`.
 
-    `base` and `out` are found as `locate` says where they are None; the base `embedded` is the model that ships with
-    mla-tune.  `min_survival` is the share of its delta that every tensor must keep through the rounding.  `verify`
+    `base` and `out` are found as `find_paths` says where they are None; the base `embedded` is the model that ships
+    with mla-tune.  `min_retained` is the share of its delta that every tensor must keep through the rounding.  `verify`
     reopens the output and proves it; `probe` compares logits too.  `overwrite` replaces the output of an earlier merge.
     `prover` is one that was started earlier, to save time.  `note` is told what a user should know while it runs.  The
     output appears whole and proven, or not at all; what was finished of a merge that was killed is taken up again.
@@ -78,8 +78,8 @@ def merge_absorb(
     Raises `FileError` and `InputError` before anything is written, `WorkError` where writing fails, `CheckError` where
     what was written is not what it should be or too little of a delta survived.
     """
-    if min_survival is not None and not 0 <= min_survival <= 1:
-        raise InputError(f"--min-survival {min_survival:g}: a share from 0 to 1 was expected")
+    if min_retained is not None and not 0 <= min_retained <= 1:
+        raise InputError(f"--min-retained {min_retained:g}: a share from 0 to 1 was expected")
     workers = workers or default_workers()
     weighted = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
     options = options or Options()
@@ -89,27 +89,27 @@ def merge_absorb(
         plan = plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
         if prover:
             prover.begin(inputs, options, workers, progress)
-        return _merge(inputs.places, plan, prover, min_survival, overwrite, workers, progress, note)
+        return _merge(inputs.places, plan, prover, min_retained, overwrite, workers, progress, note)
     finally:
         if prover:
             prover.stop()
 
 
 def _merge(
-    places: Places,
+    places: MergePaths,
     plan: MergePlan,
     prover: Prover | None,
-    min_survival: float | None,
+    min_retained: float | None,
     overwrite: bool,
     workers: int,
     progress: Progress | None,
     note: Callable[[str], None],
-) -> MergeReport:
+) -> MergeResult:
     stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
     check_output(places.out, overwrite, (places.base, *places.adapters), plan.written_bytes)
     for item, _ in plan.adapters:
         item.check_finite()
-    for one, other in plan.twins:
+    for one, other in plan.aliases:
         if sha256(one) != sha256(other):
             raise InputError(f"{one.file}: '{one.key}' and '{other.key}' are one tensor of the model, but they differ")
     try:
@@ -119,9 +119,9 @@ def _merge(
             count = counter(progress, "merge", plan.model_bytes)
             # Here, while the prover is loading what it needs: it is the slower one of the two.
             hashed: dict[str, Future[str]] | None = {} if prover and prover.beside else None
-            survival = execute(plan, staging, workers=workers, min_survival=min_survival, hashed=hashed, done=count)
+            retention = execute(plan, staging, workers=workers, min_retained=min_retained, hashed=hashed, done=count)
             write_index_of(plan, staging.folder)
-            carried, left = carry_files(plan, staging.folder)
+            carried, left = copy_auxiliary_files(plan, staging.folder)
             merged = Checkpoint.open(staging.folder)
             absorbed = None
             if plan.absorbed is not None:
@@ -144,7 +144,7 @@ def _merge(
             for file, stamp in stamps:
                 if Stamp.of(file) != stamp:
                     raise FileError(f"{file}: changed while it was merged: run again")
-            report = MergeReport(
+            report = MergeResult(
                 output=str(places.out.absolute()),
                 base=str(places.base.absolute()),
                 adapters=adapter_reports(plan),
@@ -153,16 +153,16 @@ def _merge(
                 dtype=_dtypes(plan),
                 tensors=sum(len(shard.tensors) for shard in plan.shards),
                 tensors_changed=len(plan.changed),
-                tensors_raised=len(plan.raised),
+                tensors_raised=len(plan.dequantized),
                 replaced=sorted(plan.replaced),
                 bytes=plan.model_bytes,
                 files_linked=sum(e["how"] in ("linked", "reflinked") for e in staging.finished.values()),
                 files_written=sum(e["how"] in ("written", "copied") for e in staging.finished.values()),
-                roles=role_reports(plan, survival),
+                roles=role_reports(plan, retention),
                 absorbed=asdict(absorbed) if absorbed is not None else None,
                 proof=proven.proof if proven else None,
                 probe=proven.probe if proven else None,
-                survival={key: (s.relative, s.kept, s.cosine) for key, s in survival.items()},
+                retention={key: (s.relative, s.kept, s.cosine) for key, s in retention.items()},
                 notes=notes(plan),
                 carried=carried,
                 left_behind=left,

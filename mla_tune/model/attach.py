@@ -13,11 +13,11 @@ from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import CheckError
-from mla_tune.model.modules_to_save import peft_names, train_in_float32, whole_copies
+from mla_tune.model.modules_to_save import modules_to_save_copies, peft_names, train_in_float32
 
 
 @dataclass(frozen=True, slots=True)
-class Attached:
+class AttachedLora:
     """One LoRA that PEFT made: the base parameter it adapts, its rank and its scale s."""
 
     parameter: str
@@ -42,7 +42,7 @@ def attach(model: torch.nn.Module, arch: Architecture, placement: Placement, see
     return peft_model  # type: ignore[return-value]
 
 
-def attached(model: torch.nn.Module, adapter: str = "default") -> list[Attached]:
+def attached_loras(model: torch.nn.Module, adapter: str = "default") -> list[AttachedLora]:
     """Every LoRA in a PEFT model, by the name that its base parameter has in the model without PEFT."""
     found = []
     for name, module in model.named_modules():
@@ -50,20 +50,20 @@ def attached(model: torch.nn.Module, adapter: str = "default") -> list[Attached]
             continue
         path = name.removeprefix("base_model.model.").replace(".base_layer", "")
         leaf = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-        found.append(Attached(f"{path}.{leaf}", module.r[adapter], module.scaling[adapter], module))
+        found.append(AttachedLora(f"{path}.{leaf}", module.r[adapter], module.scaling[adapter], module))
     return found
 
 
 def check_attached(model: torch.nn.Module, placement: Placement) -> None:
     """Planned set == attached set, rank and scale of each included, and nothing else trainable."""
     want = {p.site.parameter: (p.rank * placement.width, placement.scale(p)) for p in placement.sites}
-    have = {a.parameter: (a.rank, a.scale) for a in attached(model)}
+    have = {a.parameter: (a.rank, a.scale) for a in attached_loras(model)}
     problems = [f"planned, but PEFT attached nothing: {k}" for k in want.keys() - have.keys()]
     problems += [f"attached, but not planned: {k}" for k in have.keys() - want.keys()]
     for k in want.keys() & have.keys():
         if want[k][0] != have[k][0] or abs(want[k][1] - have[k][1]) > 1e-9 * want[k][1]:
             problems.append(f"{k}: planned rank {want[k][0]}, scale {want[k][1]:g}; got {have[k][0]}, {have[k][1]:g}")
-    planned, copied = {path for path, _ in placement.whole}, whole_copies(model)
+    planned, copied = {path for path, _ in placement.modules_to_save}, modules_to_save_copies(model)
     problems += [f"planned to be trained whole, but PEFT made no copy: {path}" for path in planned - copied.keys()]
     problems += [f"trained whole, but not planned: {path}" for path in copied.keys() - planned]
     copies = {id(p) for copy in copied.values() for p in copy.parameters()}

@@ -24,14 +24,14 @@ from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights, read_scales
 from mla_tune.errors import InputError
-from mla_tune.model.quantized_linear import Matrix, check_experts, freeze
+from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, check_experts
 from mla_tune.tiling import DEQUANTIZED_TILE
 
 METHOD = "mla_tune_fp8"
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ScaleLayout:
     """How the scales of a parameter lie.  `block` is (rows, columns); `parts` matrices lie one above the other, each
     with blocks of its own (gate and up of an expert: their rows need not be whole blocks)."""
 
@@ -44,20 +44,20 @@ class Layout:
         return *experts, self.parts * -(-(rows // self.parts) // self.block[0]), -(-columns // self.block[1])
 
 
-class Fp8Matrix(Matrix):
-    """Codes float8_e4m3fn (out, in) or (E, out, in), scales float32 as `Layout.scales` says."""
+class Fp8Weight(QuantizedWeight):
+    """Codes float8_e4m3fn (out, in) or (E, out, in), scales float32 as `ScaleLayout.scales` says."""
 
     codes: torch.Tensor
     scales: torch.Tensor
     large = ("codes",)
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, layout: Layout) -> None:
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, layout: ScaleLayout) -> None:
         super().__init__()
         self.shape, self.layout = tuple(codes.shape), layout
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
 
-    def numbers(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         codes, scales = (self.codes, self.scales) if expert is None else (self.codes[expert], self.scales[expert])
         codes = codes.view(torch.float8_e4m3fn).view(self.shape[-2:])
         rows, columns = codes.shape
@@ -73,13 +73,13 @@ class Fp8Matrix(Matrix):
         return result
 
 
-def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, Layout]:
+def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout]:
     """Parameter of the model → layout of its scales, for every FP8 weight; MTP layers, which no model has, left out.
 
     Raises `InputError` for a checkpoint that can't be kept in FP8, with the tensor that is the reason.
     """
     weights = quantized_weights(checkpoint)
-    found: dict[str, Layout] = {}
+    found: dict[str, ScaleLayout] = {}
     for site in arch:
         keys = site.disk_keys() if site.is_experts else [f"{site.path}.weight"]
         if site.is_experts and keys[0] not in weights and site.path in weights:
@@ -91,10 +91,10 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, Layout]:
             other = next(key for key in keys if key not in weights)
             raise InputError(f"{checkpoint.folder}: '{here[0]}' is FP8 and '{other}' is not, in one stack of experts")
         parts = site.disk_parts if len(keys) > 1 else 1
-        found[site.parameter] = Layout(_one_block([weights.pop(key) for key in keys]), parts)
+        found[site.parameter] = ScaleLayout(_one_block([weights.pop(key) for key in keys]), parts)
     for key, weight in weights.items():
         if not _is_mtp(key, arch):
-            found[key] = Layout(_one_block([weight]))
+            found[key] = ScaleLayout(_one_block([weight]))
     return found
 
 
@@ -125,14 +125,14 @@ def _is_mtp(key: str, arch: Architecture) -> bool:
 class Fp8Config(QuantizationConfigMixin):
     """What the loader below needs to know."""
 
-    def __init__(self, layouts: Mapping[str, Layout], where: Path) -> None:
+    def __init__(self, layouts: Mapping[str, ScaleLayout], where: Path) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layouts, self.where = dict(layouts), where
 
 
 @register_quantizer(METHOD)
 class Fp8Loader(HfQuantizer):
-    """Gives transformers' loader places for codes and scales, and makes `Fp8Matrix` of what came."""
+    """Gives transformers' loader places for codes and scales, and makes `Fp8Weight` of what came."""
 
     quantization_config: Any
     # Tells the loader to stack the experts' scales as it stacks their weights.
@@ -162,7 +162,9 @@ class Fp8Loader(HfQuantizer):
         for parameter, layout in self.quantization_config.layouts.items():
             module, name = _place(model, parameter, self.quantization_config.where)
             codes, scales = (module._parameters.pop(name + suffix).data for suffix in ("", "_scale_inv"))
-            freeze(module, name, Fp8Matrix(codes, scales, layout), self.dtype or torch.get_default_dtype())
+            attach_quantized_weight(
+                module, name, Fp8Weight(codes, scales, layout), self.dtype or torch.get_default_dtype()
+            )
         return model
 
     def is_serializable(self) -> Any:
@@ -173,14 +175,14 @@ class Fp8Loader(HfQuantizer):
         return True
 
 
-def put_empty(model: Any, layouts: Mapping[str, Layout], where: Path, dtype: torch.dtype) -> None:
+def put_empty(model: Any, layouts: Mapping[str, ScaleLayout], where: Path, dtype: torch.dtype) -> None:
     """Matrices without numbers, on `meta`, in a model of which another process reads the weights."""
     for parameter, layout in layouts.items():
         module, name = _place(model, parameter, where)
         shape = tuple(getattr(module, name).shape)
         codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
         scales = torch.empty(layout.scales(shape), dtype=torch.float32, device="meta")
-        freeze(module, name, Fp8Matrix(codes, scales, layout), dtype)
+        attach_quantized_weight(module, name, Fp8Weight(codes, scales, layout), dtype)
 
 
 def _place(model: Any, parameter: str, where: Path) -> tuple[Any, str]:

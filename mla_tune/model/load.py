@@ -22,7 +22,7 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.config import FIELDS, quantized_kind
 from mla_tune.errors import CheckError, InputError
 from mla_tune.model.auto import auto_class, set_experts
-from mla_tune.model.quantized_linear import EXPERTS, Matrix, register_experts
+from mla_tune.model.quantized_linear import EXPERTS, QuantizedWeight, register_experts
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.user_files import read_json_object
@@ -158,7 +158,7 @@ def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def _summary(model: torch.nn.Module, kind: str) -> dict[str, Any]:
-    matrices = [m for m in model.modules() if isinstance(m, Matrix)]
+    matrices = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
     return {
         "kind": kind,
         "matrices": sum(math.prod(m.shape[:-2]) for m in matrices),

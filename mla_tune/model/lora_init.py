@@ -18,8 +18,8 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 
 from mla_tune.adapter.placement import Placement
-from mla_tune.model.attach import Attached, attached
-from mla_tune.model.quantized_linear import matrix_of
+from mla_tune.model.attach import AttachedLora, attached_loras
+from mla_tune.model.quantized_linear import quantized_weight_of
 
 #: Up to this smaller side all singular values are computed; above it, the leading ones by subspace iteration.
 EXACT = 1024
@@ -32,32 +32,32 @@ def initialize(model: torch.nn.Module, placement: Placement, seed: int) -> None:
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for lora in attached(model):
+        for lora in attached_loras(model):
             _INITS[placement.init](lora)
 
 
-def _factors(lora: Attached) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+def _factors(lora: AttachedLora) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     layer: Any = lora.layer
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
-def _weight(lora: Attached) -> torch.Tensor:
+def _weight(lora: AttachedLora) -> torch.Tensor:
     """The base's matrix (out, in), float32 on a CPU."""
     layer: Any = lora.layer
     base = layer.get_base_layer()
     name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-    quantized = matrix_of(base, name)
-    weight = getattr(base, name).detach() if quantized is None else quantized.numbers(torch.float32)
+    quantized = quantized_weight_of(base, name)
+    weight = getattr(base, name).detach() if quantized is None else quantized.dequantize(torch.float32)
     return weight.float().cpu()
 
 
-def _gaussian(lora: Attached) -> None:
+def _gaussian(lora: AttachedLora) -> None:
     a, b = _factors(lora)
     a.copy_(torch.randn(a.shape) / lora.rank)
     b.zero_()
 
 
-def _orthogonal(lora: Attached) -> None:
+def _orthogonal(lora: AttachedLora) -> None:
     """A and B both begin away from 0, in subspaces orthogonal to each other: B A = 0 (datta0.github.io,
     "Rethink LoRA initialization")."""
     a, b = _factors(lora)
@@ -66,7 +66,7 @@ def _orthogonal(lora: Attached) -> None:
     b.copy_(torch.randn(b.shape[0], lora.rank // 2) @ q[1::2] / 10)
 
 
-def _pissa(lora: Attached) -> None:
+def _pissa(lora: AttachedLora) -> None:
     rank, weight = lora.rank // 2, _weight(lora)
     if min(weight.shape) <= EXACT:
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
@@ -77,13 +77,13 @@ def _pissa(lora: Attached) -> None:
     _halves(lora, root[:, None] * vt[:rank], u[:, :rank] * root)
 
 
-def _olora(lora: Attached) -> None:
+def _olora(lora: AttachedLora) -> None:
     rank = lora.rank // 2
     q, r = torch.linalg.qr(_weight(lora))
     _halves(lora, r[:rank], q[:, :rank])
 
 
-def _halves(lora: Attached, a0: torch.Tensor, b0: torch.Tensor) -> None:
+def _halves(lora: AttachedLora, a0: torch.Tensor, b0: torch.Tensor) -> None:
     """[A; A₀] and [B, −B₀], both begin equal; the second half gets no gradient and stays."""
     a, b = _factors(lora)
     rank = len(a0)

@@ -20,7 +20,7 @@ from mla_tune.errors import PlacementError, did_you_mean
 _KEY = "adapter.modules_to_save"
 
 
-def with_whole(
+def with_modules_to_save(
     placement: Placement, arch: Architecture, config: Mapping[str, Any], names: Sequence[str], quantized: bool
 ) -> Placement:
     """The placement, with every module that `names` mean and its number of parameters.
@@ -52,7 +52,7 @@ def with_whole(
             if quantized and path in matrices:
                 raise PlacementError(f"{_KEY}: '{name}' ({path}) is quantized in this base: such weights stay frozen")
             found[path] = modules[path]
-    return replace(placement, whole=tuple(found.items()))
+    return replace(placement, modules_to_save=tuple(found.items()))
 
 
 def _modules(config: Mapping[str, Any]) -> dict[str, int]:
@@ -75,7 +75,7 @@ def _modules(config: Mapping[str, Any]) -> dict[str, int]:
 
 def peft_names(placement: Placement, model: torch.nn.Module) -> list[str] | None:
     """Names for PEFT, which compares ends: the last part of a path where that means exactly the planned modules."""
-    paths = {path for path, _ in placement.whole}
+    paths = {path for path, _ in placement.modules_to_save}
     everywhere = [name for name, _ in model.named_modules()]
     names = set()
     for path in paths:
@@ -84,7 +84,7 @@ def peft_names(placement: Placement, model: torch.nn.Module) -> list[str] | None
     return sorted(names) or None
 
 
-def whole_copies(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def modules_to_save_copies(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Path in the model without PEFT → the copy that is trained."""
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -97,7 +97,7 @@ def whole_copies(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 def train_in_float32(model: torch.nn.Module) -> None:
     """Give the copies float32 numbers, as PEFT gives LoRA, and their outputs the dtype that the model's had."""
-    for copy in whole_copies(model).values():
+    for copy in modules_to_save_copies(model).values():
         dtype = next(copy.parameters()).dtype
         if dtype != torch.float32:
             copy.float()

@@ -2,7 +2,7 @@
 
 bitsandbytes does the arithmetic: 64 numbers share a scale, 256 scales share another (double quantization), which makes
 0.516 bytes a weight.  Its own layer covers `nn.Linear` only; routed experts are one stack of matrices in transformers,
-and 97 % of the weights of a DeepSeek-V3, so both are kept the same way here: `Nf4Matrix`.
+and 97 % of the weights of a DeepSeek-V3, so both are kept the same way here: `Nf4Weight`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mla_tune.arch.roles import ADAPTABLE
 from mla_tune.arch.site import Architecture
-from mla_tune.model.quantized_linear import Matrix, check_experts, freeze, stand_in
+from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, check_experts, placeholder
 
 METHOD = "mla_tune_nf4"
 #: Numbers that share a scale, and scales that share one.
 BLOCK, OUTER = 64, 256
 
 
-class Nf4Matrix(Matrix):
+class Nf4Weight(QuantizedWeight):
     """Codes uint8 (E, ⌈out·in/2⌉), two numbers a byte; scales of blocks uint8 (E, ⌈out·in/64⌉), whose own scales are
     float32 (E, ⌈…/256⌉) and mean float32 (E,).  E is 1 for a single matrix."""
 
@@ -63,7 +63,7 @@ class Nf4Matrix(Matrix):
         self.register_buffer("table", get_4bit_type("nf4", device="cpu").to(device))
         self.register_buffer("outer_table", create_dynamic_map().to(device))
 
-    def numbers(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         i, count = expert or 0, len(self.mean)
@@ -81,10 +81,10 @@ class Nf4Matrix(Matrix):
         return dequantize_4bit(self.codes.view(count, -1)[i].unsqueeze(1), state)
 
 
-def _sizes(numbers: int) -> tuple[torch.Tensor, ...]:
+def _sizes(dequantize: int) -> tuple[torch.Tensor, ...]:
     """What `quantize_4bit` makes of so many numbers, on `meta`."""
-    blocks = -(-numbers // BLOCK)
-    sizes = ((-(-numbers // 2),), (blocks,), (-(-blocks // OUTER),), ())
+    blocks = -(-dequantize // BLOCK)
+    sizes = ((-(-dequantize // 2),), (blocks,), (-(-blocks // OUTER),), ())
     kinds = (torch.uint8, torch.uint8, torch.float32, torch.float32)
     return tuple(torch.empty(s, dtype=k, device="meta") for s, k in zip(sizes, kinds, strict=True))
 
@@ -111,7 +111,7 @@ class Nf4Loader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         self.dtype = dtype or torch.get_default_dtype()
-        self.made: dict[str, Nf4Matrix] = {}
+        self.made: dict[str, Nf4Weight] = {}
         for parameter in self.quantization_config.parameters:
             path, _, name = parameter.rpartition(".")
             if name != "weight":
@@ -127,7 +127,7 @@ class Nf4Loader(HfQuantizer):
         for parameter in self.quantization_config.parameters:
             matrix = self.made[parameter]
             path, _, name = parameter.rpartition(".")
-            freeze(model.get_submodule(path), name, matrix, self.dtype)
+            attach_quantized_weight(model.get_submodule(path), name, matrix, self.dtype)
         return model
 
     def is_serializable(self) -> Any:
@@ -146,7 +146,7 @@ def put_empty(model: Any, parameters: tuple[str, ...], dtype: torch.dtype) -> No
         if name != "weight":
             check_experts(module, parameter)
         shape = getattr(module, name).shape
-        freeze(module, name, Nf4Matrix(torch.empty(shape, device="meta")), dtype)
+        attach_quantized_weight(module, name, Nf4Weight(torch.empty(shape, device="meta")), dtype)
 
 
 class _Quantize(ConversionOps):
@@ -157,6 +157,6 @@ class _Quantize(ConversionOps):
         result = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            self.loader.made[name] = Nf4Matrix(weight, self.loader.quantization_config.through)
-            result[name] = stand_in(tuple(weight.shape), self.loader.dtype, weight.device)
+            self.loader.made[name] = Nf4Weight(weight, self.loader.quantization_config.through)
+            result[name] = placeholder(tuple(weight.shape), self.loader.dtype, weight.device)
         return result

@@ -1,4 +1,4 @@
-"""Frozen weights that stay quantized in memory: `FrozenLinear`, and routed experts that read such weights.
+"""Frozen weights that stay quantized in memory: `QuantizedLinear`, and routed experts that read such weights.
 
 A matrix is turned into numbers where it is needed, used, and forgotten.  The backward pass makes the numbers again:
 
@@ -22,18 +22,18 @@ from torch import nn
 
 from mla_tune.errors import InputError
 
-#: Name of `frozen_experts` in transformers' table of implementations of the routed experts.
+#: Name of `quantized_experts` in transformers' table of implementations of the routed experts.
 EXPERTS = "mla_tune_frozen"
 
 
-class Matrix(nn.Module):
+class QuantizedWeight(nn.Module):
     """A quantized weight, of shape (out, in) or, for stacked experts, (E, out, in)."""
 
     shape: tuple[int, ...]
     #: What grows with the weight: of a sharded model each process has a part.
     large: tuple[str, ...] = ()
 
-    def numbers(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
         """The weight (out, in), of one expert where there are several, rounded once to `dtype`."""
         raise NotImplementedError
 
@@ -46,27 +46,27 @@ class _Linear(torch.autograd.Function):
     """x (…, in) → x Wᵀ (…, out), with the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, matrix: Matrix, expert: int | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, matrix: QuantizedWeight, expert: int | None) -> torch.Tensor:
         ctx.matrix, ctx.expert = matrix, expert
-        return F.linear(x, matrix.numbers(x.dtype, expert))
+        return F.linear(x, matrix.dequantize(x.dtype, expert))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (dy,) = grads
-        return dy @ ctx.matrix.numbers(dy.dtype, ctx.expert), None, None
+        return dy @ ctx.matrix.dequantize(dy.dtype, ctx.expert), None, None
 
 
-def linear(x: torch.Tensor, matrix: Matrix, expert: int | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, matrix: QuantizedWeight, expert: int | None = None) -> torch.Tensor:
     """x (…, in) → (…, out) in the dtype of x, or in that of autocast where it is on."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _Linear.apply(x, matrix, expert)  # type: ignore[no-any-return]
 
 
-class FrozenLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A linear layer whose `weight` is a stand-in and whose numbers are in `weight_matrix`."""
 
-    weight_matrix: Matrix
+    weight_matrix: QuantizedWeight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = linear(input, self.weight_matrix)
@@ -76,23 +76,23 @@ class FrozenLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-def freeze(module: nn.Module, name: str, matrix: Matrix, dtype: torch.dtype) -> None:
+def attach_quantized_weight(module: nn.Module, name: str, matrix: QuantizedWeight, dtype: torch.dtype) -> None:
     """Give the parameter `name` of a linear layer or of stacked experts its numbers from `matrix`, computed with in
     `dtype`."""
     if name == "weight":
-        module.__class__ = FrozenLinear
+        module.__class__ = QuantizedLinear
     device = next(matrix.buffers()).device
     if device.type == "meta":  # PEFT makes its factors where this is, and theirs are real
         device = torch.device("cpu")
-    setattr(module, name, nn.Parameter(stand_in(matrix.shape, dtype, device), requires_grad=False))
+    setattr(module, name, nn.Parameter(placeholder(matrix.shape, dtype, device), requires_grad=False))
     setattr(module, f"{name}_matrix", matrix)
 
 
-def let_shard(model: nn.Module) -> None:
+def prepare_for_fsdp(model: nn.Module) -> None:
     """Make frozen parameters of the codes, which fully_shard shards, and hide the stand-ins, which it would fill."""
     for module in model.modules():
         for name, matrix in list(module._modules.items()):
-            if isinstance(matrix, Matrix):
+            if isinstance(matrix, QuantizedWeight):
                 parameter = name.removesuffix("_matrix")
                 module.__dict__[parameter] = module._parameters.pop(parameter)
                 for part in matrix.large:
@@ -103,12 +103,12 @@ def let_shard(model: nn.Module) -> None:
                     setattr(matrix, part, nn.Parameter(flat, requires_grad=False))
 
 
-def stand_in(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+def placeholder(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
 def check_experts(module: Any, parameter: str) -> None:
-    """Raises `InputError` for routed experts that `frozen_experts` can't stand for."""
+    """Raises `InputError` for routed experts that `quantized_experts` can't stand for."""
     plain = getattr(module, "has_gate", False) and getattr(module, "is_concatenated", False)
     other = [n for n in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(module, n, False)]
     if not plain or other:
@@ -118,7 +118,7 @@ def check_experts(module: Any, parameter: str) -> None:
         )
 
 
-def matrix_of(module: nn.Module, name: str) -> Matrix | None:
+def quantized_weight_of(module: nn.Module, name: str) -> QuantizedWeight | None:
     """The quantized weight behind a parameter; None where it is a plain one."""
     return getattr(module, f"{name}_matrix", None)
 
@@ -135,7 +135,7 @@ def _change(module: nn.Module, name: str) -> torch.Tensor | None:
     return change
 
 
-def frozen_experts(
+def quantized_experts(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """transformers' routed experts with quantized weights, an expert at a time.
@@ -164,7 +164,7 @@ def frozen_experts(
 
 def _by_expert(experts: Any, name: str) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """(x (n, in), expert) → x Wᵀ (n, out), with what adapters add."""
-    matrix = matrix_of(experts, name)
+    matrix = quantized_weight_of(experts, name)
     if matrix is None:
         plain = getattr(experts, name).unbind(0)
         return lambda x, expert: F.linear(x, plain[expert])
@@ -192,4 +192,4 @@ def register_experts() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if EXPERTS not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, frozen_experts)
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, quantized_experts)

@@ -44,7 +44,7 @@ def check_weights(arch: Architecture, folder: Path) -> dict[str, Any]:
         absent = site.disk_keys()[0] not in tensors
         if absent and (site.role == Role.TOWER or (site.path == "lm_head" and arch.tied)):
             continue  # towers have other names in published files
-        copies = [] if site.mtp and absent else [site.disk_keys(), *site.twin_keys()]
+        copies = [] if site.mtp and absent else [site.disk_keys(), *site.alias_keys()]
         for key in (k for keys in copies for k in keys):
             known.add(key)
             split = here.naming.tensors(f"{site.path}.weight", tensors) if key not in tensors else [key]
@@ -80,7 +80,7 @@ def _unexplained(
 ) -> list[str]:
     """Keys of matrices that `arch` does not explain; `here` is `arch` with the names of this checkpoint, and `known`
     holds the keys that were compared."""
-    ends = set(here.naming.candidates(arch.embedding))
+    ends = set(here.key_mapping.candidates(arch.embedding))
     unexplained = [
         key
         for key, ref in tensors.items()

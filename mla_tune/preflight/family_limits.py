@@ -6,6 +6,7 @@ from mla_tune.adapter.placement import RESIDUAL, Placement
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
+from mla_tune.sockets import ADAPTER_METHODS
 
 
 def apply_family_limits(recipe: Recipe, arch: Architecture) -> tuple[Recipe, list[str]]:
@@ -59,8 +60,8 @@ def unsupported_when_sharded(recipe: Recipe, placement: Placement, sharding: str
         wrong.append("model.dtype: float16")
     if placement.init in RESIDUAL:
         wrong.append(f"adapter.init: {placement.init}, which reads all weights in every process")
-    if placement.whole:
+    if placement.modules_to_save:
         wrong.append("adapter.modules_to_save")
-    if placement.method == "dora":
-        wrong.append("adapter.method: dora")
+    if placement.method != "none" and not ADAPTER_METHODS.get(placement.method).sharded:
+        wrong.append(f"adapter.method: {placement.method}")
     return wrong

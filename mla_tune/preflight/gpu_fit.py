@@ -21,6 +21,7 @@ from mla_tune.preflight.family_limits import unsupported_when_sharded
 from mla_tune.preflight.memory import QUANTIZED, MemoryEstimate, RunShape, estimate
 from mla_tune.preflight.plan import run_shape
 from mla_tune.recipe.schema import Recipe
+from mla_tune.sockets import ADAPTER_METHODS
 
 #: Bytes on a GPU that the CUDA context, communication buffers and the workspaces of kernels take.
 RESERVE = 2_000_000_000
@@ -169,7 +170,7 @@ def _row(
 def _candidates(run: RunShape, placement: Placement) -> Iterable[tuple[str, str]]:
     """The pairs that are compared: launch configuration, and how the base is kept in memory (`RunShape.base`)."""
     quantized = []
-    if placement.method in ("lora", "rslora"):
+    if placement.method != "none" and not ADAPTER_METHODS.get(placement.method).unsupported_on_quantized:
         # Where a checkpoint is published in FP8, NF4 is for its version in bfloat16.
         quantized = ["fp8", "nf4"] if run.base == "fp8" else ["nf4"]
     for config in ("ddp", "fsdp2", "zero3"):

@@ -13,6 +13,7 @@ from mla_tune.adapter.placement import Placement, reached_as_parameter
 from mla_tune.arch.dims import DTYPE_BYTES, MLADims
 from mla_tune.arch.roles import ADAPTABLE, GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
+from mla_tune.sockets import ADAPTER_METHODS
 from mla_tune.tiling import DEQUANTIZED_TILE, LOGITS_TILE, LOGITS_TILE_MIN_TOKENS
 
 #: Tiles of logits in memory at once: logits and their log-softmax; where the head is trained, also their gradients.
@@ -93,7 +94,7 @@ def estimate(arch: Architecture, placement: Placement, run: RunShape) -> MemoryE
     full = placement.method == "none"
     size = 4 if full else DTYPE_BYTES[run.dtype]
     trainable = arch.params_total if full else placement.trainable_params
-    trained = trainable if full else placement.lora_params * placement.width + placement.whole_params
+    trained = trainable if full else placement.lora_params * placement.width + placement.modules_to_save_params
     layers = [_layer_bytes(arch, placement, run, i) for i in range(arch.num_layers)]
     tokens = run.batch * run.length
     again = 0  # what the backward pass of one layer computes again
@@ -113,7 +114,7 @@ def estimate(arch: Architecture, placement: Placement, run: RunShape) -> MemoryE
         # AdamW: two float32 moments of every trained number.
         optimizer=trained * 8,
         activations=kept + 2 * tokens * arch.dims.D * size + mask,
-        head=_head(arch, run, full or "lm_head" in placement.whole_names),
+        head=_head(arch, run, full or "lm_head" in placement.modules_to_save_names),
         transient=_transient(arch, placement, run) + again,
     )
 
@@ -128,11 +129,12 @@ def base_bytes(arch: Architecture, base: str, size: int) -> int:
 def _layer_bytes(arch: Architecture, placement: Placement, run: RunShape, layer: int, recomputed: bool = False) -> int:
     """Bytes that autograd keeps for one decoder layer; `recomputed`: under `activation_checkpointing: mla`."""
     full = placement.method == "none"
+    keeps_weight = not full and ADAPTER_METHODS.get(placement.method).keeps_weight
     adapted = {p.site.parameter: p for p in placement.sites if p.site.layer == layer}
     sites = [s for s in arch.sites if s.layer == layer]
     low = DTYPE_BYTES[run.dtype]  # what matrix products keep
     tokens = run.batch * run.length
-    first = 0 if full or placement.whole else min(p.site.layer or 0 for p in placement.sites)
+    first = 0 if full or placement.modules_to_save else min(p.site.layer or 0 for p in placement.sites)
     if layer < first:
         return 0
 
@@ -160,7 +162,7 @@ def _layer_bytes(arch: Architecture, placement: Placement, run: RunShape, layer:
         inputs = trains(members["gate_proj"]) or trains(members["up_proj"])
         per_token += arch.dims.D * low if inputs and not recomputed else 0
         for site in members.values():
-            if trains(site) and placement.method == "dora" and reached_as_parameter(arch, site.role):
+            if trains(site) and keeps_weight and reached_as_parameter(arch, site.role):
                 # PEFT reaches these as parameters, and without the short cut for plain LoRA W + ΔW is made and kept.
                 weights += site.shape[0] * site.shape[1] * low
     experts = {s.role: s for s in sites if s.is_experts}

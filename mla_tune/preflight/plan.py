@@ -21,7 +21,7 @@ def role_rates(placement: Placement, recipe: Recipe) -> dict[str, float]:
         return {"all": o.learning_rate}
     base = o.learning_rate * o.mla_lr_scale
     rates = {r.value: base * placement.by_role(r)[0].lr_scale for r in placement.roles}
-    return rates | dict.fromkeys(placement.whole_names, base * o.modules_to_save_lr_scale)
+    return rates | dict.fromkeys(placement.modules_to_save_names, base * o.modules_to_save_lr_scale)
 
 
 def serving_notes(arch: Architecture, placement: Placement) -> list[str]:
@@ -138,8 +138,8 @@ def _role_rows(recipe: Recipe, placement: Placement) -> list[dict[str, Any]]:
                 "learning_rate_b": rates[role.value] * recipe.optimizer.lora_plus_ratio,
             }
         )
-    for name in placement.whole_names:
-        counts = [n for path, n in placement.whole if path.rpartition(".")[2] == name]
+    for name in placement.modules_to_save_names:
+        counts = [n for path, n in placement.modules_to_save if path.rpartition(".")[2] == name]
         rows.append(
             {
                 "role": name,

@@ -6,6 +6,7 @@ import importlib.util
 
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
+from mla_tune.sockets import ADAPTER_METHODS
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -57,8 +58,9 @@ def check_quantized(recipe: Recipe, kind: str | None) -> None:
             f"adapter.method: none trains the weights themselves, and {what}: quantized weights stay frozen; "
             "use an adapter, or the bf16 checkpoint without model.quantize"
         )
+    unsupported = ADAPTER_METHODS.get(recipe.adapter.method).unsupported_on_quantized
     for key, asked, why in (
-        ("adapter.method: dora", recipe.adapter.method == "dora", "its magnitudes need the norms of all weights"),
+        (f"adapter.method: {recipe.adapter.method}", bool(unsupported), unsupported),
         ("train.compile", recipe.train.compile, "a quantized layer is not compiled"),
         (
             f"model.experts: {recipe.model.experts}",

@@ -12,7 +12,7 @@ from mla_tune.console import out
 SHOWN = 1200
 
 
-def print_view(found: dict[str, Any]) -> None:
+def print_preview(found: dict[str, Any]) -> None:
     """Samples, counts, histogram, packing, of `data.preview.view`."""
     colored = out.color_system is not None
     for source in found["sources_shown"]:

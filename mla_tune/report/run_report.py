@@ -58,7 +58,7 @@ def render(root: Path, run: dict[str, Any], curves: Curves, picture: str | None)
         more_spikes=max(0, curves.skipped - LISTED),
         skipped=curves.skipped,
         environment=list((run.get("environment") or {}).items()),
-        chosen=list((run.get("chosen") or {}).items()),
+        kernels=list((run.get("kernels") or {}).items()),
         cd=working_folder(run),
         commands=commands(root, run),
     )
@@ -123,7 +123,7 @@ def role_rows(run: dict[str, Any]) -> list[dict[str, str]]:
             }
         )
     whole: dict[str, list[int]] = {}
-    for path, count in (adapter.get("whole") or {}).items():
+    for path, count in (adapter.get("modules_to_save") or {}).items():
         whole.setdefault(path.rpartition(".")[2], []).append(count)
     for name, counts in whole.items():
         found.append(

@@ -85,7 +85,7 @@ def _read(folder: Path, name: str, run: dict[str, Any]) -> RunRow:
     steps: dict[str, Any] = run.get("steps") or {}
     row = RunRow(name, _state(run))
     row.base, row.method = run.get("base"), adapter.get("method")
-    whole = dict.fromkeys(path.rpartition(".")[2] for path in adapter.get("whole") or {})
+    whole = dict.fromkeys(path.rpartition(".")[2] for path in adapter.get("modules_to_save") or {})
     row.targets = [*(adapter.get("matrices") or {}), *whole]
     row.steps, row.planned = max(curves.steps, int(steps.get("done") or 0)), steps.get("planned")
     if curves.best:

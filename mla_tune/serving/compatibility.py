@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mla_tune.adapter.files import Adapter, AdapterDelta
-from mla_tune.adapter.settings import scaling
+from mla_tune.adapter.files import Adapter, LoraDelta
+from mla_tune.adapter.methods import method_of, scaling, title_of
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.index import SINGLE_FILE, Checkpoint
 from mla_tune.checkpoint.quantized.config import CODES, quantization_field
 from mla_tune.serving.engines import VERDICTS, Engine, Fact
+from mla_tune.sockets import ADAPTER_METHODS
 
 #: The other half of an adapted layer that engines fuse.
 _PARTNERS = {
@@ -91,7 +92,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgment:
+class CompatibilityReport:
     """All checks of one engine on one model, or on an adapter and its base.
 
     `launch` are the commands that serve it; for an adapter that can't be served as it is, those that serve the merged
@@ -119,9 +120,9 @@ class Judgment:
         return [check.item.subject for check in self.checks if check.verdict == verdict]
 
 
-def judge(
+def check_compatibility(
     engine: Engine, checkpoint: Checkpoint, arch: Architecture, adapter: Adapter | None = None, out: str = "merged"
-) -> Judgment:
+) -> CompatibilityReport:
     """What `engine` does with `checkpoint`, and with `adapter` on it; `out` is the folder a merge would go to."""
     always = observations(arch)
 
@@ -130,13 +131,13 @@ def judge(
 
     model = decide(model_items(checkpoint, arch))
     if adapter is None:
-        return Judgment(engine, model, (), None, _launch(engine, "model", checkpoint.folder))
+        return CompatibilityReport(engine, model, (), None, _launch(engine, "model", checkpoint.folder))
     checks = decide(adapter_items(adapter, arch))
     if all(check.verdict in ("applied", "unknown") for check in checks):
-        return Judgment(engine, model, checks, None, _launch(engine, "adapter", checkpoint.folder, adapter))
+        return CompatibilityReport(engine, model, checks, None, _launch(engine, "adapter", checkpoint.folder, adapter))
     merge = shlex.join(["mla-tune", "merge-absorb", str(adapter.folder), "--base", str(checkpoint.folder)])
     merge += f" --out {shlex.quote(out)}"
-    return Judgment(engine, model, checks, merge, _launch(engine, "model", Path(out)))
+    return CompatibilityReport(engine, model, checks, merge, _launch(engine, "model", Path(out)))
 
 
 def observations(arch: Architecture) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def model_items(checkpoint: Checkpoint, arch: Architecture) -> list[Item]:
         for name in ("topk_method", "scoring_func"):
             value = str(config.get(name) or "missing")
             items.append(Item("config", name, {"value": value}, detail=value))
-    missing = [p for p in arch.attention_paths if arch.naming.on_disk(f"{p}.kv_b_proj.weight", keys) not in keys]
+    missing = [p for p in arch.attention_paths if arch.key_mapping.on_disk(f"{p}.kv_b_proj.weight", keys) not in keys]
     kv_b = "fused" if not missing else "missing"
     items.append(Item("layout", "kv_b_proj", {"value": kv_b}, len(arch.attention_paths) - len(missing), kv_b))
     items += _extra_files(checkpoint)
@@ -253,8 +254,8 @@ def _listed(site: Site, entries: Iterable[str]) -> bool:
 def adapter_items(adapter: Adapter, arch: Architecture) -> list[Item]:
     """What an engine could stumble over in an adapter: each role it adapts, and each setting that needs support."""
     settings = adapter.settings
-    items = [Item("adapter", "PEFT adapter", detail=adapter.method)]
-    by_role: dict[tuple[Role, str], list[AdapterDelta]] = {}
+    items = [Item("adapter", "PEFT adapter", detail=title_of(settings))]
+    by_role: dict[tuple[Role, str], list[LoraDelta]] = {}
     for delta in adapter.deltas:
         layout = "module"
         if delta.site.is_experts:
@@ -271,10 +272,14 @@ def adapter_items(adapter: Adapter, arch: Architecture) -> list[Item]:
 
 
 def _settings(adapter: Adapter, settings: Mapping[str, Any]) -> list[Item]:
-    method = "dora" if settings.get("use_dora") else "rslora" if settings.get("use_rslora") else "lora"
-    items = [Item("setting", method)]
-    if settings.get("use_dora") and settings.get("use_rslora"):
-        items.append(Item("setting", "rslora"))
+    method = method_of(settings)
+    items = [Item("setting", method.name)]
+    # DoRA may have rsLoRA's scale: an engine has to know both.
+    items += [
+        Item("setting", other.name)
+        for other in ADAPTER_METHODS.values()
+        if other.switches and other is not method and other.matches(settings)
+    ]
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     top = max((d.rank for d in adapter.deltas), default=0)
     items.append(Item("setting", "rank", {"value": top}, detail=str(top)))
@@ -319,7 +324,7 @@ def _launch(engine: Engine, kind: str, model: Path, adapter: Adapter | None = No
     return tuple(command.format(**places) for command in engine.launch[kind])
 
 
-def _leaves(delta: AdapterDelta) -> tuple[str, ...]:
+def _leaves(delta: LoraDelta) -> tuple[str, ...]:
     """Names of the linear layers that a delta sits on, as modules of a model with single experts."""
     leaf = delta.site.path.rpartition(".")[2]
     return ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)

@@ -46,7 +46,7 @@ PLACES = ("base", "adapter", "name", "model", "max_rank", "modules", "gguf", "ad
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class FactSource:
     """Where facts come from: versions that were looked at, the date (ISO 8601) of looking, and how."""
 
     id: str
@@ -65,7 +65,7 @@ class Fact:
     when: Mapping[str, Any]
     verdict: str
     says: str
-    source: Source
+    source: FactSource
     where: str
     instead: str
 
@@ -123,7 +123,7 @@ def _holds(wanted: Any, seen: Any) -> bool:
     return seen in wanted
 
 
-def _source(name: str, entry: Any, where: str) -> Source:
+def _source(name: str, entry: Any, where: str) -> FactSource:
     _keys(entry, where, {"versions": str, "date": str, "url": str, "how": str})
     _one_of(entry["how"], EVIDENCE, f"{where}.how")
     try:
@@ -132,7 +132,7 @@ def _source(name: str, entry: Any, where: str) -> Source:
         raise InputError(f"{where}.date: {entry['date']!r} is no date such as 2026-11-23") from None
     if not entry["url"].startswith("https://"):
         raise InputError(f"{where}.url: {entry['url']!r} does not begin with https://")
-    return Source(name, entry["versions"], entry["date"], entry["url"], entry["how"])
+    return FactSource(name, entry["versions"], entry["date"], entry["url"], entry["how"])
 
 
 def _engine(name: str, entry: Any, facts: tuple[Fact, ...], where: str) -> Engine:
@@ -149,7 +149,7 @@ def _engine(name: str, entry: Any, facts: tuple[Fact, ...], where: str) -> Engin
     return Engine(name, entry["title"], launch, tuple(sorted(entry.get("ranks", []))), facts)
 
 
-def _fact(entry: Any, sources: Mapping[str, Source], where: str) -> Fact:
+def _fact(entry: Any, sources: Mapping[str, FactSource], where: str) -> Fact:
     needed = {"about": str, "of": list, "verdict": str, "says": str, "source": str}
     _keys(entry, where, needed, {"when": dict, "where": str, "instead": str})
     _one_of(entry["about"], TOPICS, f"{where}.about")

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 from mla_tune.console import err
 from mla_tune.errors import CheckError
-from mla_tune.model.attach import attached
-from mla_tune.model.modules_to_save import whole_copies
+from mla_tune.model.attach import attached_loras
+from mla_tune.model.modules_to_save import modules_to_save_copies
 from mla_tune.training.distributed.deepspeed import gradient, is_handle
 from mla_tune.training.spike_guard import Spike
 
@@ -47,14 +47,14 @@ class GradientCheck(TrainerCallback):
 def gradient_problems(model: torch.nn.Module) -> list[str]:
     """A line for every LoRA (or, without adapters, every weight) whose gradient is missing, zero, or not finite."""
     problems = []
-    loras = attached(model)
+    loras = attached_loras(model)
     named = (
         [(a.parameter, [*a.layer.lora_A.parameters(), *a.layer.lora_B.parameters()]) for a in loras]
         if loras
         else [(n, [p]) for n, p in model.named_parameters() if p.requires_grad]
     )
     if loras:
-        named += [(path, list(copy.parameters())) for path, copy in whole_copies(model).items()]
+        named += [(path, list(copy.parameters())) for path, copy in modules_to_save_copies(model).items()]
     there, odd, alive = _gradients([parameters for _, parameters in named])
     for i, (name, _) in enumerate(named):
         if not there[i]:

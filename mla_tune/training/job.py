@@ -35,5 +35,5 @@ class Job:
 
     def record(self) -> None:
         """Write run.json."""
-        if self.team.first:
+        if self.team.is_main_process:
             self.folder.write(self.run)

@@ -21,31 +21,31 @@ from mla_tune.report.card import card
 from mla_tune.runs.checkpoints import number_of
 from mla_tune.training.callbacks import AtStart, GradientCheck, Metrics, ProgressLine, StopOnSignal
 from mla_tune.training.distributed.deepspeed import gather_experts_whole, step_apart
-from mla_tune.training.distributed.sampler import with_filler
-from mla_tune.training.distributed.team import gathered
+from mla_tune.training.distributed.sampler import with_dummy_row
+from mla_tune.training.distributed.team import gather_trained_weights
 from mla_tune.training.job import Job
 from mla_tune.training.memory import memory_report
 from mla_tune.training.optimizer import param_groups
-from mla_tune.training.prepare_model import Ways, prepare_model
-from mla_tune.training.sample_answers import Question, answer, questions
+from mla_tune.training.prepare_model import KernelConfig, prepare_model
+from mla_tune.training.sample_answers import SamplePrompt, answer_prompts, sample_prompts
 from mla_tune.training.save import save_result
 from mla_tune.training.spike_guard import SpikeGuard
 from mla_tune.training.trackers import add_trackers
 from mla_tune.training.trainer import CountingCollator, RoleTrainer
-from mla_tune.training.training_args import arguments
+from mla_tune.training.training_args import training_arguments
 
 
-def work(job: Job, further: Sequence[Any]) -> None:
+def train_adapter(job: Job, further: Sequence[Any]) -> None:
     """Train as `job` says and write the adapter (or the model).
 
     Raises `CheckError`, `WorkError` and `Interrupted` as `run.train` says.
     """
     model, ways = _adapted(job)
-    steps = steps_of(job.recipe, job.data.train_rows, job.team.here.count)
+    steps = steps_of(job.recipe, job.data.train_rows, job.team.here.world_size)
     held_out = [row for part in job.data.parts for row in part.rows.held_out]
-    asked = questions(job.recipe, held_out, job.tokenizer, job.arch.max_position_embeddings)
+    asked = sample_prompts(job.recipe, held_out, job.tokenizer, job.arch.max_position_embeddings)
     start = _Start(job, model, asked)
-    stop = StopOnSignal(job.team.many)
+    stop = StopOnSignal(job.team.is_distributed)
     trainer = _trainer(job, model, ways, steps, [AtStart(start.before_training), GradientCheck(), stop, *further])
     start.trainer = trainer
     job.run["steps"] = {"done": number_of(job.checkpoint) if job.checkpoint else 0, "planned": steps}
@@ -71,16 +71,16 @@ def work(job: Job, further: Sequence[Any]) -> None:
         job.run["held_out_loss"]["after"] = after
     _ask("after", job, model, asked)
     paths = [s.path for s in job.recipe.data.sources] or [job.recipe.data.path]
-    weights = gathered(model) if job.team.sharded else None
+    weights = gather_trained_weights(model) if job.team.sharded else None
 
     def save() -> None:
         readme = card(job.folder.root, job.run, paths) if job.placement.method != "none" else None
         save_result(model, job.loaded, job.tokenizer, job.folder, job.placement, readme, weights)
 
-    job.team.by_first(save)
+    job.team.main_process_only(save)
 
 
-def _adapted(job: Job) -> tuple[torch.nn.Module, Ways]:
+def _adapted(job: Job) -> tuple[torch.nn.Module, KernelConfig]:
     """The model with its adapter, kernels chosen by the first process for all."""
     placement, loaded, recipe, team = job.placement, job.loaded, job.recipe, job.team
     model: torch.nn.Module = loaded.model
@@ -90,11 +90,15 @@ def _adapted(job: Job) -> tuple[torch.nn.Module, Ways]:
     elif frozen := freeze_unreached(model, loaded.arch):
         what = "towers and indexers" if loaded.arch.wrapper else "indexers"
         err.print(f"note: {human_count(frozen)} parameters of {what} stay frozen: text gives them no gradient")
-    ways = prepare_model(model, loaded, recipe, job.data, job.objective, job.run.get("chosen")) if team.first else None
-    job.run["chosen"] = team.same(ways.chosen if ways else None)
+    ways = (
+        prepare_model(model, loaded, recipe, job.data, job.objective, job.run.get("kernels"))
+        if team.is_main_process
+        else None
+    )
+    job.run["kernels"] = team.broadcast(ways.kernels if ways else None)
     if ways is None:
-        ways = prepare_model(model, loaded, recipe, job.data, job.objective, job.run["chosen"])
-    if team.by_zero3:
+        ways = prepare_model(model, loaded, recipe, job.data, job.objective, job.run["kernels"])
+    if team.uses_zero3:
         gather_experts_whole(model)
     for line in loaded.lines + ways.lines:
         err.print(line, markup=False, soft_wrap=True)
@@ -103,26 +107,26 @@ def _adapted(job: Job) -> tuple[torch.nn.Module, Ways]:
         "matrices": {r.value: len(placement.by_role(r)) for r in placement.roles},
         "ranks": {r.value: placement.by_role(r)[0].rank for r in placement.roles},
         "params": {r.value: sum(p.lora_params for p in placement.by_role(r)) for r in placement.roles},
-        "whole": dict(placement.whole),
+        "modules_to_save": dict(placement.modules_to_save),
         "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "learning_rate": role_rates(placement, recipe),
     }
     return model, ways
 
 
-def _trainer(job: Job, model: torch.nn.Module, ways: Ways, steps: int, callbacks: list[Any]) -> RoleTrainer:
+def _trainer(job: Job, model: torch.nn.Module, ways: KernelConfig, steps: int, callbacks: list[Any]) -> RoleTrainer:
     recipe, data = job.recipe, job.data
-    if job.team.first:
+    if job.team.is_main_process:
         metrics = Metrics(job.folder.metrics, number_of(job.checkpoint) if job.checkpoint else 0)
         callbacks[2:2] = [metrics, ProgressLine(metrics)]
     if recipe.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping))
-    rows = with_filler if job.team.many else Dataset.from_list
+    rows = with_dummy_row if job.team.is_distributed else Dataset.from_list
     if data.streamed:
-        data.train_rows.share(job.team.here.rank, job.team.here.count)
+        data.train_rows.share(job.team.here.rank, job.team.here.world_size)
     trainer = RoleTrainer(
         model=model,
-        args=arguments(recipe, job.folder, job.loaded, steps, bool(data.held_out_rows)),
+        args=training_arguments(recipe, job.folder, job.loaded, steps, bool(data.held_out_rows)),
         data_collator=CountingCollator(job.objective.collator(ways.collator(recipe, job.tokenizer))),
         train_dataset=data.train_rows if data.streamed else rows(data.train_rows),
         eval_dataset=rows(data.held_out_rows) if data.held_out_rows else None,
@@ -149,12 +153,12 @@ class _Start:
 
     trainer: RoleTrainer
 
-    def __init__(self, job: Job, model: torch.nn.Module, asked: list[Question]) -> None:
+    def __init__(self, job: Job, model: torch.nn.Module, asked: list[SamplePrompt]) -> None:
         self.job, self.model, self.asked = job, model, asked
         self.began, self.tokens = time.monotonic(), 0
 
     def before_training(self) -> None:
-        if self.job.team.by_zero3:
+        if self.job.team.uses_zero3:
             step_apart(self.trainer)
         _ask("before", self.job, self.model, self.asked)
         if self.job.data.held_out_rows and "held_out_loss" not in self.job.run:
@@ -188,13 +192,13 @@ def _measure(job: Job, trainer: RoleTrainer, start: _Start, steps: int) -> int:
     return done
 
 
-def _ask(when: str, job: Job, model: Any, asked: list[Question]) -> None:
+def _ask(when: str, job: Job, model: Any, asked: list[SamplePrompt]) -> None:
     """Answers into run.json; a resumed run keeps those of before its first start.  All processes ask: a sharded model
     gathers its weights in every forward."""
     samples = job.run.setdefault("samples", {"seconds": {}, "answers": [{"prompt": q.prompt} for q in asked]})
     if not asked or when in samples["seconds"]:
         return
-    texts, samples["seconds"][when] = answer(model, job.loaded, job.tokenizer, asked)
+    texts, samples["seconds"][when] = answer_prompts(model, job.loaded, job.tokenizer, asked)
     for entry, question, text in zip(samples["answers"], asked, texts, strict=False):
         entry |= {"reference": question.reference, when: text}
     err.print(f"answered {len(asked)} held-out prompts {when} training in {samples['seconds'][when]:.1f} s")

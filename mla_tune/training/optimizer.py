@@ -9,8 +9,8 @@ import torch
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.roles import Role
 from mla_tune.errors import CheckError
-from mla_tune.model.attach import attached
-from mla_tune.model.modules_to_save import whole_copies
+from mla_tune.model.attach import attached_loras
+from mla_tune.model.modules_to_save import modules_to_save_copies
 from mla_tune.preflight.plan import role_rates
 from mla_tune.recipe.schema import Recipe
 
@@ -30,14 +30,14 @@ def param_groups(model: torch.nn.Module, placement: Placement, recipe: Recipe) -
     role_of: dict[int, str] = {}
     if placement.method != "none":
         roles: dict[str, Role] = {p.site.parameter: p.site.role for p in placement.sites}
-        for a in attached(model):
+        for a in attached_loras(model):
             # Through the LoRA's own containers: a wrapper nested in another one holds both experts matrices.
             containers = (("A", a.layer.lora_A), ("B", a.layer.lora_B), ("A", a.layer.lora_magnitude_vector))
             for factor, container in containers:
                 for parameter in container.parameters():
                     role = roles[a.parameter].value
                     role_of[id(parameter)] = role if faster == 1 else f"{role}.{factor}"
-        for path, copy in whole_copies(model).items():
+        for path, copy in modules_to_save_copies(model).items():
             role_of |= {id(p): path.rpartition(".")[2] for p in copy.parameters()}
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

@@ -9,32 +9,32 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 
 from mla_tune.data.collate import Collator
-from mla_tune.data.padding_free import FlatCollator
+from mla_tune.data.padding_free import PaddingFreeCollator
 from mla_tune.data.prepare import Prepared
 from mla_tune.model.auto import set_experts
 from mla_tune.model.load import DTYPES, Loaded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.kernels import packed_attention as packed
-from mla_tune.training.kernels.autotune import EXPERTS, FLAT, choose_attention, choose_experts
+from mla_tune.training.kernels.autotune import EXPERTS, FLAT, autotune_attention, autotune_experts
 from mla_tune.training.kernels.lora_linear import by_factors
-from mla_tune.training.kernels.mla_checkpointing import recompute_mla
-from mla_tune.training.kernels.rms_norm import lean_norms
+from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
+from mla_tune.training.kernels.rms_norm import use_lean_norms
 from mla_tune.training.objective import Objective
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
-    """What was decided: `chosen` goes into run.json and is kept on resume, `lines` are for the log."""
+class KernelConfig:
+    """What was decided: `kernels` goes into run.json and is kept on resume, `lines` are for the log."""
 
     attention: str
-    chosen: dict[str, str]
+    kernels: dict[str, str]
     lines: list[str]
 
     def collator(self, recipe: Recipe, tokenizer: Any) -> Any:
         """Rows → batches, laid out as the attention wants them."""
         t = recipe.train
         if self.attention in FLAT:
-            return FlatCollator()
+            return PaddingFreeCollator()
         return Collator(tokenizer.pad_token_id, t.max_length, t.packing)
 
 
@@ -44,58 +44,58 @@ def prepare_model(
     recipe: Recipe,
     data: Prepared,
     objective: Objective,
-    chosen: dict[str, str] | None = None,
-) -> Ways:
-    """Choose kernels (`chosen` says what an interrupted run chose), patch loss, norms and LoRA, set what is recomputed.
+    kernels: dict[str, str] | None = None,
+) -> KernelConfig:
+    """Choose kernels, patch loss, norms and LoRA, set what is recomputed; `kernels`: what an interrupted run chose.
 
     Raises `InputError` for an attention that this machine does not have.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     lines: list[str] = []
-    attention = _attention(loaded, recipe, data, chosen, lines)
+    attention = _attention(loaded, recipe, data, kernels, lines)
     base.set_attn_implementation(attention)
-    experts = _experts(base, loaded, recipe, chosen, lines)
+    experts = _experts(base, loaded, recipe, kernels, lines)
     if experts:
         set_experts(base, experts)
     objective.prepare_model(base)
     if recipe.adapter.method != "none":
         by_factors(model)
     if recipe.train.activation_checkpointing == "mla":
-        recompute_mla(model)
+        enable_mla_checkpointing(model)
     else:
-        lean_norms(model, None)
+        use_lean_norms(model, None)
     if recipe.train.compile:
         _compile(base, recipe.train.activation_checkpointing == "full")
-    return Ways(attention, {"attention": attention, **({"experts": experts} if experts else {})}, lines)
+    return KernelConfig(attention, {"attention": attention, **({"experts": experts} if experts else {})}, lines)
 
 
-def _attention(loaded: Loaded, recipe: Recipe, data: Prepared, chosen: dict[str, str] | None, lines: list[str]) -> str:
+def _attention(loaded: Loaded, recipe: Recipe, data: Prepared, kernels: dict[str, str] | None, lines: list[str]) -> str:
     packed.register()
     wanted = recipe.model.attention
     if wanted == "packed":
         return packed.NAME
     if wanted != "auto":
         return wanted
-    if chosen:
-        return chosen["attention"]
+    if kernels:
+        return kernels["attention"]
     rows = [_lengths(row) for row in _first(data.train_rows, recipe.train.batch_size)]
-    choice = choose_attention(loaded.arch, rows, loaded.device, DTYPES[loaded.dtype])
+    choice = autotune_attention(loaded.arch, rows, loaded.device, DTYPES[loaded.dtype])
     lines.append(choice.line())
     return choice.name
 
 
-def _experts(base: Any, loaded: Loaded, recipe: Recipe, chosen: dict[str, str] | None, lines: list[str]) -> str | None:
+def _experts(base: Any, loaded: Loaded, recipe: Recipe, kernels: dict[str, str] | None, lines: list[str]) -> str | None:
     if not any(site.is_experts for site in loaded.arch.sites):
         return None
     now: str = base.config.get_text_config()._experts_implementation
     if recipe.model.experts != "auto" or now not in EXPERTS:
         return now
-    if chosen and "experts" in chosen:
-        return chosen["experts"]
+    if kernels and "experts" in kernels:
+        return kernels["experts"]
     # grouped_mm's kernel can't take these sizes, or the weights are to be sharded and lie elsewhere as yet.
     if now == "eager" or next(loaded.model.parameters()).device.type != loaded.device.type:
         return now
-    choice = choose_experts(loaded.model, loaded.arch, EXPERTS, loaded.device)
+    choice = autotune_experts(loaded.model, loaded.arch, EXPERTS, loaded.device)
     lines.append(choice.line())
     return choice.name
 

@@ -68,9 +68,9 @@ def resolve(recipe: Recipe, worker: Worker | None = None) -> ResolvedRecipe:
     check_quantized(recipe, quantized)
     check_window(recipe, arch)
     if recipe.adapter.modules_to_save:
-        from mla_tune.model.modules_to_save import with_whole  # makes the model without numbers: needs torch
+        from mla_tune.model.modules_to_save import with_modules_to_save  # makes the model without numbers: needs torch
 
-        placement = with_whole(placement, arch, config, recipe.adapter.modules_to_save, bool(quantized))
+        placement = with_modules_to_save(placement, arch, config, recipe.adapter.modules_to_save, bool(quantized))
     check_launch(recipe, placement, worker, quantized)
     return ResolvedRecipe(recipe, config, arch, placement, quantized, worker, (*arch.warnings, *changes), tuple(advice))
 
@@ -97,12 +97,12 @@ def check_launch(recipe: Recipe, placement: Placement, worker: Worker, quantized
     sharding = SHARDING_TITLES.get(worker.sharding)
     if os.environ.get("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2" and sharding == "FSDP2":
         raise InputError("the launcher's configuration says FSDP 1; mla-tune knows FSDP 2: set fsdp_version: 2")
-    if sharding and worker.count == 1:
+    if sharding and worker.world_size == 1:
         raise InputError(
             f"{sharding} shards a model over processes, and this is one process: start it with torchrun, accelerate "
             "launch or --processes, or leave the sharding out"
         )
-    if worker.count == 1:
+    if worker.world_size == 1:
         return
     if worker.launched:
         _check_gpus(recipe, worker)
@@ -117,7 +117,8 @@ def _check_gpus(recipe: Recipe, worker: Worker) -> None:
 
     from mla_tune.model.load import pick_device
 
-    if pick_device(recipe.model.device).type == "cuda" and worker.local_count > torch.cuda.device_count():
+    if pick_device(recipe.model.device).type == "cuda" and worker.local_world_size > torch.cuda.device_count():
         raise InputError(
-            f"{worker.local_count} processes on this machine, and {torch.cuda.device_count()} GPUs: start one a GPU"
+            f"{worker.local_world_size} processes on this machine, and {torch.cuda.device_count()} GPUs: "
+            "start one process for each GPU"
         )

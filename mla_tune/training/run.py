@@ -22,9 +22,14 @@ from mla_tune.runs.folder import RunFolder, check_folder, environment, how_to_go
 from mla_tune.runs.process import this_process
 from mla_tune.sockets import OBJECTIVES
 from mla_tune.training.distributed.launch import worker
-from mla_tune.training.distributed.team import join, leave, lost_others_told, tell_idle_gpus
+from mla_tune.training.distributed.team import (
+    destroy_distributed,
+    explain_lost_processes,
+    init_distributed,
+    warn_about_idle_gpus,
+)
 from mla_tune.training.job import Job
-from mla_tune.training.loop import work
+from mla_tune.training.loop import train_adapter
 from mla_tune.training.memory import memory_advice, memory_now
 from mla_tune.training.resolve import check_held_out, resolve
 from mla_tune.training.save import base_of
@@ -56,22 +61,22 @@ def train(
     for line in resolved.notes:
         err.print(f"note: {line}", markup=False, soft_wrap=True)
     objective = OBJECTIVES.get(recipe.train.objective)(recipe)
-    team = join(recipe)
-    with lost_others_told(team, lambda: how_to_go_on(RunFolder(Path(recipe.output.dir).expanduser()))):
+    team = init_distributed(recipe)
+    with explain_lost_processes(team, lambda: how_to_go_on(RunFolder(Path(recipe.output.dir).expanduser()))):
         job = _begin(Job(recipe, resolved.placement, resolved.arch, team, objective), resume, allow_changes)
         _do(job, callbacks)
-    leave()
+    destroy_distributed()
     return job.run
 
 
 def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
     """Check what is left to check, read data and weights, and make or reopen the run folder."""
     recipe, team, section = job.recipe, job.team, job.recipe.model
-    folder, difference = team.by_first(lambda: check_folder(recipe, resume, allow_changes))
+    folder, difference = team.main_process_only(lambda: check_folder(recipe, resume, allow_changes))
     job.folder = folder
-    job.checkpoint = team.by_first(lambda: _checkpoint(folder)) if resume else None
+    job.checkpoint = team.main_process_only(lambda: _checkpoint(folder)) if resume else None
     job.tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
-    job.data = team.first_then_others(lambda: prepare(recipe, job.arch, job.tokenizer))
+    job.data = team.main_process_first(lambda: prepare(recipe, job.arch, job.tokenizer))
     for line in job.data.lines:
         err.print(line, markup=False, soft_wrap=True)
     check_held_out(recipe, job.data)
@@ -85,9 +90,9 @@ def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
             full_precision=full,
             quantized=True,
             place=not team.sharded,
-            empty=team.sharded and not team.first,
+            empty=team.sharded and not team.is_main_process,
         )
-    tell_idle_gpus(team.here, job.loaded.device)
+    warn_about_idle_gpus(team.here, job.loaded.device)
 
     def open_folder() -> None:
         if not resume:
@@ -98,12 +103,12 @@ def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
         base = base_of(job.loaded, job.tokenizer, recipe, folder)
         _record_origin(job, base, resume, allow_changes)
 
-    team.by_first(open_folder)
+    team.main_process_only(open_folder)
     if not folder.recipe.exists():
         raise InputError(f"output.dir: {folder.root} must lie on a file system that all machines of the run share")
-    if not team.first:
+    if not team.is_main_process:
         base_of(job.loaded, job.tokenizer, recipe, folder)
-    job.run = team.same(job.run)
+    job.run = team.broadcast(job.run)
     return job
 
 
@@ -137,7 +142,7 @@ def _record_origin(job: Job, base: str, resume: bool, allow_changes: bool) -> No
         "device": str(job.loaded.device),
         "dtype": job.loaded.dtype,
         "quantized": job.loaded.quantized,
-        "processes": {"count": job.team.here.count, "sharding": job.team.here.sharding},
+        "processes": {"count": job.team.here.world_size, "sharding": job.team.here.sharding},
         "environment": environment(),
     }
     job.record()
@@ -147,7 +152,7 @@ def _do(job: Job, callbacks: Sequence[Any]) -> None:
     """Train, and leave in run.json how it ended."""
     try:
         with memory_advice(job.recipe):
-            work(job, callbacks)
+            train_adapter(job, callbacks)
         job.run["state"] = "done"
         job.run.pop("error", None)
         job.record()
@@ -166,7 +171,7 @@ def _do(job: Job, callbacks: Sequence[Any]) -> None:
 
 def _show(job: Job) -> None:
     """loss.png and report.html.  A run does not fail by them: what goes wrong is told."""
-    if not job.team.first:
+    if not job.team.is_main_process:
         return
     try:
         write_report(job.folder.root, job.run)

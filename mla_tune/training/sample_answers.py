@@ -29,7 +29,7 @@ LONGEST = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SamplePrompt:
     """A held-out prompt as the model sees it, and what the row says comes next."""
 
     ids: list[int]
@@ -37,20 +37,20 @@ class Question:
     reference: str
 
 
-def questions(recipe: Recipe, rows: list[Row], tokenizer: Any, window: int | None) -> list[Question]:
+def sample_prompts(recipe: Recipe, rows: list[Row], tokenizer: Any, window: int | None) -> list[SamplePrompt]:
     """The first `output.samples` rows whose prompt is short enough for an answer to fit."""
     room = min(LONGEST, (window or LONGEST + NEW_TOKENS) - NEW_TOKENS)
-    found: list[Question] = []
+    found: list[SamplePrompt] = []
     for row in rows:
         if len(found) == recipe.output.samples:
             break
-        question = question_of(row, tokenizer, recipe.data.template)
+        question = prompt_of_row(row, tokenizer, recipe.data.template)
         if question is not None and len(question.ids) <= room:
             found.append(question)
     return found
 
 
-def question_of(row: Row, tokenizer: Any, template: str) -> Question | None:
+def prompt_of_row(row: Row, tokenizer: Any, template: str) -> SamplePrompt | None:
     """A row's prompt up to the answer: of a chat up to the assistant's last turn, of a text its first half, of
     tokens those before the first that is trained.
 
@@ -68,7 +68,7 @@ def question_of(row: Row, tokenizer: Any, template: str) -> Question | None:
         if template == "chat" or (template == "auto" and tokenizer.chat_template):
             return _rendered(tokenizer, [{"role": "user", "content": row["prompt"]}], row["prompt"], row["completion"])
         ids = [*bos, *tokens_of(tokenizer, row["prompt"])]
-        return Question(ids, row["prompt"], row["completion"]) if ids else None
+        return SamplePrompt(ids, row["prompt"], row["completion"]) if ids else None
     if "input_ids" in row:
         ids, labels = list(row["input_ids"]), row.get("labels")
         half = next((i for i, label in enumerate(labels) if label != IGNORED), 0) if labels else 0
@@ -79,20 +79,20 @@ def question_of(row: Row, tokenizer: Any, template: str) -> Question | None:
     if not half:
         return None
     prompt, reference = tokenizer.decode(ids[:half]), tokenizer.decode(ids[half : half + NEW_TOKENS])
-    return Question([*bos, *ids[:half]], prompt, reference)
+    return SamplePrompt([*bos, *ids[:half]], prompt, reference)
 
 
 def _rendered(
     tokenizer: Any, turns: list[dict[str, Any]], prompt: str, reference: str, tools: Any = None
-) -> Question | None:
+) -> SamplePrompt | None:
     try:
         text = render(tokenizer, turns, generation_prompt=True, tools=tools)
     except InputError:  # a template that takes whole chats only
         return None
-    return Question(tokens_of(tokenizer, text), prompt, reference)
+    return SamplePrompt(tokens_of(tokenizer, text), prompt, reference)
 
 
-def answer(model: Any, loaded: Loaded, tokenizer: Any, asked: list[Question]) -> tuple[list[str], float]:
+def answer_prompts(model: Any, loaded: Loaded, tokenizer: Any, asked: list[SamplePrompt]) -> tuple[list[str], float]:
     """An answer of at most `NEW_TOKENS` tokens to each question, and the seconds that all took."""
     began = time.monotonic()
     ends = _ends(loaded.model, tokenizer)

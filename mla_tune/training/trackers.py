@@ -54,7 +54,7 @@ class ForTrackers(TrainerCallback):
         if self.evaluates and state.global_step >= state.max_steps:
             control.should_evaluate = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
             return
         logs |= {f"lr/{role}": rate for role, rate in rates_now(kwargs.get("optimizer")).items()}

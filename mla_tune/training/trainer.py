@@ -15,26 +15,25 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
 
-from mla_tune.data.collate import Collator
 from mla_tune.data.stream import Stream
 from mla_tune.runs import checkpoints
 from mla_tune.training.distributed.deepspeed import gradient
-from mla_tune.training.distributed.sampler import EvenSampler, SetEpoch, is_filler
-from mla_tune.training.distributed.team import Team, gathered, set_up_sharding
+from mla_tune.training.distributed.sampler import PaddedDistributedSampler, SetEpoch, is_dummy_row
+from mla_tune.training.distributed.team import Team, gather_trained_weights, set_up_sharding
 from mla_tune.training.held_out import held_out_figures
-from mla_tune.training.objective import Objective
+from mla_tune.training.objective import Collate, Objective
 from mla_tune.training.spike_guard import Spike, SpikeGuard
 
 
 class CountingCollator:
     """The collator, with the number of real tokens of the batch beside it."""
 
-    def __init__(self, collator: Collator) -> None:
+    def __init__(self, collator: Collate) -> None:
         self.collator = collator
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.collator(features)
-        batch["real_tokens"] = torch.tensor(sum(len(f["input_ids"]) for f in features if not is_filler(f)))
+        batch["real_tokens"] = torch.tensor(sum(len(f["input_ids"]) for f in features if not is_dummy_row(f)))
         return batch
 
 
@@ -89,7 +88,7 @@ class RoleTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.team.many and self.team.here.sharding == "fsdp2":
+        if self.team.is_distributed and self.team.here.sharding == "fsdp2":
             set_up_sharding(self.accelerator, full=not hasattr(self.model, "peft_config"))
             self.is_fsdp_enabled = True
 
@@ -102,18 +101,20 @@ class RoleTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator, pin_memory=pin)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.team.many:
+        if not self.team.is_distributed:
             return super()._get_train_sampler(train_dataset)
         dataset: Any = train_dataset or self.train_dataset
-        batch = self.args.per_device_train_batch_size * self.team.here.count
-        sampler = EvenSampler(len(dataset) - 1, batch, self.args.data_seed)
+        batch = self.args.per_device_train_batch_size * self.team.here.world_size
+        sampler = PaddedDistributedSampler(len(dataset) - 1, batch, self.args.data_seed)
         self.add_callback(SetEpoch(sampler))
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        if not self.team.many:
+        if not self.team.is_distributed:
             return super()._get_eval_sampler(eval_dataset)
-        return EvenSampler(len(eval_dataset) - 1, self.args.per_device_eval_batch_size * self.team.here.count, None)
+        return PaddedDistributedSampler(
+            len(eval_dataset) - 1, self.args.per_device_eval_batch_size * self.team.here.world_size, None
+        )
 
     # ---- optimizer ----
 
@@ -123,7 +124,7 @@ class RoleTrainer(Trainer):
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)  # type: ignore[arg-type]
             kwargs.pop("lr", None)
             groups = self.groups(target)
-            self.roles_of_handles = [(g["role"], g["params"]) for g in groups] if self.team.by_zero3 else []
+            self.roles_of_handles = [(g["role"], g["params"]) for g in groups] if self.team.uses_zero3 else []
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
@@ -177,7 +178,7 @@ class RoleTrainer(Trainer):
         """
         tokens, stop = self.step_tokens, self.wants_stop()
         self.step_tokens = 0
-        if self.team.many:
+        if self.team.is_distributed:
             sums = torch.tensor(
                 [loss, tokens, stop, *metrics], dtype=torch.float64
             )  # on the CPU, whose group is always there
@@ -189,7 +190,7 @@ class RoleTrainer(Trainer):
             dist.broadcast(shared, src=0)
             loss, tokens, stop, *rest = shared.tolist()
             metrics, squares = rest[: len(metrics)], rest[len(metrics) :]
-            loss /= self.team.here.count
+            loss /= self.team.here.world_size
         self.real_tokens += int(tokens)
         self.stop_agreed = bool(stop)
         return loss, metrics, squares
@@ -234,7 +235,7 @@ class RoleTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss.append(loss)
-        self.rows += self.args.per_device_train_batch_size * self.team.here.count
+        self.rows += self.args.per_device_train_batch_size * self.team.here.world_size
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
@@ -271,15 +272,15 @@ class RoleTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder, step = Path(self.args.output_dir or "."), self.state.global_step
-        with checkpoints.whole_or_absent(folder, step, self.team.first, self.team.wait) as staging:
+        with checkpoints.whole_or_absent(folder, step, self.team.is_main_process, self.team.wait) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)
-                if self.team.first:
+                if self.team.is_main_process:
                     (staging / f"checkpoint-{step}" / checkpoints.STATE).write_text(json.dumps(self._own_state()))
             finally:
                 self._staging = None
-        if self.team.first:
+        if self.team.is_main_process:
             checkpoints.keep_newest(folder, self.keep)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -287,12 +288,14 @@ class RoleTrainer(Trainer):
         if not self.team.sharded:
             super().save_model(output_dir, _internal_call)
             return
-        weights = gathered(self.model)
+        weights = gather_trained_weights(self.model)
         if self.args.should_save:
             self._save(output_dir, state_dict=weights)
 
     def _own_state(self) -> dict[str, Any]:
-        stream = {"stream": self.train_dataset.state_at(self.rows)} if isinstance(self.train_dataset, Stream) else {}
+        stream = (
+            {"stream": self.train_dataset.state_dict_at(self.rows)} if isinstance(self.train_dataset, Stream) else {}
+        )
         return stream | {
             "rows": self.rows,
             "spike_guard": self.guard.state(),
@@ -306,7 +309,7 @@ class RoleTrainer(Trainer):
         self.guard.load(state["spike_guard"])
         self.real_tokens, self.rows = state["real_tokens"], state.get("rows", 0)
         if isinstance(self.train_dataset, Stream):
-            self.train_dataset.go_on(state["stream"])
+            self.train_dataset.load_state_dict(state["stream"])
         for callback, count in zip(self._early_stopping(), state["early_stopping"], strict=False):
             callback.early_stopping_patience_counter = count
 

@@ -15,7 +15,7 @@ from mla_tune.training.trackers import PROJECT, flat
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-class Arguments(TrainingArguments):
+class RecipeTrainingArguments(TrainingArguments):
     """Gives the trackers the recipe beside what transformers made of it."""
 
     recipe: Recipe | None = None
@@ -24,12 +24,14 @@ class Arguments(TrainingArguments):
         return super().to_dict() | (flat(self.recipe) if self.recipe is not None else {})
 
 
-def arguments(recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has_eval: bool) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has_eval: bool
+) -> TrainingArguments:
     t, o = recipe.train, recipe.optimizer
     warmup = o.warmup_steps if o.warmup_steps is not None else round(o.warmup_ratio * steps)
     gpu = loaded.device.type == "cuda"
     evaluates = bool(t.eval_every) and has_eval
-    found = Arguments(
+    found = RecipeTrainingArguments(
         output_dir=str(folder.checkpoints),
         per_device_train_batch_size=t.batch_size,
         per_device_eval_batch_size=t.batch_size,

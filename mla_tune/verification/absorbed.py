@@ -16,7 +16,7 @@ from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.atomic_files import sha256_of
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
-from mla_tune.verification.dequantize import TORCH, Reader, Values, same_bytes, ulp_of
+from mla_tune.verification.dequantize import TORCH, TensorReader, Values, same_bytes, ulp_of
 from mla_tune.verification.layout import Failure
 
 #: Numbers of W_O that are held at once.
@@ -77,10 +77,10 @@ class _Module:
         if kv_b.key in self.values.quantized:
             weight = self._rows(kv_b, 0, rows, torch.float32).to(TORCH[dtype])
         else:
-            weight = Reader().rows(kv_b, 0, rows, "kv_b").view(TORCH[kv_b.dtype]).view(kv_b.shape)
+            weight = TensorReader().rows(kv_b, 0, rows, "kv_b").view(TORCH[kv_b.dtype]).view(kv_b.shape)
         for name, half in zip(("W_UK", "W_UV"), split_kv_b(weight, self.dims), strict=True):
             ref = self.here[name]
-            stored = Reader().bytes(ref, 0, ref.nbytes, name)
+            stored = TensorReader().bytes(ref, 0, ref.nbytes, name)
             if not same_bytes(stored, half.view(torch.uint8).flatten()):
                 yield name, "is not the split of kv_b_proj"
 
@@ -102,7 +102,7 @@ class _Module:
         """Rows from `begin` on of one head against a @ b."""
         ref, exact = self.here[name], a @ b
         row = ref.nbytes // ref.shape[0] // ref.shape[1]
-        raw = Reader().bytes(ref, (h * ref.shape[1] + begin) * row, len(a) * row, name)
+        raw = TensorReader().bytes(ref, (h * ref.shape[1] + begin) * row, len(a) * row, name)
         stored = raw.view(TORCH[ref.dtype]).view(exact.shape).double()
         # Sums of k terms are off by at most k·u·Σ|a||b| ≤ k·u·‖a‖‖b‖; float32 products are summed in float64.
         u = 2.0**-52 if ref.dtype in ("F32", "F64") else 2.0**-24
@@ -112,4 +112,4 @@ class _Module:
             yield name, f"head {h} is not the product of the two matrices"
 
     def _rows(self, ref: TensorRef, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-        return self.values.of(ref, Reader().rows(ref, begin, end, "source"), begin, end, dtype)
+        return self.values.of(ref, TensorReader().rows(ref, begin, end, "source"), begin, end, dtype)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_tune.adapter.files import AdapterDelta
+from mla_tune.adapter.files import LoraDelta
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, matrix_shape
 from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights
 from mla_tune.checkpoint.tensor_io import fill
@@ -41,15 +41,15 @@ def ulp_of(x: torch.Tensor, dtype: str) -> torch.Tensor:
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two byte tensors of one dimension are equal; in words of 8 bytes, which is much faster."""
-    whole = a.numel() // 8 * 8
+    read_whole = a.numel() // 8 * 8
     return (
         a.numel() == b.numel()
-        and torch.equal(a[:whole].view(torch.int64), b[:whole].view(torch.int64))
-        and torch.equal(a[whole:], b[whole:])
+        and torch.equal(a[:read_whole].view(torch.int64), b[:read_whole].view(torch.int64))
+        and torch.equal(a[read_whole:], b[read_whole:])
     )
 
 
-class Reader:
+class TensorReader:
     """Bytes of tensors into buffers of this thread: what is read stays valid until the next read under its name."""
 
     def __init__(self) -> None:
@@ -71,10 +71,10 @@ class Reader:
         return torch.frombuffer(buffers[name], dtype=torch.uint8, count=count)
 
 
-def whole(ref: TensorRef, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def read_whole(ref: TensorRef, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The whole tensor as floats, in memory of its own."""
     rows, _ = matrix_shape(ref.shape)
-    raw = Reader().rows(ref, 0, rows, "whole")
+    raw = TensorReader().rows(ref, 0, rows, "read_whole")
     return raw.view(TORCH[ref.dtype]).to(dtype).reshape(ref.shape)
 
 
@@ -127,7 +127,7 @@ class Values:
         if key not in self._scales:
             if len(self._scales) > 64:
                 self._scales.clear()
-            self._scales[key] = Scaled(whole(how.scale), how.scale.dtype, how.block, how.power_of_two)
+            self._scales[key] = Scaled(read_whole(how.scale), how.scale.dtype, how.block, how.power_of_two)
         return self._scales[key]
 
     def of(self, ref: TensorRef, raw: torch.Tensor, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
@@ -137,21 +137,21 @@ class Values:
         return value if scaled is None else scaled.apply(value, begin, ref.shape)
 
 
-class Factors:
+class FactorCache:
     """A (E, r, in), times s and the adapter's weight, and B (E, out, r) of the deltas used last."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self._lock = threading.Lock()
 
-    def of(self, delta: AdapterDelta, weight: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, delta: LoraDelta, weight: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The rank-major layout of PEFT's stacked B is undone here (`ParamWrapper.get_delta_weight`)."""
         with self._lock:
             name = (f"{delta.A.file}:{delta.A.key}", dtype)
             if name not in self._kept:
                 if len(self._kept) >= _KEPT_FACTORS:
                     self._kept.pop(next(iter(self._kept)))
-                A, B = whole(delta.A, dtype), whole(delta.B, dtype)
+                A, B = read_whole(delta.A, dtype), read_whole(delta.B, dtype)
                 A = A.view(delta.experts, delta.rank, -1) * (delta.scale * weight)
                 B = torch.stack([B[:, e :: delta.experts] for e in range(delta.experts)])
                 self._kept[name] = (A, B.contiguous())

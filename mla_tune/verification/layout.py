@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mla_tune.adapter.files import Adapter, AdapterDelta
+from mla_tune.adapter.files import Adapter, LoraDelta
 from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture, Site
@@ -49,7 +49,7 @@ class Expected:
     """What a tensor must be: `source` (the base's, or an adapter's whole tensor) plus updates on rows of `site`."""
 
     source: TensorRef
-    updates: tuple[tuple[AdapterDelta, float], ...] = ()
+    updates: tuple[tuple[LoraDelta, float], ...] = ()
     site: Site | None = None
     is_bias: bool = False
 
@@ -65,8 +65,9 @@ def expectations(
     alone = len(adapters) == 1 and adapters[0][1] == 1
     result: dict[str, Expected] = {}
     for adapter, weight in adapters:
-        if not alone and (adapter.saved or any(delta.magnitude is not None for delta in adapter.deltas)):
-            what = "whole tensors" if adapter.saved else "a DoRA"
+        sums = all(delta.method.additive for delta in adapter.deltas)
+        if not alone and (adapter.saved or not sums):
+            what = "whole tensors" if adapter.saved else f"a {adapter.method.title}"
             raise InputError(f"{adapter.folder}: holds {what}, which is merged alone and with the weight 1 only")
         for saved in adapter.saved:
             tied = arch.tied and saved.key == arch.head_key and adapter.settings.get("ensure_weight_tying")
@@ -79,10 +80,10 @@ def expectations(
     return result
 
 
-def _touched(delta: AdapterDelta) -> Iterator[tuple[str, bool]]:
+def _touched(delta: LoraDelta) -> Iterator[tuple[str, bool]]:
     """(key, whether it is the bias) of each tensor that one update reaches."""
     site = delta.site
-    for key in (*site.disk_keys(), *(key for copy in site.twin_keys() for key in copy)):
+    for key in (*site.disk_keys(), *(key for copy in site.alias_keys() for key in copy)):
         if delta.expert is not None and site.disk == "per_expert":
             if f".experts.{delta.expert}." not in key:
                 continue
@@ -94,14 +95,14 @@ def _touched(delta: AdapterDelta) -> Iterator[tuple[str, bool]]:
         yield site.disk_key("bias"), True
 
 
-class Layout:
+class LayoutCheck:
     """The headers of both checkpoints against each other."""
 
     def __init__(
         self, base: Values, merged: Values, arch: Architecture, expected: dict[str, Expected], rules: Rules
     ) -> None:
         self.base, self.merged, self.arch, self.expected, self.rules = base, merged, arch, expected, rules
-        self.raised = base.quantized.keys() - merged.quantized.keys()
+        self.dequantized = base.quantized.keys() - merged.quantized.keys()
         self.experts = {site.disk_path: site.count for site in arch if site.disk == "per_expert"}
         self.untied = not _tied(merged.checkpoint.config, arch)
 
@@ -136,7 +137,7 @@ class Layout:
     def _keys(self) -> Iterator[tuple[str, str]]:
         base, merged = self.base.checkpoint.tensors, self.merged.checkpoint.tensors
         scales = {
-            k for w in self.raised for k in (self.base.quantized[w].scale.key, *self.base.quantized[w].companions)
+            k for w in self.dequantized for k in (self.base.quantized[w].scale.key, *self.base.quantized[w].companions)
         }
         for key in base:
             if key not in merged and key not in scales:
@@ -174,7 +175,7 @@ class Layout:
         """The dtype in which merge-absorb writes a tensor."""
         wanted = DTYPES.get(self.rules.dtype)
         if key in self.base.quantized:
-            return wanted or ("BF16" if key in self.raised else base.dtype)
+            return wanted or ("BF16" if key in self.dequantized else base.dtype)
         return wanted if wanted and base.dtype in PRECISION and not self._keeps(key) else base.dtype
 
     def _keeps(self, key: str) -> bool:
@@ -184,7 +185,7 @@ class Layout:
         """Whether config.json of the output describes the FP8 weights that are there, and no other."""
         ours, theirs = (_ignored(v.checkpoint.config) for v in (self.base, self.merged))
         still = quantization_field(self.merged.checkpoint.config) is not None
-        for key in sorted(self.raised & self.merged.checkpoint.tensors.keys()):
+        for key in sorted(self.dequantized & self.merged.checkpoint.tensors.keys()):
             if still and not _names(theirs, key):
                 yield key, "is not FP8 any more, but quantization_config of config.json does not leave it out"
         for key, how in self.merged.quantized.items():

@@ -33,7 +33,7 @@ WORKER = "mla_tune.verification.prover_worker"
 
 @dataclass(frozen=True, slots=True)
 class Proven:
-    """`ProofReport.to_json`, `ProbeReport.to_json` (None: not asked for), and the sha256 of each file of weights that
+    """`ProofReport.to_json`, `LogitsReport.to_json` (None: not asked for), and the sha256 of each file of weights that
     was read (None: it is the base's own, or its hash was known)."""
 
     proof: dict[str, Any]

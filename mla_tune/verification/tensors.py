@@ -33,7 +33,8 @@ import torch
 
 from mla_tune.arch.site import Site
 from mla_tune.checkpoint.index import TensorRef, matrix_shape
-from mla_tune.verification.dequantize import PRECISION, TORCH, Factors, Values, ulp_of, whole
+from mla_tune.errors import InputError
+from mla_tune.verification.dequantize import PRECISION, TORCH, FactorCache, Values, read_whole, ulp_of
 from mla_tune.verification.layout import Expected, Rules
 
 #: Numbers computed at once: a few float32 arrays of this size fit into a core's cache.
@@ -46,11 +47,13 @@ _E4M3_MAX, _LEAST_CODE, _LEAST_OF_OTHERS = 448.0, 416.0, 28.0
 #: Scales below this are not made smaller (see `checkpoint.quant`): float16 ends at 2⁻²⁴.
 _SMALL_SCALE = {"F16": 2.0**-20}
 
+#: Adapter methods that the proof recomputes by itself: W + Σ s·B·A, and DoRA's rows scaled to their magnitudes.
+RECOMPUTED = {"lora", "rslora", "dora"}
 #: Rows of a block, and A (r, in), scaled, and B (rows, r) that reach them.
 _Part = tuple[slice, torch.Tensor, torch.Tensor]
 
 
-class NumberCheck:
+class TensorCheck:
     """One tensor of the output, given piece by piece; then `verdict`.
 
     Where nearly all numbers are the nearest ones, σ is not computed.  Without it a right tensor may not be told from a
@@ -63,7 +66,7 @@ class NumberCheck:
         expected: Expected,
         values: Values,
         out_values: Values,
-        factors: Factors,
+        factors: FactorCache,
         rules: Rules,
         thorough: bool = False,
     ) -> None:
@@ -72,7 +75,10 @@ class NumberCheck:
         self.dtype = torch.float64 if out.dtype in ("F32", "F64") else torch.float32
         self.quant = out_values.scaled(out.key)
         self.thorough, self.skipped = thorough, False
-        self.dora = any(delta.magnitude is not None for delta, _ in expected.updates)
+        self.dora = any(delta.method.name == "dora" for delta, _ in expected.updates)
+        unknown = {delta.method.name for delta, _ in expected.updates} - RECOMPUTED
+        if unknown:
+            raise InputError(f"{out.key}: the proof can't recompute {', '.join(sorted(unknown))} (`RECOMPUTED`)")
         self.ranks = sum(delta.rank for delta, _ in expected.updates)
         self.first_row, self.expert = _place(out.key, expected.site)
         self.worst, self.wrong, self.example = 0.5 if rules.rounding == "nearest" else 0.0, 0, ""
@@ -201,7 +207,7 @@ class NumberCheck:
             result = []
             for delta, weight in self.expected.updates:
                 assert delta.bias is not None
-                bias = whole(delta.bias, self.dtype) * (delta.scale * weight)
+                bias = read_whole(delta.bias, self.dtype) * (delta.scale * weight)
                 result.append((slice(0, 1), bias.unsqueeze(0), torch.ones(1, 1, dtype=self.dtype)))
             return result
         result = []
@@ -233,9 +239,9 @@ class NumberCheck:
     def _scaled(self, sums: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows scaled to the magnitude, the factor of each row)."""
         (delta, _), *_ = self.expected.updates
-        assert delta.magnitude is not None
+        (magnitude,) = delta.vectors
         first = self.first_row + begin - (delta.rows[0] if delta.rows else 0)
-        m = whole(delta.magnitude, self.dtype)[first : first + end - begin]
+        m = read_whole(magnitude, self.dtype)[first : first + end - begin]
         factor = m / torch.linalg.vector_norm(sums, dim=1)
         return sums * factor.unsqueeze(1), factor
 

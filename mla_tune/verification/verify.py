@@ -27,7 +27,7 @@ from mla_tune.verification.prover import Proven
 from mla_tune.verification.weights import ProofReport, prove, with_failures
 
 if TYPE_CHECKING:
-    from mla_tune.verification.logits.compare import Probe, ProbeReport
+    from mla_tune.verification.logits.compare import LogitsComparison, LogitsReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +36,19 @@ class Checked:
     weights that was read."""
 
     proof: ProofReport
-    probe: ProbeReport | None
+    probe: LogitsReport | None
     hashes: dict[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
+class VerifyResult:
     """A finished `verify`.  `adapters` are paths and weights; `notes` what a user should know about the comparison."""
 
     output: str
     base: str
     adapters: list[tuple[str, float]]
     proof: ProofReport
-    probe: ProbeReport | None
+    probe: LogitsReport | None
     notes: list[str]
     mla_tune: str = __version__
 
@@ -67,7 +67,7 @@ def check(
     *,
     strict: bool,
     options: Options | None = None,
-    probe: Probe | None = None,
+    probe: LogitsComparison | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
     hashed: Sequence[str] = (),
     workers: int = 2,
@@ -124,7 +124,7 @@ class MergeProof:
         if self.probe:
             Thread(target=self._reference, args=(self.probe,), daemon=True).start()
 
-    def _reference(self, probe: Probe) -> None:
+    def _reference(self, probe: LogitsComparison) -> None:
         with suppress(Exception):  # it is raised again by what waits for it
             probe.reference()
 
@@ -157,7 +157,7 @@ def verify(
     probe: bool = True,
     workers: int = 2,
     progress: Progress | None = None,
-) -> Verified:
+) -> VerifyResult:
     """Prove a merged checkpoint, made by any tool, against `base` and `adapters` (folders as for merge-absorb).
 
     What is not named is taken from the manifest of the output, if merge-absorb wrote it; the base, else, from what the
@@ -195,14 +195,14 @@ def verify(
         progress=counter(progress, "check", merged.nbytes),
     )
     used = [(str(adapter.folder), weight) for adapter, weight in opened]
-    return Verified(str(out.absolute()), str(places.base.absolute()), used, found.proof, found.probe, notes)
+    return VerifyResult(str(out.absolute()), str(places.base.absolute()), used, found.proof, found.probe, notes)
 
 
-def _probe(inputs: Inputs, absorb: str, progress: Callable[[int], None]) -> Probe:
+def _probe(inputs: Inputs, absorb: str, progress: Callable[[int], None]) -> LogitsComparison:
     # transformers and PEFT take seconds to load.
-    from mla_tune.verification.logits.compare import Probe
+    from mla_tune.verification.logits.compare import LogitsComparison
 
-    return Probe(inputs.base, inputs.arch, inputs.adapters, absorb, progress=progress)
+    return LogitsComparison(inputs.base, inputs.arch, inputs.adapters, absorb, progress=progress)
 
 
 def _mode(absorbed: Iterable[str]) -> str:

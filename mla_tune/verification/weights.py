@@ -24,9 +24,9 @@ from mla_tune.adapter.files import Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, matrix_shape
 from mla_tune.errors import InputError
-from mla_tune.verification.dequantize import PRECISION, Factors, Reader, Values, same_bytes
-from mla_tune.verification.layout import Expected, Failure, Layout, Rules, expectations
-from mla_tune.verification.tensors import NumberCheck
+from mla_tune.verification.dequantize import PRECISION, FactorCache, TensorReader, Values, same_bytes
+from mla_tune.verification.layout import Expected, Failure, LayoutCheck, Rules, expectations
+from mla_tune.verification.tensors import TensorCheck
 
 #: Bytes read at once: what is read is still in a core's cache when it is hashed and computed with.
 _PIECE = 1 << 21
@@ -143,9 +143,9 @@ class _Prover:
         except InputError as error:
             self.problems.append(Failure("config.json", str(error)))
             self.out_values = Values(merged, {})
-        self.layout = Layout(self.values, self.out_values, arch, self.expected, rules)
+        self.layout = LayoutCheck(self.values, self.out_values, arch, self.expected, rules)
         self.out_scales = {q.scale.key: key for key, q in self.out_values.quantized.items()}
-        self.reader, self.factors = Reader(), Factors()
+        self.reader, self.factors = TensorReader(), FactorCache()
         self.progress, self.lock, self.stop = progress, threading.Lock(), threading.Event()
 
     def shard(self, shard: Shard) -> _Tally:
@@ -168,11 +168,11 @@ class _Prover:
 
     def _is_base(self, shard: Shard) -> bool:
         """Whether the file is, by another name, the one that the base has these tensors in."""
-        twin = self.base.folder / self.merged.name(shard)
+        alias = self.base.folder / self.merged.name(shard)
         return (
-            twin.is_file()
-            and twin.samefile(shard.file)
-            and all(key in self.base.tensors and self.base.tensors[key].file == twin for key in shard.tensors)
+            alias.is_file()
+            and alias.samefile(shard.file)
+            and all(key in self.base.tensors and self.base.tensors[key].file == alias for key in shard.tensors)
         )
 
     def _count(self, nbytes: int) -> None:
@@ -229,8 +229,8 @@ class _Prover:
                 )
                 tally.failures.append(Failure(key, what))
 
-    def _check(self, out: TensorRef, expected: Expected, thorough: bool = False) -> NumberCheck:
-        return NumberCheck(out, expected, self.values, self.out_values, self.factors, self.rules, thorough)
+    def _check(self, out: TensorRef, expected: Expected, thorough: bool = False) -> TensorCheck:
+        return TensorCheck(out, expected, self.values, self.out_values, self.factors, self.rules, thorough)
 
 
 def _pieces(ref: TensorRef) -> list[tuple[int, int]]:

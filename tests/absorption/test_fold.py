@@ -18,8 +18,8 @@ from mla_tune.absorption.fold import (
     fold_query,
     forms,
     latent_scales,
-    obstacle,
     split_heads,
+    unsupported_reason,
 )
 from mla_tune.absorption.split import split_kv_b
 from mla_tune.arch.build import architecture
@@ -179,7 +179,7 @@ def test_the_scales_are_those_of_transformers() -> None:
     ],
 )  # fmt: skip
 def test_what_stands_between_the_factors(name: str, reason: str | None) -> None:
-    found = obstacle(name)
+    found = unsupported_reason(name)
     assert found is None if reason is None else reason in (found or "")
 
 

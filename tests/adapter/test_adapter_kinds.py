@@ -87,8 +87,8 @@ def numpy_merge(adapter: Adapter, base: Path) -> dict[str, np.ndarray]:
                 leaf = "gate_proj" if d.rows[0] == 0 else "up_proj"
             path = f"{container}.{d.expert}.{leaf}"
         W = out[f"{path}.weight"] + d.scale * B @ A
-        if d.magnitude is not None:
-            W *= (file[d.magnitude.key] / np.linalg.norm(W, axis=1))[:, None]
+        if d.vectors:
+            W *= (file[d.vectors[0].key] / np.linalg.norm(W, axis=1))[:, None]
         out[f"{path}.weight"] = W
         if d.bias is not None:
             out[f"{path}.bias"] += d.scale * file[d.bias.key]

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 
 from mla_tune.adapter import files
 from mla_tune.adapter.files import Adapter, adapter_folder, open_adapter
-from mla_tune.adapter.settings import ALLOWED, FREE, Names
+from mla_tune.adapter.settings import ALLOWED, FREE, AdapterSettings
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.pickles import convert_command
 from mla_tune.errors import FileError, InputError
+from mla_tune.sockets import ADAPTER_METHODS
 from tests.helpers.merging import edit_json, edit_tensors, load, make_adapter, make_base
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -86,7 +87,7 @@ def test_sites_ranks_and_scales_are_those_of_pefts_model(base: Path, tmp_path: P
     assert sorted(ref.key for ref in found.refs()) == sorted(load_file(weights(folder))), "every key is used once"
     order = [s.path for s in arch(base).sites]
     assert [d.site.path for d in found.deltas] == [p for p in order if p in seen]
-    assert found.method == "rslora"
+    assert found.method.name == "rslora"
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj", "model.layers.11.mlp.gate_proj.weight", "o_proj"])
@@ -104,7 +105,7 @@ def test_sites_ranks_and_scales_are_those_of_pefts_model(base: Path, tmp_path: P
 )
 def test_patterns_match_as_in_peft(patterns: list[str], name: str) -> None:
     table = {pattern: i + 2 for i, pattern in enumerate(patterns)}
-    names = Names(Path("adapter_config.json"), {"r": 1, "rank_pattern": table})
+    names = AdapterSettings(Path("adapter_config.json"), {"r": 1, "rank_pattern": table})
     assert names.number("r", "rank_pattern", name) == table.get(get_pattern_key(patterns, name), 1)
 
 
@@ -113,7 +114,7 @@ def test_dora_needs_its_magnitude_and_takes_it_with_or_without_weight(base: Path
     key = f"{PREFIX}.lora_magnitude_vector"
     assert key in load_file(weights(folder))
     before = opened(folder, base)
-    assert before.method == "dora"
+    assert before.method.name == "dora"
     edit_tensors(weights(folder), lambda t: t.update({f"{key}.weight": t.pop(key)}))
     after = opened(folder, base)
     assert [d.site for d in after.deltas] == [d.site for d in before.deltas]
@@ -174,7 +175,8 @@ def test_every_setting_of_pefts_lora_was_decided_on() -> None:
         *("use_qalora", "monteclora_config", "layer_replication", "use_bdlora", "arrow_config", "kasa_config"),
     }
     assert not FREE & ALLOWED.keys()
-    assert {f.name for f in fields(LoraConfig)} == FREE | ALLOWED.keys() | refused_unless_unset
+    switches = {switch for method in ADAPTER_METHODS.values() for switch in method.switches}
+    assert {f.name for f in fields(LoraConfig)} == FREE | switches | ALLOWED.keys() | refused_unless_unset
 
 
 def test_settings_that_peft_writes_by_default_are_taken(adapter: Path, base: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_twin_leaves_the_cache_as_it_was() -> None:
         before = [(t, t.clone()) for layer in cache.layers for t in (layer.keys, layer.values)]
         with torch.no_grad():
             for _ in range(2):
-                other = contenders.twin(cache)
+                other = contenders.shared_copy(cache)
                 other.crop(-1)
                 given.model(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=other, use_cache=True)
         after = [t for layer in cache.layers for t in (layer.keys, layer.values)]
@@ -206,7 +206,7 @@ def test_a_twin_leaves_the_cache_as_it_was() -> None:
 def test_every_row_has_its_adapter() -> None:
     """Rows of one token differ by their adapters alone; the base's own logits are none of them."""
     given = loaded()
-    ways = contenders.ways_of(given.model, given.arch, 4, 3, 4)
+    ways = contenders.bench_cases(given.model, given.arch, 4, 3, 4)
     ids = torch.full((4, 1), 5)
     with torch.no_grad(), ways[2].ready() as net:
         rows = net(input_ids=ids).logits[:, 0]

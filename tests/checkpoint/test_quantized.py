@@ -24,7 +24,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.dtypes import decode
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
-from mla_tune.checkpoint.quantized.config import edit_config, raise_together
+from mla_tune.checkpoint.quantized.config import dequantize_fused_group, edit_config
 from mla_tune.checkpoint.quantized.fp8 import Quantized, dequantize, quantized_weights, read_scales, requantize
 from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import CheckError, InputError
@@ -465,17 +465,17 @@ TOGETHER = [
 def test_parts_of_one_layer_are_raised_together(touched: Any, expected: Any, base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8"))
     arch = architecture(checkpoint.config)
-    raised = raise_together(arch, checkpoint, {f"{module}.weight" for module in touched})
+    raised = dequantize_fused_group(arch, checkpoint, {f"{module}.weight" for module in touched})
     assert raised == {f"{module}.weight" for module in expected}
 
 
 def test_what_is_not_fp8_is_not_raised(base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", skip=("kv_a_proj", "layers.1.mlp.experts.0")))
     arch = architecture(checkpoint.config)
-    assert raise_together(arch, checkpoint, {KV_A}) == set()
+    assert dequantize_fused_group(arch, checkpoint, {KV_A}) == set()
     q_a = f"{ATTENTION}.q_a_proj.weight"
-    assert raise_together(arch, checkpoint, {q_a}) == {q_a}
-    assert raise_together(arch, checkpoint, {EXPERTS[-1]}) == set(EXPERTS[3:])
+    assert dequantize_fused_group(arch, checkpoint, {q_a}) == {q_a}
+    assert dequantize_fused_group(arch, checkpoint, {EXPERTS[-1]}) == set(EXPERTS[3:])
 
 
 def test_modules_of_one_layer_are_not_taken_for_one(tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ def test_modules_of_one_layer_are_not_taken_for_one(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "longcat_flash", "bfloat16")
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8"))
     touched = {f"{LAYER}.mlps.1.gate_proj.weight", f"{LAYER}.self_attn.0.q_a_proj.weight"}
-    raised = raise_together(architecture(checkpoint.config), checkpoint, touched)
+    raised = dequantize_fused_group(architecture(checkpoint.config), checkpoint, touched)
     fused = {f"{LAYER}.mlps.1.up_proj.weight", f"{LAYER}.self_attn.0.kv_a_proj_with_mqa.weight"}
     assert raised == touched | fused
 
@@ -493,7 +493,7 @@ def test_stacked_experts_are_raised_together(base: Path, tmp_path: Path) -> None
     tensors = {key: torch.ones(4, 8, 8) for key in stacks}
     checkpoint = Checkpoint.open(make_fp8(plain(tmp_path / "base", tensors), tmp_path / "fp8"))
     arch = architecture(Checkpoint.open(base).config)
-    assert raise_together(arch, checkpoint, {stacks[0]}) == set(stacks)
+    assert dequantize_fused_group(arch, checkpoint, {stacks[0]}) == set(stacks)
     edited = edit_config(checkpoint.config | {"kept": 1}, stacks[:1], stacks)
     assert edited["quantization_config"]["modules_to_not_convert"] == [f"{LAYER}.mlp.experts", "lm_head"]
 
@@ -571,7 +571,7 @@ def test_transformers_and_vllm_keep_what_was_raised(touched: Any, lists: Any, ba
     config["quantization_config"] |= lists
     before = json.dumps(config)
     weights = quantized_weights(checkpoint)
-    raised = raise_together(architecture(config), checkpoint, set(touched))
+    raised = dequantize_fused_group(architecture(config), checkpoint, set(touched))
     edited = edit_config(config, raised, weights)
     assert json.dumps(config) == before
     left = {re.sub(r"(\.experts)\..*", r"\1", key).removesuffix(".weight") for key in set(weights) - raised}
@@ -596,7 +596,7 @@ def test_transformers_and_vllm_keep_what_was_raised(touched: Any, lists: Any, ba
 def test_compressed_tensors_ignore_what_was_raised(touched: Any, base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", style="compressed-tensors"))
     weights = quantized_weights(checkpoint)
-    raised = raise_together(architecture(checkpoint.config), checkpoint, set(touched))
+    raised = dequantize_fused_group(architecture(checkpoint.config), checkpoint, set(touched))
     entries = edit_config(checkpoint.config, raised, weights)["quantization_config"]["ignore"]
     assert entries[0] == "lm_head"
     # vLLM asks by the names on disk, one for each part of a fused layer and for each expert.

@@ -13,7 +13,7 @@ from mla_tune.data import cache as cache_module
 from mla_tune.data.encode import IGNORED, encode
 from mla_tune.data.files import read_file
 from mla_tune.data.formats import normalize
-from mla_tune.data.mixing import mixed, shares
+from mla_tune.data.mixing import mix_samples, samples_per_source
 from mla_tune.data.prepare import Prepared, prepare
 from mla_tune.errors import InputError
 from mla_tune.recipe.load import load_recipe
@@ -46,21 +46,21 @@ def recipe_with(sources: list[dict[str, Any]], tmp_path: Path, **data: Any) -> A
 
 
 def test_shares_are_in_proportion_and_sum_up() -> None:
-    assert shares([100, 100], [3, 1]) == [150, 50]
-    assert shares([10, 20, 3], [1, 1, 1]) == [11, 11, 11]
-    assert shares([5, 5], [1000, 1])[1] == 1
-    assert sum(shares([7, 11, 13], [0.2, 0.5, 0.3])) == 31
+    assert samples_per_source([100, 100], [3, 1]) == [150, 50]
+    assert samples_per_source([10, 20, 3], [1, 1, 1]) == [11, 11, 11]
+    assert samples_per_source([5, 5], [1000, 1])[1] == 1
+    assert sum(samples_per_source([7, 11, 13], [0.2, 0.5, 0.3])) == 31
 
 
 def test_a_small_source_comes_again_and_a_large_one_gives_a_part() -> None:
     small, large = [f"s{i}" for i in range(10)], [f"l{i}" for i in range(90)]
-    found, counts = mixed([small, large], [1, 1], seed=3)
+    found, counts = mix_samples([small, large], [1, 1], seed=3)
     assert counts == [50, 50]
     assert all(found.count(x) == 5 for x in small)
     taken = [x for x in found if x.startswith("l")]
     assert len(set(taken)) == len(taken) == 50
-    assert mixed([small, large], [1, 1], seed=3)[0] == found
-    assert mixed([small, large], [1, 1], seed=4)[0] != found
+    assert mix_samples([small, large], [1, 1], seed=3)[0] == found
+    assert mix_samples([small, large], [1, 1], seed=4)[0] != found
 
 
 def test_sources_of_other_formats_are_mixed_and_counted(tmp_path: Path) -> None:

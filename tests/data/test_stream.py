@@ -14,7 +14,7 @@ import torch
 
 from mla_tune.arch.lookup import architecture_of
 from mla_tune.data.prepare import prepare
-from mla_tune.data.reader import Cursor, Reader
+from mla_tune.data.reader import Cursor, RecordReader
 from mla_tune.data.stream import Stream
 from mla_tune.errors import FileError, InputError
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
@@ -81,11 +81,11 @@ def test_a_pass_holds_every_row_once_and_the_next_begins_again(suffix: str, tmp_
 def test_reading_goes_on_anywhere(suffix: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"rows{suffix}", texts("a"))
     data = DataSection(path=str(path))
-    whole = Reader(data).take(3 * COUNT, Cursor())
+    whole = RecordReader(data).take(3 * COUNT, Cursor())
     assert [r["prompt"] for r in whole.rows] == [r["prompt"] for r in texts("a")] * 3
     for start in (0, 1, 6, 7, 8, 20, COUNT - 1, COUNT, COUNT + 5):
         cursor = Cursor(*divmod(start, COUNT))
-        found = Reader(data).take(10, cursor)
+        found = RecordReader(data).take(10, cursor)
         assert found.rows == whole.rows[start : start + 10], start
         assert list(found.places) == list(whole.places[start : start + 10])
         assert cursor == Cursor(*divmod(start + 10, COUNT))
@@ -93,7 +93,7 @@ def test_reading_goes_on_anywhere(suffix: str, tmp_path: Path) -> None:
 
 def test_a_limit_ends_a_pass(tmp_path: Path) -> None:
     data = DataSection(path=str(write(tmp_path / "rows.jsonl", texts("a"))), limit=5)
-    assert [r["prompt"] for r in Reader(data).take(12, Cursor()).rows] == [f"Say a {i % 5}." for i in range(12)]
+    assert [r["prompt"] for r in RecordReader(data).take(12, Cursor()).rows] == [f"Say a {i % 5}." for i in range(12)]
 
 
 def test_sources_come_by_weight(tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
         for ahead in (0, 2, 5):
             _, first, _ = stream_of(*sets)
             assert take(first, done + ahead) == wanted[: done + ahead]
-            saved = json.loads(json.dumps(first.state_at(done)))
+            saved = json.loads(json.dumps(first.state_dict_at(done)))
             _, later, _ = stream_of(*sets)
-            later.go_on(saved)
+            later.load_state_dict(saved)
             assert take(later, 60 - done) == wanted[done:], (done, ahead)
 
 
@@ -137,12 +137,12 @@ def test_processes_share_global_batches(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", texts("a"))
     _, one, _ = stream_of(f"data.path={path}", "data.buffer=11", "train.batch_size=4")
     wanted = take(one, 24)
-    shares = []
+    samples_per_source = []
     for rank in (0, 1):
         _, stream, _ = stream_of(f"data.path={path}", "data.buffer=11", "train.batch_size=2")
         stream.share(rank, 2)
-        shares.append(take(stream, 12))
-    batches = [[*shares[0][i : i + 2], *shares[1][i : i + 2]] for i in range(0, 12, 2)]
+        samples_per_source.append(take(stream, 12))
+    batches = [[*samples_per_source[0][i : i + 2], *samples_per_source[1][i : i + 2]] for i in range(0, 12, 2)]
     assert batches == [wanted[i : i + 4] for i in range(0, 24, 4)]
 
 
@@ -224,10 +224,10 @@ def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     data = DataSection(path="org/name")
-    whole = Reader(data).take(2 * COUNT, Cursor())
+    whole = RecordReader(data).take(2 * COUNT, Cursor())
     assert asked[0] == ("org/name", {"split": "train", "streaming": True})
     assert [r["prompt"] for r in whole.rows] == [r["prompt"] for r in texts("a")] * 2
-    assert Reader(data).take(5, Cursor(0, 30)).rows == whole.rows[30:35]
+    assert RecordReader(data).take(5, Cursor(0, 30)).rows == whole.rows[30:35]
 
 
 def test_labels_and_positions_are_those_of_reading_all_at_once(tmp_path: Path) -> None:

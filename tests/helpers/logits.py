@@ -18,7 +18,7 @@ from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.absorbed import absorbed_tensors
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.merge.run import merge_absorb
-from mla_tune.verification.logits.compare import Comparison, Probe, ProbeReport
+from mla_tune.verification.logits.compare import LogitsComparison, LogitsDifference, LogitsReport
 from tests.helpers.merging import load
 
 ATTENTION = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -40,14 +40,14 @@ def merge(folder: Path, adapters: Any, absorb: str = "none", **options: Any) -> 
 
 def run(
     folder: Path, adapters: Path | Sequence[tuple[Path, float]], merged: Checkpoint, **settings: Any
-) -> ProbeReport:
+) -> LogitsReport:
     base = Checkpoint.open(folder / "base")
     absorbed = absorbed_tensors(merged.folder)
     mode = "none" if not absorbed else "fold" if any(k.endswith("W_QK") for k in absorbed) else "split"
     pairs = [(adapters, 1.0)] if isinstance(adapters, Path) else adapters
     arch = architecture(base.config)
     opened = [(open_adapter(folder, arch, base.tensors), weight) for folder, weight in pairs]
-    return Probe(base, arch, opened, mode, **settings).compare(merged, absorbed)
+    return LogitsComparison(base, arch, opened, mode, **settings).compare(merged, absorbed)
 
 
 def tokens(seed: int = 0, count: int = 16, vocabulary: int = 97) -> torch.Tensor:
@@ -70,7 +70,7 @@ def figures(p: np.ndarray, q: np.ndarray) -> tuple[float, float, float]:
     return np.abs(p - q).max(), kl, float((p.argmax(1) == q.argmax(1)).mean())
 
 
-def check(comparison: Comparison | None, p: np.ndarray, q: np.ndarray) -> None:
+def check(comparison: LogitsDifference | None, p: np.ndarray, q: np.ndarray) -> None:
     """The comparison is that of these logits."""
     assert comparison is not None
     scale = np.abs(p).max()
@@ -81,14 +81,14 @@ def check(comparison: Comparison | None, p: np.ndarray, q: np.ndarray) -> None:
     assert comparison.top1 == pytest.approx(top1)
 
 
-def exact(comparison: Comparison | None) -> None:
+def exact(comparison: LogitsDifference | None) -> None:
     """Nothing but float32 rounding lies between the two."""
     assert comparison is not None
     assert comparison.max_error <= TOLERANCE * comparison.largest
     assert comparison.kl < 1e-9
 
 
-def wrong(comparison: Comparison | None) -> None:
+def wrong(comparison: LogitsDifference | None) -> None:
     """Far from what rounding explains."""
     assert comparison is not None
     assert comparison.max_error > 1000 * TOLERANCE * comparison.largest

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 import mla_tune
 import mla_tune.inference.attention_interface as attention
 from mla_tune.errors import InputError, NotMLAError
-from mla_tune.inference.absorb import is_absorbed, mla_modules, obstacles
-from mla_tune.inference.latent_attention import Latent
-from mla_tune.inference.lora_tensors import BASE, LoraTensors
+from mla_tune.inference.absorb import is_absorbed, mla_modules, unsupported_reasons
+from mla_tune.inference.latent_attention import LatentAttention
+from mla_tune.inference.lora_tensors import BASE, LayerLora
 from tests.helpers import tiny_families
 from tests.helpers.merging import FAMILIES
 from tests.helpers.tiny_families import tiny
@@ -136,7 +136,7 @@ def test_logits_and_tokens(family: str, mode: str) -> None:
     whole, steps, tokens = logits(model, ids()), stepped(model, ids()), generate(model, ids(), 64)
     beams = generate(model, ids(), 12, num_beams=3)
     with mla_tune.absorb(model, mode):
-        assert not obstacles(model)
+        assert not unsupported_reasons(model)
         assert near(logits(model, ids()), whole)
         assert near(stepped(model, ids()), steps)
         assert torch.equal(generate(model, ids(), 64), tokens)
@@ -223,13 +223,13 @@ def test_long_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def absorbed_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The T of each absorbed call."""
     calls: list[int] = []
-    attend = Latent.attend
+    attend = LatentAttention.attend
 
-    def counted(self: Latent, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def counted(self: LatentAttention, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append(query.shape[2])
         return attend(self, query, *args, **kwargs)
 
-    monkeypatch.setattr(Latent, "attend", counted)
+    monkeypatch.setattr(LatentAttention, "attend", counted)
     return calls
 
 
@@ -250,7 +250,7 @@ def test_choice_at_deepseek_v3_size() -> None:
     for name, value in sizes.items():
         setattr(shape, name, value)
     shape.expand_kv = None  # type: ignore[assignment]
-    latent = Latent(shape)
+    latent = LatentAttention(shape)
     assert attention.prefers_absorbed(latent, 1, 1, 4096)
     assert attention.prefers_absorbed(latent, 1, 4, 4096), "drafted tokens"
     assert not attention.prefers_absorbed(latent, 1, 4096, 4096)
@@ -351,7 +351,7 @@ def test_one_adapter_on_every_family(family: str, method: str) -> None:
     models = {name: merged(model, name) for name in names}
     right = torch.cat([logits(models[name], ids(3)[i : i + 1]) for i, name in enumerate(names)])
     with mla_tune.absorb(model, "absorbed"):
-        assert not obstacles(model)
+        assert not unsupported_reasons(model)
         assert near(logits(model, ids(3)[:1]), right[:1])
         assert near(logits(model, ids(3), adapter_names=names), right)
 
@@ -362,7 +362,7 @@ def test_one_adapter(method: str) -> None:
     right = merged(model, "x")
     plain = logits(merged(model, BASE), ids())
     with mla_tune.absorb(model, "absorbed"):
-        assert not obstacles(model)
+        assert not unsupported_reasons(model)
         assert near(logits(model, ids()), logits(right, ids()))
         assert not near(logits(model, ids()), plain, 1e-3), "the adapter does something"
         assert torch.equal(generate(model, ids()), generate(right, ids()))
@@ -543,11 +543,11 @@ def test_what_can_not_be_taken_apart_is_expanded(settings: dict[str, Any], reaso
     if reason == "a bias on B":
         right = logits(model, ids())
         with mla_tune.absorb(model, "absorbed"):
-            assert set(obstacles(model).values()) == {reason}
+            assert set(unsupported_reasons(model).values()) == {reason}
             assert near(logits(model, ids()), right)
     else:
         with mla_tune.absorb(model.train(), "absorbed"):
-            assert set(obstacles(model).values()) == {reason}
+            assert set(unsupported_reasons(model).values()) == {reason}
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -569,7 +569,7 @@ def test_training_through_absorbed_attention(dora: bool) -> None:
 
 def test_control_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     right = logits(build(), ids())
-    monkeypatch.setattr(Latent, "attend", _without_mask(Latent.attend))
+    monkeypatch.setattr(LatentAttention, "attend", _without_mask(LatentAttention.attend))
     model = build()
     with mla_tune.absorb(model, "absorbed"):
         assert not near(logits(model, ids()), right, 1e-3)
@@ -593,7 +593,7 @@ def test_control_indices_ignored(monkeypatch: pytest.MonkeyPatch, family: str) -
 
 
 def _without_mask(attend: Any) -> Any:
-    def blind(self: Latent, query: Any, latent: Any, k_rope: Any, mask: Any, *rest: Any) -> Any:
+    def blind(self: LatentAttention, query: Any, latent: Any, k_rope: Any, mask: Any, *rest: Any) -> Any:
         return attend(self, query, latent, k_rope, None, *rest)
 
     return blind
@@ -602,7 +602,7 @@ def _without_mask(attend: Any) -> Any:
 def test_control_adapter_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapt(build(), "x", target_modules=["kv_b_proj"])
     right = logits(merged(model, "x"), ids())
-    monkeypatch.setattr(LoraTensors, "active", lambda _: [])
+    monkeypatch.setattr(LayerLora, "active", lambda _: [])
     with mla_tune.absorb(model, "absorbed"):
         assert not near(logits(model, ids()), right, 1e-3)
 
@@ -610,8 +610,8 @@ def test_control_adapter_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_control_stale_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the watch and without `forget`, a change of weights goes unseen."""
     model = adapt(build(), "x", "y", target_modules=["kv_b_proj"])
-    monkeypatch.setattr("mla_tune.inference.lora_tensors._Watch.holds", lambda _: True)
-    monkeypatch.setattr(LoraTensors, "forget", lambda _: None)
+    monkeypatch.setattr("mla_tune.inference.lora_tensors.VersionGuard.holds", lambda _: True)
+    monkeypatch.setattr(LayerLora, "forget", lambda _: None)
     with mla_tune.absorb(model, "absorbed"):
         before = logits(model, ids(), adapter_names=["x", "y"])
         with torch.no_grad():

@@ -20,7 +20,7 @@ from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import FileError
 from mla_tune.inference import attention_interface as attention
-from mla_tune.inference.absorb import mla_modules, obstacles
+from mla_tune.inference.absorb import mla_modules, unsupported_reasons
 from mla_tune.merge.absorb import write_absorbed
 from tests.inference.test_absorb import (  # noqa: F401
     BASE,
@@ -85,7 +85,7 @@ def test_a_quantized_kv_b_proj(folder: Path, absorbed_calls: list[int]) -> None:
     model = coded(folder)
     right, tokens = logits(model, ids()), generate(model, ids(), 40)
     with mla_tune.absorb(model):
-        assert not obstacles(model)
+        assert not unsupported_reasons(model)
         assert torch.equal(generate(model, ids(), 40), tokens)
         assert set(absorbed_calls) == {1}
     with mla_tune.absorb(model, "absorbed"):
@@ -109,7 +109,7 @@ def test_an_offloaded_model(folder: Path, absorbed_calls: list[int]) -> None:  #
     cpu_offload(model, torch.device("cpu"))
     assert next(mla_modules(model)).kv_b_proj.weight.is_meta
     with mla_tune.absorb(model, "absorbed"):
-        assert not obstacles(model)
+        assert not unsupported_reasons(model)
         assert near(logits(model, ids()), right)
     assert absorbed_calls
 
@@ -127,12 +127,12 @@ def test_adapters_above_it(folder: Path) -> None:
     other = logits(model, ids())
     model.set_adapter("x")
     with mla_tune.absorb(model, "absorbed"):
-        assert not obstacles(model)
+        assert not unsupported_reasons(model)
         assert near(logits(model, ids()), right)
         rows = logits(model, ids(), adapter_names=["y", BASE])
         assert near(rows, torch.stack((other[0], base[1])))
         model.base_model.model.model.layers[0].self_attn.kv_b_proj.merged_adapters.append("x")
-        (why,) = obstacles(model).values()
+        (why,) = unsupported_reasons(model).values()
         assert why == "kv_b_proj is a Coded, and adapters are merged into it"
 
 
@@ -142,7 +142,9 @@ def test_dora_needs_the_weight(folder: Path) -> None:
     for module in mla_modules(model):
         module.kv_b_proj.base_layer = Coded(module.kv_b_proj.base_layer)
     with mla_tune.absorb(model, "absorbed"):
-        assert set(obstacles(model).values()) == {"kv_b_proj is a Coded, and a DoRA needs the norms of its rows"}
+        assert set(unsupported_reasons(model).values()) == {
+            "kv_b_proj is a Coded, and a DoRA needs the norms of its rows"
+        }
 
 
 def test_a_weight_that_changes_is_seen(folder: Path) -> None:
@@ -151,7 +153,7 @@ def test_a_weight_that_changes_is_seen(folder: Path) -> None:
         before = logits(model, ids())
         weight = next(mla_modules(model)).kv_b_proj.weight
         weight.copy_(weight // 2)
-        assert "has changed since absorbed.safetensors was found to fit" in obstacles(model)[PATH]
+        assert "has changed since absorbed.safetensors was found to fit" in unsupported_reasons(model)[PATH]
         ours = logits(model, ids())
     assert near(ours, logits(model, ids()))
     assert not near(ours, before, 1e-3)
@@ -213,7 +215,7 @@ def test_a_file_that_does_not_fit(
     model = coded(path)
     right = logits(model, ids())
     with mla_tune.absorb(model, "absorbed"):
-        found = obstacles(model)
+        found = unsupported_reasons(model)
         assert len(found) == len(list(mla_modules(model)))
         with pytest.raises(FileError, match=why):
             raise FileError(found[PATH])
@@ -231,7 +233,7 @@ def test_control_another_file_is_taken(folder: Path, tmp_path: Path, monkeypatch
         "mla_tune.inference.absorbed_weights.sources_of", lambda _: {f"{PATH}.kv_b_proj.weight": "same"}
     )
     monkeypatch.setattr("mla_tune.inference.absorbed_weights.sha256", lambda _: "same")
-    monkeypatch.setattr("mla_tune.inference.absorb.find_stored", _only_first)
+    monkeypatch.setattr("mla_tune.inference.absorb.find_absorbed_weights", _only_first)
     model = coded(path)
     right = logits(model, ids())
     with mla_tune.absorb(model, "absorbed"):
@@ -239,6 +241,6 @@ def test_control_another_file_is_taken(folder: Path, tmp_path: Path, monkeypatch
 
 
 def _only_first(model: Any, modules: dict[str, Any]) -> Any:
-    from mla_tune.inference.absorbed_weights import find_stored
+    from mla_tune.inference.absorbed_weights import find_absorbed_weights
 
-    return find_stored(model, {PATH: modules[PATH]})
+    return find_absorbed_weights(model, {PATH: modules[PATH]})

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import mla_tune
 from mla_tune.errors import CheckError, InputError
 from mla_tune.inference.batched_expert_lora import Pairs, PairStack
-from mla_tune.inference.batched_lora import drop_names
+from mla_tune.inference.batched_lora import drop_stale_adapter_names
 from mla_tune.inference.lora_tensors import BASE
 from tests.helpers import tiny_families
 from tests.helpers.tiny_families import tiny
@@ -171,7 +171,7 @@ def test_adapters_that_come_after_absorb() -> None:
     wrapped = adapt(model, "x", "y", **BOTH)
     with pytest.raises(ValueError, match="does not support mixed"):
         logits(wrapped, ids(3), adapter_names=NAMES)
-    drop_names(wrapped)
+    drop_stale_adapter_names(wrapped)
     mla_tune.absorb(wrapped)
     ours = logits(wrapped, ids(3), adapter_names=NAMES)
     assert near(ours, by_row(mla_tune.expand(wrapped), NAMES, ids(3)))
@@ -189,7 +189,7 @@ def test_merged_layers(settings: dict[str, Any]) -> None:
         assert near(logits(model, ids()), right)
         with pytest.raises(InputError, match="merged into the base: x; unmerge them"):
             logits(model, ids(), adapter_names=["x", BASE])
-        drop_names(model)
+        drop_stale_adapter_names(model)
         with model.disable_adapter():
             assert near(logits(model, ids()), base), "PEFT unmerges a layer that is run without adapters"
         assert near(logits(model, ids()), right)

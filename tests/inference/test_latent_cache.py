@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import mla_tune
 from mla_tune.inference import latent_attention as latent
 from mla_tune.inference.absorb import mla_modules
-from mla_tune.inference.latent_cache import LatentCache, RoomyLayer, side_by_side
+from mla_tune.inference.latent_cache import LatentCache, PreallocatedLayer, side_by_side
 from tests.helpers.tiny_families import tiny
 from tests.inference.test_absorb import BASE, NAMES, adapt, build, generate, ids, logits, merged, near, stepped
 
@@ -71,7 +71,7 @@ def test_the_same_tensors(R: int, first: str, second: str) -> None:
 @pytest.mark.parametrize("R", [4, 0])
 def test_tokens_are_not_copied_again(R: int) -> None:
     """R = 0: no rope key (glm5_next)."""
-    layer = RoomyLayer()
+    layer = PreallocatedLayer()
     keys, values = layer.update(*tokens(100, 0, R=R))
     place = keys.data_ptr()
     for i in range(64):
@@ -102,7 +102,7 @@ def test_a_copy_is_independent() -> None:
 
 @torch.no_grad()
 def test_reset_and_use_again() -> None:
-    layer = RoomyLayer()
+    layer = PreallocatedLayer()
     layer.update(*tokens(5, 0))
     layer.reset()
     keys, _ = layer.update(*tokens(3, 1, rows=4))

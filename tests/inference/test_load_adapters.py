@@ -25,7 +25,7 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
 from mla_tune.inference.load_adapters import has_whole_modules, side_by_side, without_whole_modules
 from mla_tune.inference.lora_tensors import BASE
-from mla_tune.model.attach import attach, attached
+from mla_tune.model.attach import attach, attached_loras
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
 from tests.helpers.merging import TOKENS, edit_json, load, make_adapter, make_base
@@ -153,8 +153,8 @@ def test_placement_is_that_of_the_files(made: Any) -> None:
     for name, folder in folders.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            own = attached(PeftModel.from_pretrained(load(base), str(folder)))
-        found = attached(net, f"adapter_{name}")
+            own = attached_loras(PeftModel.from_pretrained(load(base), str(folder)))
+        found = attached_loras(net, f"adapter_{name}")
         assert {(a.parameter, a.rank, a.scale) for a in found} == {(a.parameter, a.rank, a.scale) for a in own}
         held = sorted(
             float(t.double().sum()) for key, t in net.state_dict().items() if f".adapter_{name}." in f"{key}."

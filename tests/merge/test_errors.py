@@ -207,7 +207,7 @@ def test_an_interrupt_keeps_the_earlier_output(place: Path, monkeypatch: pytest.
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "carry_files", stop)
+    monkeypatch.setattr(run_module, "copy_auxiliary_files", stop)
     with pytest.raises(KeyboardInterrupt):
         merge_absorb(place / "adapter", place / "base", place / "out", overwrite=True, verify=False)
     assert (place / "out" / "model.safetensors").read_bytes() == before
@@ -241,10 +241,23 @@ def drop(file: Path, key: str) -> None:
 
 
 #: What is damaged, after which step, how, which key, and what the error says.
+COPY = "copy_auxiliary_files"
 SABOTAGE: dict[str, tuple[str, str, Callable[[Path, str], None], str, str]] = {
-    "a merged tensor": ("model", "carry_files", flip, KEY, "1 of 2,100 numbers is wrong"),
-    "an untouched tensor": ("model", "carry_files", flip, "model.norm.weight", "is not the base's, and no adapter"),
-    "a missing tensor": ("model", "carry_files", drop, "model.norm.weight", "is in the base and missing in the output"),
+    "a merged tensor": ("model", "copy_auxiliary_files", flip, KEY, "1 of 2,100 numbers is wrong"),
+    "an untouched tensor": (
+        "model",
+        "copy_auxiliary_files",
+        flip,
+        "model.norm.weight",
+        "is not the base's, and no adapter",
+    ),
+    "a missing tensor": (
+        "model",
+        "copy_auxiliary_files",
+        drop,
+        "model.norm.weight",
+        "is in the base and missing in the output",
+    ),
     "W_UK": ("absorbed", "write_absorbed", flip, "model.layers.0.self_attn.W_UK", "is not the split of kv_b_proj"),
     "W_UV": ("absorbed", "write_absorbed", flip, "model.layers.0.self_attn.W_UV", "is not the split of kv_b_proj"),
 }

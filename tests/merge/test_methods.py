@@ -149,9 +149,9 @@ def test_lora_bias(tmp_path: Path) -> None:
 
 def test_an_adapter_on_a_tied_head_with_untie(tied: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", tied, target_modules=["lm_head", "kv_b_proj"])
-    with pytest.raises(InputError, match=r"adapts lm_head .*--untie"):
+    with pytest.raises(InputError, match=r"adapts lm_head .*--untie-embeddings"):
         merge_absorb(adapter, tied, tmp_path / "out", **QUICK)
-    report = merge_absorb(adapter, tied, tmp_path / "out", options=Options(untie=True), **QUICK)
+    report = merge_absorb(adapter, tied, tmp_path / "out", options=Options(untie_embeddings=True), **QUICK)
     assert any("tie_word_embeddings is false" in line for line in report.notes)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     assert (peft_logits(tied, adapter) - logits_of(tmp_path / "out")).abs().max() <= 1e-4
@@ -164,9 +164,9 @@ def test_an_adapter_on_a_tied_head_with_untie(tied: Path, tmp_path: Path) -> Non
 
 def test_a_saved_embedding_of_a_tied_model_with_untie(tied: Path, tmp_path: Path) -> None:
     adapter = save_trained(tmp_path / "adapter", tied, target_modules=["kv_b_proj"], modules_to_save=["embed_tokens"])
-    with pytest.raises(InputError, match=r"one tensor in this model\. With --untie"):
+    with pytest.raises(InputError, match=r"one tensor in this model\. With --untie-embeddings"):
         merge_absorb(adapter, tied, tmp_path / "out", **QUICK)
-    merge_absorb(adapter, tied, tmp_path / "out", options=Options(untie=True), **QUICK)
+    merge_absorb(adapter, tied, tmp_path / "out", options=Options(untie_embeddings=True), **QUICK)
     assert (peft_logits(tied, adapter) - logits_of(tmp_path / "out")).abs().max() <= 1e-4
 
 

@@ -154,8 +154,8 @@ def test_the_report_is_in_the_output(base: Path, adapter: Path, tmp_path: Path) 
     assert (absorbed["mode"], absorbed["files"], absorbed["modules"]) == ("split", ["absorbed.safetensors"], 3)
     assert absorbed["bytes"] == 3 * 75 * 28 * 4
     key = "model.layers.1.self_attn.o_proj.weight"
-    assert set(document["survival"]) == changed_keys(base, tmp_path / "out")
-    assert document["survival"][key][1] == pytest.approx(1, abs=1e-3)
+    assert set(document["retention"]) == changed_keys(base, tmp_path / "out")
+    assert document["retention"][key][1] == pytest.approx(1, abs=1e-3)
 
 
 def changed_keys(base: Path, out: Path) -> set[str]:

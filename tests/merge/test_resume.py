@@ -253,7 +253,7 @@ def test_an_adapter_that_changes_during_the_run(
 ) -> None:
     own = tmp_path / "adapter"
     shutil.copytree(adapter, own)
-    monkeypatch.setattr("mla_tune.merge.run.carry_files", lambda *_: (touch(own), ([], []))[1])
+    monkeypatch.setattr("mla_tune.merge.run.copy_auxiliary_files", lambda *_: (touch(own), ([], []))[1])
     with pytest.raises(FileError, match=r"adapter_model\.safetensors: changed while"):
         merge_absorb(own, base, tmp_path / "out", **QUICK)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
@@ -305,7 +305,7 @@ def test_what_is_finished_counts_as_room_on_the_disk(
     merge_absorb(adapter, base, tmp_path / "out", options=Options(link=False), **QUICK)
 
 
-def test_min_survival_stops_before_anything_is_published(tmp_path: Path) -> None:
+def test_min_retained_stops_before_anything_is_published(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype="bfloat16", shard="30KB")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["kv_b_proj", "o_proj"])
 
@@ -315,8 +315,8 @@ def test_min_survival_stops_before_anything_is_published(tmp_path: Path) -> None
                 tensor.mul_(1e-5)
 
     edit_tensors(adapter / "adapter_model.safetensors", shrink)
-    with pytest.raises(CheckError, match=r"--min-survival 0\.9: .*\n  model\.layers\.\d\.self_attn\.kv_b_proj"):
-        merge_absorb(adapter, base, tmp_path / "out", min_survival=0.9, **QUICK)
+    with pytest.raises(CheckError, match=r"--min-retained 0\.9: .*\n  model\.layers\.\d\.self_attn\.kv_b_proj"):
+        merge_absorb(adapter, base, tmp_path / "out", min_retained=0.9, **QUICK)
     assert not (tmp_path / "out").exists()
     notes: list[str] = []
     report = merge_absorb(adapter, base, tmp_path / "out", note=notes.append, **QUICK)

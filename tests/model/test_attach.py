@@ -15,7 +15,7 @@ from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import Placement, place
 from mla_tune.arch.build import architecture
 from mla_tune.errors import CheckError
-from mla_tune.model.attach import attach, attached, check_attached
+from mla_tune.model.attach import attach, attached_loras, check_attached
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
 from mla_tune.resources import EMBEDDED_MODEL
@@ -51,9 +51,9 @@ def test_attached_is_planned_and_survives_save_and_load(name: str, recipe: str, 
     arch = architecture(TINY[name])
     placement = place(arch, load_recipe(recipe).adapter)
     model = attach(build(name), arch, placement, seed=1)
-    assert {a.parameter for a in attached(model)} == {p.site.parameter for p in placement.sites}
+    assert {a.parameter for a in attached_loras(model)} == {p.site.parameter for p in placement.sites}
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == placement.trainable_params
-    for a in attached(model):
+    for a in attached_loras(model):
         torch.nn.init.normal_(a.layer.lora_B["default"].weight, std=0.1)
     model.eval()
     with torch.no_grad():
@@ -71,8 +71,8 @@ def test_the_embedded_model_is_adapted_as_written_by_hand(recipe: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
     arch = architecture(json.loads((EMBEDDED_MODEL / "config.json").read_text()))
     net = attach(model, arch, place(arch, load_recipe(recipe).adapter), seed=0)
-    assert sorted(a.parameter for a in attached(net)) == sorted(BY_HAND[recipe])
-    # Independent of `attached`: every trainable tensor lies under one of these modules, two for each matrix.
+    assert sorted(a.parameter for a in attached_loras(net)) == sorted(BY_HAND[recipe])
+    # Independent of `attached_loras`: every trainable tensor lies under one of these modules, two for each matrix.
     trainable = [n for n, p in net.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(BY_HAND[recipe])
 
@@ -82,7 +82,7 @@ def test_dora_and_rslora_scales() -> None:
     attach(model, arch, placement, 0)
     model, arch, placement = planned("deepseek_v3", method="rslora", targets="safe", rank=4, alpha=8)
     attached_model = attach(model, arch, placement, 0)
-    assert {a.scale for a in attached(attached_model)} == {4.0}  # 8 / √4
+    assert {a.scale for a in attached_loras(attached_model)} == {4.0}  # 8 / √4
 
 
 def test_peft_by_bare_names_trains_something_else_and_is_caught() -> None:
@@ -125,7 +125,7 @@ def test_dead_and_broken_gradients_are_named() -> None:
     model = attach(model, arch, placement, 0)
     assert len(gradient_problems(model)) == 3  # before any backward pass
     model(input_ids=IDS, labels=IDS).loss.backward()
-    dead, broken, _ = (a.layer for a in attached(model))
+    dead, broken, _ = (a.layer for a in attached_loras(model))
     for p in dead.parameters():
         if p.grad is not None:
             p.grad.zero_()

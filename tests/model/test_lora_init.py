@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mla_tune.adapter.placement import place
-from mla_tune.model.attach import attach, attached
+from mla_tune.model.attach import attach, attached_loras
 from mla_tune.model.load import load_model
 from mla_tune.model.lora_init import initialize
 from mla_tune.recipe.load import load_recipe
@@ -112,7 +112,7 @@ def test_nothing_is_changed_before_the_first_step(init: str, method: str) -> Non
         adapted = model(input_ids=IDS).logits
         with model.disable_adapter():
             assert (adapted - model(input_ids=IDS).logits).abs().max() <= 2e-5
-    loras = attached(model)
+    loras = attached_loras(model)
     assert all(bool(lora.layer.lora_A["default"].weight.any()) for lora in loras)
     assert any(bool(lora.layer.lora_B["default"].weight.any()) for lora in loras) == (
         init not in ("default", "gaussian")
@@ -124,7 +124,7 @@ def test_nothing_is_changed_before_the_first_step(init: str, method: str) -> Non
 def test_the_trained_half_begins_where_pefts_own_does(init: str, method: str) -> None:
     """The oracle: PEFT's initialization of the same matrix, whose B A is s-free and equal up to signs of vectors."""
     model, before, placement = tiny_with(init, method)
-    lora = next(x for x in attached(model) if x.parameter.endswith("layers.2.self_attn.o_proj.weight"))
+    lora = next(x for x in attached_loras(model) if x.parameter.endswith("layers.2.self_attn.o_proj.weight"))
     weight = before[lora.parameter]
     net = torch.nn.Sequential(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
     net[0].weight.data.copy_(weight)

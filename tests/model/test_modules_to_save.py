@@ -58,7 +58,7 @@ def test_exactly_those_are_trained_and_saved(
     for key, tensor in whole.items():
         assert tensor.dtype == torch.float32
         assert not torch.equal(tensor, base[key]), key
-    assert run["adapter"]["whole"] == {path: base[f"{path}.weight"].numel() for path in trained}
+    assert run["adapter"]["modules_to_save"] == {path: base[f"{path}.weight"].numel() for path in trained}
     assert run["held_out_loss"]["after"] < run["held_out_loss"]["before"]
     # Plain PEFT loads it: the loss of the run is the loss of the loaded model.
     plain = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
@@ -133,14 +133,14 @@ def test_bfloat16_bases_keep_their_dtype_between_layers(
     from mla_tune.adapter.placement import place
     from mla_tune.model.attach import attach
     from mla_tune.model.load import load_model
-    from mla_tune.model.modules_to_save import whole_copies, with_whole
+    from mla_tune.model.modules_to_save import modules_to_save_copies, with_modules_to_save
     from mla_tune.recipe.schema import AdapterSection, ModelSection
 
     loaded = load_model(ModelSection(base=str(out / "base"), dtype="bfloat16", device="cpu"))
     config = json.loads((out / "base" / "config.json").read_text())
-    placement = with_whole(place(loaded.arch, AdapterSection()), loaded.arch, config, ["embed_tokens"], False)
+    placement = with_modules_to_save(place(loaded.arch, AdapterSection()), loaded.arch, config, ["embed_tokens"], False)
     net = attach(loaded.model, loaded.arch, placement, 0)
-    assert {p.dtype for c in whole_copies(net).values() for p in c.parameters()} == {torch.float32}
+    assert {p.dtype for c in modules_to_save_copies(net).values() for p in c.parameters()} == {torch.float32}
     assert net.get_base_model().model.embed_tokens(IDS).dtype == torch.bfloat16
 
 

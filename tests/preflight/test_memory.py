@@ -16,16 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
-from mla_tune.data.padding_free import FlatCollator
+from mla_tune.data.padding_free import PaddingFreeCollator
 from mla_tune.model.attach import attach
 from mla_tune.preflight.memory import RunShape, estimate
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.kernels import packed_attention as packed
-from mla_tune.training.kernels.chunked_loss import score_by_chunks
+from mla_tune.training.kernels.chunked_loss import use_chunked_loss
 from mla_tune.training.kernels.lora_linear import by_factors
-from mla_tune.training.kernels.mla_checkpointing import recompute_mla
-from mla_tune.training.kernels.rms_norm import lean_norms
+from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
+from mla_tune.training.kernels.rms_norm import use_lean_norms
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -62,7 +62,7 @@ def batch_of(vocabulary: int, attention: str, packing: bool) -> dict[str, Any]:
         return {"input_ids": ids, "labels": ids, "use_cache": False, **positions}
     n = LENGTH // SAMPLES if packing else LENGTH
     rows = [{"input_ids": x, "labels": x, "position_ids": [i % n for i in range(LENGTH)]} for x in ids.tolist()]
-    return FlatCollator()(rows)
+    return PaddingFreeCollator()(rows)
 
 
 def kept_by_autograd(config: dict[str, Any], recipe: Recipe, run: RunShape) -> int:
@@ -75,12 +75,12 @@ def kept_by_autograd(config: dict[str, Any], recipe: Recipe, run: RunShape) -> i
     )
     net: Any = attach(model, arch, place(arch, recipe.adapter), 0).train()
     model.set_attn_implementation(packed.NAME if run.attention == "packed" else run.attention)
-    score_by_chunks(model)
+    use_chunked_loss(model)
     by_factors(net)
     if run.activation_checkpointing == "mla":
-        recompute_mla(net)
+        enable_mla_checkpointing(net)
     else:
-        lean_norms(net, None)
+        use_lean_norms(net, None)
     if run.activation_checkpointing == "full":
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

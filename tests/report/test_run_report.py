@@ -178,7 +178,7 @@ class Page(HTMLParser):
 def test_every_text_is_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
     bad = "</pre><script src=http://evil>alert(1)</script><img src=//evil>\"'"
     run: dict[str, Any] = {
-        "state": bad, "error": bad, "base": bad, "model_type": bad, "environment": {bad: bad}, "chosen": {bad: bad},
+        "state": bad, "error": bad, "base": bad, "model_type": bad, "environment": {bad: bad}, "kernels": {bad: bad},
         "data": {"source": bad}, "working_folder": bad, "device": bad,
         "adapter": {"method": bad, "matrices": {bad: 1}, "trainable_params": 1},
         "samples": {"seconds": {"before": 1.0}, "answers": [{"prompt": bad, "reference": bad, "before": bad}]},

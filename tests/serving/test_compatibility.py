@@ -22,7 +22,7 @@ from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
-from mla_tune.serving.compatibility import Judgment, judge
+from mla_tune.serving.compatibility import CompatibilityReport, check_compatibility
 from mla_tune.serving.engines import FILE, VERDICTS, Engine, Fact, load_engines
 from tests.helpers.fp8 import make_fp8
 from tests.helpers.merging import edit_json, edit_tensors, make_adapter, make_base
@@ -73,14 +73,14 @@ def plain(root: Path, v3: Path) -> Path:
     return make_adapter(root / "plain", v3, target_modules=ATTENTION, target_parameters=MLP + SHARED)
 
 
-def judged(engine: str, base: Path, adapter: Path | None = None) -> Judgment:
+def judged(engine: str, base: Path, adapter: Path | None = None) -> CompatibilityReport:
     checkpoint = Checkpoint.open(base)
     arch = architecture(checkpoint.config)
     opened: Adapter | None = open_adapter(adapter, arch, checkpoint.tensors) if adapter else None
-    return judge(ENGINES[engine], checkpoint, arch, opened)
+    return check_compatibility(ENGINES[engine], checkpoint, arch, opened)
 
 
-def verdicts(judgment: Judgment) -> dict[str, str]:
+def verdicts(judgment: CompatibilityReport) -> dict[str, str]:
     """Subject → verdict; a subject that comes twice must not differ."""
     found: dict[str, str] = {}
     for check in judgment.checks:
@@ -208,7 +208,9 @@ def test_a_new_engine_and_fact_need_no_code(tmp_path: Path, v3: Path, plain: Pat
     file.write_text(json.dumps(data))
     checkpoint = Checkpoint.open(v3)
     arch = architecture(checkpoint.config)
-    found = judge(load_engines(file)["tgi"], checkpoint, arch, open_adapter(plain, arch, checkpoint.tensors))
+    found = check_compatibility(
+        load_engines(file)["tgi"], checkpoint, arch, open_adapter(plain, arch, checkpoint.tensors)
+    )
     assert verdicts(found)["W_O"] == "dropped"
     assert verdicts(found)["W_DQ"] == "unknown"
     assert found.verdict == "dropped"
@@ -329,7 +331,9 @@ def test_router_keys(v3: Path, tmp_path: Path) -> None:
 def test_head_sizes_of_vllm(v3: Path, sizes: dict[str, int], verdict: str, word: str) -> None:
     checkpoint = Checkpoint.open(v3)
     arch = architecture(checkpoint.config | sizes)
-    check = next(c for c in judge(ENGINES["vllm"], checkpoint, arch).model if c.item.subject == "attention")
+    check = next(
+        c for c in check_compatibility(ENGINES["vllm"], checkpoint, arch).model if c.item.subject == "attention"
+    )
     assert check.verdict == verdict
     assert check.says.startswith(word)
 

@@ -27,9 +27,9 @@ from mla_tune.model.attach import attach
 from mla_tune.preflight.family_limits import apply_family_limits
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
-from mla_tune.training.kernels.chunked_loss import score_by_chunks
+from mla_tune.training.kernels.chunked_loss import use_chunked_loss
 from mla_tune.training.kernels.lora_linear import by_factors
-from mla_tune.training.kernels.mla_checkpointing import recompute_mla
+from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from tests.helpers.families import checkpoint, rows
 from tests.helpers.tiny_families import FAMILIES, VOCABULARY, build, tiny
 
@@ -153,9 +153,9 @@ def test_our_loss_and_recomputation_give_the_stock_gradients(name: str) -> None:
     stock, ours = adapted(name, placement), adapted(name, placement)
     want = stock.train()(input_ids=IDS, labels=IDS, use_cache=False).loss
     want.backward()
-    score_by_chunks(ours.get_base_model())
+    use_chunked_loss(ours.get_base_model())
     by_factors(ours)
-    recompute_mla(ours)
+    enable_mla_checkpointing(ours)
     loss = ours.train()(input_ids=IDS, labels=IDS, token_loss=True) / (IDS.numel() - 1)
     loss.backward()
     assert abs(float((loss - want).detach())) < 1e-5

@@ -20,14 +20,14 @@ from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import place
 from mla_tune.errors import InputError
 from mla_tune.model.attach import attach
-from mla_tune.model.fp8 import Fp8Matrix, Layout
+from mla_tune.model.fp8 import Fp8Weight, ScaleLayout
 from mla_tune.model.load import Loaded, load_model
-from mla_tune.model.nf4 import Nf4Matrix
-from mla_tune.model.quantized_linear import FrozenLinear, Matrix, linear
+from mla_tune.model.nf4 import Nf4Weight
+from mla_tune.model.quantized_linear import QuantizedLinear, QuantizedWeight, linear
 from mla_tune.recipe.schema import AdapterSection, ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.training.kernels.lora_linear import by_factors
-from mla_tune.training.kernels.mla_checkpointing import recompute_mla
+from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from tests.helpers.fp8 import dequantized, make_fp8
 from tests.helpers.merging import edit_json
 from tests.helpers.tiny_families import tiny, vocabulary
@@ -134,7 +134,7 @@ def test_ways_of_running_the_layers(way: str, tmp_path: Path) -> None:
     if way != "PEFT's own forward":
         by_factors(ours)
     if way == "mla":
-        recompute_mla(ours)
+        enable_mla_checkpointing(ours)
     if way == "full":
         ours.gradient_checkpointing_enable({"use_reentrant": False})
         ours.enable_input_require_grads()
@@ -165,10 +165,10 @@ def test_one_layer_against_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, columns, block = 10, 7, (3, 4)
     codes = torch.randn(2, rows, columns, generator=generator).to(torch.float8_e4m3fn)
-    layout = Layout(block, parts=2)
+    layout = ScaleLayout(block, parts=2)
     assert layout.scales((2, rows, columns)) == (2, 4, 2)
     scales = torch.rand(2, 4, 2, generator=generator)
-    matrix = Fp8Matrix(codes, scales, layout)
+    matrix = Fp8Weight(codes, scales, layout)
     for expert in (0, 1):
         weight = torch.empty(rows, columns, dtype=torch.float64)
         for i in range(rows):
@@ -210,7 +210,7 @@ def test_memory_is_a_byte_a_weight_and_one_matrix_in_numbers(tmp_path: Path) -> 
     largest = Largest()
     with largest:
         loaded = load(fp8)
-    matrices = {m: math.prod(m.shape) for m in loaded.model.modules() if isinstance(m, Matrix)}
+    matrices = {m: math.prod(m.shape) for m in loaded.model.modules() if isinstance(m, QuantizedWeight)}
     weights = sum(matrices.values())
     assert loaded.quantized == {
         "kind": "fp8",
@@ -220,8 +220,8 @@ def test_memory_is_a_byte_a_weight_and_one_matrix_in_numbers(tmp_path: Path) -> 
     }
     others = {n: p for n, p in loaded.model.named_parameters() if not p.isnan().all()}
     assert not any(n.endswith("_proj.weight") for n in others)
-    stand_ins = 4 * len(matrices)
-    assert owned_bytes(loaded.model) <= loaded.quantized["bytes"] + stand_ins + 4 * (
+    placeholders = 4 * len(matrices)
+    assert owned_bytes(loaded.model) <= loaded.quantized["bytes"] + placeholders + 4 * (
         sum(p.numel() for p in others.values()) + sum(b.numel() for n, b in loaded.model.named_buffers() if "freq" in n)
         + sum(b.numel() for n, b in loaded.model.named_buffers() if n.endswith("correction_bias"))
     )  # fmt: skip
@@ -244,7 +244,7 @@ def test_memory_is_a_byte_a_weight_and_one_matrix_in_numbers(tmp_path: Path) -> 
 
 def test_a_weight_read_past_its_layer_is_nan(tmp_path: Path) -> None:
     layer: Any = load(fp8_pair(tmp_path)[0]).model.get_submodule("model.layers.0.self_attn.o_proj")
-    assert isinstance(layer, FrozenLinear)
+    assert isinstance(layer, QuantizedLinear)
     assert layer.weight.isnan().all()
     assert not layer.weight.requires_grad
 
@@ -262,7 +262,7 @@ NF4_TABLE = [
 def test_nf4_codes_are_the_nearest_of_the_papers_table() -> None:
     """Read without bitsandbytes: two codes a byte, 64 numbers a scale; the last block is not full."""
     weight = torch.randn(3, 11, 26, generator=torch.Generator().manual_seed(0))
-    matrix = Nf4Matrix(weight)
+    matrix = Nf4Weight(weight)
     table = torch.tensor(NF4_TABLE)
     for expert in range(3):
         packed = matrix.codes[expert]
@@ -283,7 +283,7 @@ def test_loss_and_gradients_above_nf4_equal_those_above_the_same_numbers(tmp_pat
     oracle = plain(tmp_path / "drawn")
     quantized = 0
     for name, module in loaded.model.named_modules():
-        if isinstance(module, Matrix):
+        if isinstance(module, QuantizedWeight):
             weight = oracle.get_parameter(name.removesuffix("_matrix"))
             numbers = [module.numbers(torch.float32, e) for e in range(len(weight))] if weight.ndim == 3 else None
             weight.data = torch.stack(numbers) if numbers else module.numbers(torch.float32)
@@ -298,7 +298,7 @@ def test_loss_and_gradients_above_nf4_equal_those_above_the_same_numbers(tmp_pat
 
 def test_nf4_takes_half_a_byte_a_weight() -> None:
     """4 bits, 8 for the scale of 64 numbers, 32 for that of 256 scales; two tables a matrix come on top."""
-    matrix = Nf4Matrix(torch.randn(8, 256, 512))
+    matrix = Nf4Weight(torch.randn(8, 256, 512))
     tables = matrix.table.nbytes + matrix.outer_table.nbytes + matrix.mean.nbytes
     assert (matrix.nbytes - tables) / (8 * 256 * 512) == 0.5 + 1 / 64 + 4 / (64 * 256)
 

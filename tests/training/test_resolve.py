@@ -148,12 +148,16 @@ def test_every_verb_refuses_with_the_same_words(
 def test_what_was_not_tried_sharded_is_refused_before_processes_start(
     cli, sharding: str, sets: list[str], words: str, tmp_path: Path
 ) -> None:
-    said = failure(lambda: resolve(load_recipe("safe", sets), Worker(count=2, local_count=2, sharding=sharding)))
+    said = failure(
+        lambda: resolve(load_recipe("safe", sets), Worker(world_size=2, local_world_size=2, sharding=sharding))
+    )
     assert words in said
     options = [x for s in [*sets, f"output.dir={tmp_path / 'run'}"] for x in ("--set", s)]
     done = cli("train", "--recipe", "safe", "--launch", sharding, "--processes", "2", *options)
     assert (done.code, done.err) == (2, f"error: {said}\n")
-    assert resolve(load_recipe("safe", sets), Worker(count=2, local_count=2)).recipe == load_recipe("safe", sets)
+    assert resolve(load_recipe("safe", sets), Worker(world_size=2, local_world_size=2)).recipe == load_recipe(
+        "safe", sets
+    )
 
 
 @pytest.mark.parametrize("family", ["kimi_linear", "bailing_hybrid", "deepseek_v3"])

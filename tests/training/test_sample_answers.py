@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mla_tune.recipe.load import load_recipe
 from mla_tune.training import sample_answers as module
-from mla_tune.training.sample_answers import question_of, questions
+from mla_tune.training.sample_answers import prompt_of_row, sample_prompts
 from tests.helpers.data import ASSISTANT, BOS, USER, make_tokenizer
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "light", "paper", "glass", "north"]
@@ -111,13 +111,13 @@ def test_asking_puts_everything_back(rows_file: Path) -> None:
 
     before = state()
     tokenizer = load_tokenizer(tokenizer_source(section))
-    question = question_of({"text": "one two three four"}, tokenizer, "auto")
+    question = prompt_of_row({"text": "one two three four"}, tokenizer, "auto")
     assert question is not None
-    texts, _ = module.answer(net, loaded, tokenizer, [question])
+    texts, _ = module.answer_prompts(net, loaded, tokenizer, [question])
     assert texts[0]
     assert state() == before
     with pytest.raises(IndexError):
-        module.answer(net, loaded, tokenizer, [module.Question([10**6], "", "")])
+        module.answer_prompts(net, loaded, tokenizer, [module.SamplePrompt([10**6], "", "")])
     assert state() == before
     assert torch.is_grad_enabled()
 
@@ -140,7 +140,7 @@ def test_prompts_of_every_kind_of_row() -> None:
     tokenizer = make_tokenizer()
 
     def asked(row: dict[str, Any], template: str = "auto") -> tuple[str, str] | None:
-        question = question_of(row, tokenizer, template)
+        question = prompt_of_row(row, tokenizer, template)
         return None if question is None else (tokenizer.decode(question.ids), question.reference)
 
     prompt = {"prompt": "the cat", "completion": "sat"}
@@ -162,5 +162,5 @@ def test_prompts_of_every_kind_of_row() -> None:
 def test_prompts_that_leave_no_room_are_passed_over() -> None:
     tokenizer, recipe = make_tokenizer(), load_recipe("safe", ["output.samples=2"])
     rows = [{"prompt": "x" * n, "completion": "y"} for n in (400, 5, 300, 6, 7)]
-    assert [q.prompt for q in questions(recipe, rows, tokenizer, 200)] == ["xxxxx", "xxxxxx"]
+    assert [q.prompt for q in sample_prompts(recipe, rows, tokenizer, 200)] == ["xxxxx", "xxxxxx"]
     assert module.NEW_TOKENS == 64

@@ -188,7 +188,7 @@ def test_a_wrong_input_is_told_at_once(merged: Path) -> None:
     """The worker's start does not hold it up, and leaves nothing on the terminal."""
     began = time.monotonic()
     done = subprocess.run(
-        [*command(merged), "--min-survival", "0.5", "--adapter", str(merged / "nowhere")],
+        [*command(merged), "--min-retained", "0.5", "--adapter", str(merged / "nowhere")],
         capture_output=True,
         text=True,
     )

@@ -26,7 +26,7 @@ from mla_tune.arch.build import architecture
 from mla_tune.errors import FileError, InputError
 from mla_tune.merge.run import merge_absorb
 from mla_tune.verification.dequantize import same_bytes
-from mla_tune.verification.verify import Verified, verify
+from mla_tune.verification.verify import VerifyResult, verify
 from tests.helpers.fp8 import dequantized, make_fp8, quantize, spread
 from tests.helpers.merging import edit_json, edit_tensors, load, make_adapter, make_base
 from tests.merge.test_fp8 import FORMATS
@@ -78,11 +78,11 @@ def fp8(root: Path, base: Path) -> Path:
     return make_fp8(base, root / "fp8", (8, 16))
 
 
-def verified(out: Path, base: Path, *adapters: Path) -> Verified:
+def verified(out: Path, base: Path, *adapters: Path) -> VerifyResult:
     return verify(out, base, [(a, 1.0) for a in adapters], probe=False)
 
 
-def holds(out: Path, base: Path, *adapters: Path) -> Verified:
+def holds(out: Path, base: Path, *adapters: Path) -> VerifyResult:
     found = verified(out, base, *adapters)
     assert not found.proof.failures
     assert found.holds
@@ -340,7 +340,7 @@ def test_whole_tensors_hold(modules: list[str], dtype: str, base: Path, tmp_path
 def test_untied_heads_hold(tmp_path: Path) -> None:
     tied = make_base(tmp_path / "base", "minicpm3", "bfloat16")
     head = make_adapter(tmp_path / "adapter", tied, target_modules=["lm_head", "kv_b_proj"])
-    merge_absorb(head, tied, tmp_path / "out", options=Options(untie=True), verify=False)
+    merge_absorb(head, tied, tmp_path / "out", options=Options(untie_embeddings=True), verify=False)
     holds(tmp_path / "out", tied)
     edit_json(tmp_path / "out" / "config.json", tie_word_embeddings=True)
     assert "still ties it" in wrong(tmp_path / "out", tied)["lm_head.weight"]

@@ -172,7 +172,7 @@ def _block(size: Any, where: str) -> tuple[int, int]:
     raise InputError(f"{where} is {size!r}; the rows and columns of a block are needed, such as [128, 128]. {_ADVICE}")
 
 
-def raise_together(arch: Architecture, checkpoint: Checkpoint, touched: Collection[str]) -> set[str]:
+def dequantize_fused_group(arch: Architecture, checkpoint: Checkpoint, touched: Collection[str]) -> set[str]:
     """The FP8 weights that leave FP8 when those among `touched` do.
 
     vLLM makes one layer, of one precision, of q_a_proj and kv_a_proj_with_mqa, of gate_proj and up_proj, and of all
@@ -185,12 +185,12 @@ def raise_together(arch: Architecture, checkpoint: Checkpoint, touched: Collecti
             layer = layers.setdefault((site.path.rpartition(".")[0], _FUSED[site.role]), set())
             # Experts may lie on disk one by one or as one stack.
             layer.update(key for key in (*site.disk_keys(), site.path) if key in codes)
-    raised = codes.intersection(touched)
-    return raised.union(*(layer for layer in layers.values() if not layer.isdisjoint(raised)))
+    dequantized = codes.intersection(touched)
+    return dequantized.union(*(layer for layer in layers.values() if not layer.isdisjoint(dequantized)))
 
 
-def edit_config(config: Mapping[str, Any], raised: Collection[str], quantized: Collection[str]) -> dict[str, Any]:
-    """A copy of config.json for a checkpoint in which the weights `raised` (keys) are not FP8 any more.
+def edit_config(config: Mapping[str, Any], dequantized: Collection[str], quantized: Collection[str]) -> dict[str, Any]:
+    """A copy of config.json for a checkpoint in which the weights `dequantized` (keys) are not FP8 any more.
 
     `quantized` are all weights that were.  Where none is left the description goes.  Otherwise the modules are named so
     that transformers and vLLM both keep them as they are:
@@ -204,14 +204,14 @@ def edit_config(config: Mapping[str, Any], raised: Collection[str], quantized: C
     """
     result = deepcopy(dict(config))
     field = quantization_field(config)
-    if field is None or not raised:
+    if field is None or not dequantized:
         return result
     quant = result[field]
     # A calibrated KV cache is described in the same table.
-    if set(raised) >= set(quantized) and not quant.get("kv_cache_scheme"):
+    if set(dequantized) >= set(quantized) and not quant.get("kv_cache_scheme"):
         del result[field]
         return result
-    modules = dict.fromkeys(_module(key) for key in raised)
+    modules = dict.fromkeys(_module(key) for key in dequantized)
     if quant["quant_method"].lower() == "compressed-tensors":
         entries = [f"re:{re.escape(m)}" if m.endswith(".experts") else m for m in modules]
         quant["ignore"] = _joined(quant.get("ignore"), entries)

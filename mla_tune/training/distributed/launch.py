@@ -32,13 +32,13 @@ class Worker:
 
     rank: int = 0
     local_rank: int = 0
-    count: int = 1
-    local_count: int = 1
+    world_size: int = 1
+    local_world_size: int = 1
     launched: bool = False
     sharding: str = "none"
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """The one that talks and writes."""
         return self.rank == 0
 
@@ -50,9 +50,9 @@ def worker() -> Worker:
     sharding = "fsdp2" if on["FSDP"] else "zero3" if on["DEEPSPEED"] else "none"
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Worker(sharding=sharding)
-    count = int(env["WORLD_SIZE"])
+    world_size = int(env["WORLD_SIZE"])
     local = int(env.get("LOCAL_RANK", env["RANK"]))
-    return Worker(int(env["RANK"]), local, count, int(env.get("LOCAL_WORLD_SIZE", count)), True, sharding)
+    return Worker(int(env["RANK"]), local, world_size, int(env.get("LOCAL_WORLD_SIZE", world_size)), True, sharding)
 
 
 def launch_file(name: str) -> Path:
@@ -93,7 +93,7 @@ def check_options(launch: str | None, processes: int | None) -> None:
     here = worker()
     if processes is not None and here.launched:
         raise InputError(
-            f"--processes is for a run without a launcher, and a launcher started {here.count} processes already: "
+            f"--processes is for a run without a launcher, and a launcher started {here.world_size} processes already: "
             "leave it out"
         )
     if processes is not None and processes < 1:
@@ -184,9 +184,9 @@ def is_first_to_say(text: str) -> bool:
     return True
 
 
-def only_the_first_talks() -> None:
+def silence_other_processes() -> None:
     """Silence the two consoles of every other process; its errors still come through."""
     from mla_tune import console
 
-    if not worker().first:
+    if not worker().is_main_process:
         console.out.quiet = console.err.quiet = True

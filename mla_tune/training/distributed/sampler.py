@@ -18,20 +18,20 @@ from transformers import TrainerCallback
 from mla_tune.data.encode import IGNORED
 
 #: A row without effect: one token has nothing before it that could predict it.
-FILLER = {"input_ids": [0], "labels": [IGNORED]}
+DUMMY_ROW = {"input_ids": [0], "labels": [IGNORED]}
 
 
-def is_filler(row: dict[str, Any]) -> bool:
+def is_dummy_row(row: dict[str, Any]) -> bool:
     return len(row["input_ids"]) == 1
 
 
-def with_filler(rows: Sequence[dict[str, Any]]) -> Dataset:
+def with_dummy_row(rows: Sequence[dict[str, Any]]) -> Dataset:
     """The rows, and the filler after them."""
-    filler = FILLER | ({"position_ids": [0]} if "position_ids" in rows[0] else {})
+    filler = DUMMY_ROW | ({"position_ids": [0]} if "position_ids" in rows[0] else {})
     return Dataset.from_list([*rows, filler])
 
 
-class EvenSampler(Sampler[int]):
+class PaddedDistributedSampler(Sampler[int]):
     """Indices of `rows` rows, shuffled by `seed` and epoch (None: as they lie), then of the filler (index `rows`) until
     the last global batch of `batch` rows is whole."""
 
@@ -56,7 +56,7 @@ class SetEpoch(TrainerCallback):
     """Tells the sampler which epoch begins: behind accelerate's wrappers for many processes and for skipped batches
     nobody else does, and a run resumed in its second epoch would have the first one's order."""
 
-    def __init__(self, sampler: EvenSampler) -> None:
+    def __init__(self, sampler: PaddedDistributedSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

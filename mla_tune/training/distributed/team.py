@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mla_tune.console import err
 from mla_tune.errors import MlaTuneError, WorkError
 from mla_tune.model.load import pick_device
-from mla_tune.model.quantized_linear import let_shard
+from mla_tune.model.quantized_linear import prepare_for_fsdp
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.distributed.deepspeed import is_handle, use_gloo_alone, whole_parameters
 from mla_tune.training.distributed.launch import Worker, worker
@@ -47,54 +47,54 @@ class Team:
     here: Worker
 
     @property
-    def first(self) -> bool:
-        return self.here.first
+    def is_main_process(self) -> bool:
+        return self.here.is_main_process
 
     @property
-    def many(self) -> bool:
-        return self.here.count > 1
+    def is_distributed(self) -> bool:
+        return self.here.world_size > 1
 
     @property
     def sharded(self) -> bool:
         """Whether a process holds a part of the model only."""
-        return self.many and self.here.sharding != "none"
+        return self.is_distributed and self.here.sharding != "none"
 
     @property
-    def by_zero3(self) -> bool:
-        return self.many and self.here.sharding == "zero3"
+    def uses_zero3(self) -> bool:
+        return self.is_distributed and self.here.sharding == "zero3"
 
     def wait(self) -> None:
         """Until all are here."""
-        if self.many:
+        if self.is_distributed:
             dist.barrier()
 
-    def same(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first one's value."""
-        if not self.many:
+        if not self.is_distributed:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def by_first(self, work: Callable[[], T]) -> T:
+    def main_process_only(self, work: Callable[[], T]) -> T:
         """The first does it, and all have the result.  Its error is told once; the others leave with its exit code."""
-        return self.same(self._first_alone(work)) if self.many else work()  # type: ignore[return-value]
+        return self.broadcast(self._main_process_alone(work)) if self.is_distributed else work()  # type: ignore[return-value]
 
-    def first_then_others(self, work: Callable[[], T]) -> T:
+    def main_process_first(self, work: Callable[[], T]) -> T:
         """All do it, the first before the rest, who find on the disk what it left there."""
-        if not self.many:
+        if not self.is_distributed:
             return work()
-        result = self._first_alone(work)
-        return result if self.first else work()  # type: ignore[return-value]
+        result = self._main_process_alone(work)
+        return result if self.is_main_process else work()  # type: ignore[return-value]
 
-    def _first_alone(self, work: Callable[[], T]) -> T | None:
+    def _main_process_alone(self, work: Callable[[], T]) -> T | None:
         result, error = None, None
-        if self.first:
+        if self.is_main_process:
             try:
                 result = work()
             except Exception as caught:
                 error = caught
-        code = self.same(getattr(error, "exit_code", 1) if error is not None else 0)
+        code = self.broadcast(getattr(error, "exit_code", 1) if error is not None else 0)
         if error is not None:
             raise error
         if code:
@@ -102,10 +102,10 @@ class Team:
         return result
 
 
-def join(recipe: Recipe) -> Team:
+def init_distributed(recipe: Recipe) -> Team:
     """Find the other processes, if a launcher started any."""
     here = worker()
-    if here.count > 1 and not dist.is_initialized():
+    if here.world_size > 1 and not dist.is_initialized():
         gpu = pick_device(recipe.model.device).type == "cuda"
         if gpu:
             torch.cuda.set_device(here.local_rank)
@@ -116,7 +116,7 @@ def join(recipe: Recipe) -> Team:
     return Team(here)
 
 
-def leave() -> None:
+def destroy_distributed() -> None:
     """After a run that went well: wait for the others, then take the group apart."""
     if dist.is_initialized():
         dist.barrier()
@@ -124,7 +124,7 @@ def leave() -> None:
 
 
 @contextlib.contextmanager
-def lost_others_told(team: Team, advice: Callable[[], str]) -> Iterator[None]:
+def explain_lost_processes(team: Team, advice: Callable[[], str]) -> Iterator[None]:
     """Turns the error of a communication that broke into one that says so; `advice` how to go on."""
     try:
         yield
@@ -132,15 +132,15 @@ def lost_others_told(team: Team, advice: Callable[[], str]) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error).strip()
-        if not team.many or not any(word in text.lower() for word in _LOST):
+        if not team.is_distributed or not any(word in text.lower() for word in _LOST):
             raise
         first = text.splitlines()[0][:160] if text else type(error).__name__
         raise WorkError(f"another process of this run ended, or does not answer ({first}){advice()}") from error
 
 
-def tell_idle_gpus(here: Worker, device: torch.device) -> None:
+def warn_about_idle_gpus(here: Worker, device: torch.device) -> None:
     """A line where one process leaves GPUs idle."""
-    if here.count == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
+    if here.world_size == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
         n = torch.cuda.device_count()
         err.print(f"{n} GPUs are here and one is used; all of them: add --processes {n}")
 
@@ -167,7 +167,7 @@ def set_up_sharding(accelerator: Any, full: bool) -> None:
         with contextlib.ExitStack() as stack:
             for model in args:
                 if isinstance(model, torch.nn.Module):
-                    let_shard(model)
+                    prepare_for_fsdp(model)
                     stack.enter_context(_buffers_of_the_first(model))
             return prepare(*args, **kwargs)
 
@@ -195,7 +195,7 @@ def _buffers_of_the_first(model: torch.nn.Module) -> Iterator[None]:
             module._non_persistent_buffers_set.discard(name)
 
 
-def gathered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def gather_trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Trained parameters of a sharded model, whole, on the CPU of the first process; elsewhere none (ZeRO-3: all the
     same).  All call it."""
     if any(is_handle(p) for p in model.parameters()):

@@ -38,7 +38,7 @@ EXPERTS = ("grouped_mm", "eager")
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class AutotuneResult:
     """What was chosen for `what`, and the milliseconds of each candidate (a text where it failed)."""
 
     what: str
@@ -52,7 +52,9 @@ class Choice:
         return f"{self.what}: {self.name} ({found}{', measured earlier' if self.remembered else ''})"
 
 
-def choose_attention(arch: Architecture, rows: list[list[int]], device: torch.device, dtype: torch.dtype) -> Choice:
+def autotune_attention(
+    arch: Architecture, rows: list[list[int]], device: torch.device, dtype: torch.dtype
+) -> AutotuneResult:
     """The fastest attention for a batch of `rows`, each the lengths of its samples."""
     packed.register()
     names = [packed.NAME, "sdpa"]
@@ -95,7 +97,7 @@ def _block_diagonal(row: list[int], width: int) -> torch.Tensor:
     return (sample[:, None] == sample[None]) & torch.ones(width, width, dtype=torch.bool).tril()
 
 
-def choose_experts(model: Any, arch: Architecture, names: tuple[str, ...], device: torch.device) -> Choice:
+def autotune_experts(model: Any, arch: Architecture, names: tuple[str, ...], device: torch.device) -> AutotuneResult:
     """The fastest implementation of the model's routed experts, timed on its first expert layer."""
     module = next(m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "down_proj"))
     weight = module.gate_up_proj
@@ -137,14 +139,14 @@ def _rounded(count: int) -> int:
 
 def _choose(
     what: str, names: list[str], one: Callable[[str], Callable[[], None]], key: list[Any], device: torch.device
-) -> Choice:
+) -> AutotuneResult:
     if len(names) == 1:
-        return Choice(what, names[0], {})
+        return AutotuneResult(what, names[0], {})
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
     full = hashlib.sha256(json.dumps([what, names, key, machine, torch.__version__]).encode()).hexdigest()[:16]
     kept = _read()
     if full in kept:
-        return Choice(what, kept[full]["name"], kept[full]["tried"], remembered=True)
+        return AutotuneResult(what, kept[full]["name"], kept[full]["tried"], remembered=True)
     tried: dict[str, float | str] = {}
     runs: dict[str, Callable[[], None]] = {}
     for name in names:
@@ -161,7 +163,7 @@ def _choose(
     tried |= {name: round(statistics.median(t), 3) for name, t in times.items()}
     best = min(runs, key=lambda name: tried[name], default=names[0])
     _write({**kept, full: {"what": what, "name": best, "tried": tried}})
-    return Choice(what, best, tried)
+    return AutotuneResult(what, best, tried)
 
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:

@@ -30,7 +30,7 @@ from mla_tune.training.distributed.deepspeed import is_handle
 KEYWORD = "token_loss"
 
 
-def score_by_chunks(model: Any) -> None:
+def use_chunked_loss(model: Any) -> None:
     """Let the causal LM `model` answer `model(…, labels=labels, token_loss=True)` with the summed loss of its trained
     tokens, a float32 number, in nats.  Without the keyword its forward is what it was.
 

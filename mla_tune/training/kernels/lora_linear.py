@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 
-from mla_tune.model.quantized_linear import FrozenLinear, matrix_of
+from mla_tune.model.quantized_linear import QuantizedLinear, quantized_weight_of
 
 
 def by_factors(model: torch.nn.Module, adapter: str = "default") -> int:
@@ -38,8 +38,8 @@ def by_factors(model: torch.nn.Module, adapter: str = "default") -> int:
 
 def _is_frozen_experts(layer: Any, adapter: str) -> bool:
     experts = layer.get_base_layer()
-    return not isinstance(experts, FrozenLinear) and (
-        matrix_of(experts, layer.parameter_name) is not None and list(layer.lora_A) == [adapter]
+    return not isinstance(experts, QuantizedLinear) and (
+        quantized_weight_of(experts, layer.parameter_name) is not None and list(layer.lora_A) == [adapter]
     )
 
 
@@ -64,7 +64,7 @@ def _experts_forward_of(layer: Any, adapter: str, original: Callable[..., torch.
 def _is_plain(layer: Any, adapter: str) -> bool:
     base = layer.base_layer
     if (
-        type(base) not in (torch.nn.Linear, FrozenLinear)
+        type(base) not in (torch.nn.Linear, QuantizedLinear)
         or list(layer.lora_A) != [adapter]
         or layer.lora_magnitude_vector
     ):

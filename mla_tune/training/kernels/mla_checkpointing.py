@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from mla_tune.training.kernels.packed_attention import MEMO, NAME
-from mla_tune.training.kernels.rms_norm import lean_norms
+from mla_tune.training.kernels.packed_attention import ATTENTION_CACHE, NAME
+from mla_tune.training.kernels.rms_norm import use_lean_norms
 
 #: Submodules whose results are kept, so that only what comes after them is computed again.
 DOWN = ("q_a_proj", "kv_a_proj_with_mqa")
@@ -39,14 +39,14 @@ _ATTENTION = {
 }
 
 
-def recompute_mla(model: torch.nn.Module) -> None:
+def enable_mla_checkpointing(model: torch.nn.Module) -> None:
     """Make every RMSNorm and MLA attention of `model` recompute; outputs stay the same bits, gradients too but for
     the order of sums.
 
     Call it after adapters are attached: modules are looked up when they run.
     """
     notes = _Notes()
-    lean_norms(model, notes.add)
+    use_lean_norms(model, notes.add)
     for module in model.modules():
         if hasattr(module, "kv_b_proj") and hasattr(module, "expand_kv"):
             _recompute_attention(module)
@@ -131,12 +131,12 @@ def _recompute_attention(attention: Any) -> None:
 
     def core(hidden: torch.Tensor, given: dict[str, torch.Tensor], memo: list[Any], kwargs: dict[str, Any]) -> Any:
         others = {name: _Given(result) for name, result in given.items()}
-        token = MEMO.set(memo)
+        token = ATTENTION_CACHE.set(memo)
         try:
             with _swapped(attention, {**others, "o_proj": _Given()}):
                 return original(hidden, **kwargs)
         finally:
-            MEMO.reset(token)
+            ATTENTION_CACHE.reset(token)
 
     def forward(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

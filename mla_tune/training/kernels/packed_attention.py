@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "mla_tune_packed"
 #: What the attention of the module under recomputation gave the first time, if it ran: [output, log-sum-exps].
-MEMO: ContextVar[list[Any] | None] = ContextVar("attention_memo", default=None)
+ATTENTION_CACHE: ContextVar[list[Any] | None] = ContextVar("attention_memo", default=None)
 #: Arguments that some families hand to their attention, and that this one does not know.
 UNKNOWN = ("s_aux", "indices", "sliding_window", "softcap", "position_bias")
 
@@ -81,7 +81,7 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, lengths: list[int], scale: float) -> torch.Tensor:
-        memo = MEMO.get()
+        memo = ATTENTION_CACHE.get()
         if memo:
             out, lse = memo
         else:

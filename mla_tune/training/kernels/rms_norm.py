@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 
-def lean_norms(model: torch.nn.Module, made: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None] | None) -> int:
+def use_lean_norms(
+    model: torch.nn.Module, made: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None] | None
+) -> int:
     """Replace the forward of every RMSNorm that is the formula above; returns how many.
 
     `made(output, again)` hears of each output in training and how to compute it once more.  A module that computes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mla_tune.training.kernels.chunked_loss import KEYWORD, score_by_chunks
+from mla_tune.training.kernels.chunked_loss import KEYWORD, use_chunked_loss
 from mla_tune.training.objective import Objective, SummedLoss
 
 
@@ -14,7 +14,7 @@ class SupervisedFineTuning(Objective):
 
     def prepare_model(self, model: Any) -> None:
         """Let the model answer with its loss, scored a chunk of tokens at a time."""
-        score_by_chunks(model)
+        use_chunked_loss(model)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> SummedLoss:
         """Sum of −log p(token) over the trained tokens; no metrics."""

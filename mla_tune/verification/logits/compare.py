@@ -26,7 +26,7 @@ from mla_tune.adapter.files import Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import WorkError
-from mla_tune.verification.logits.streamed_model import NotComputed, Streamed, build
+from mla_tune.verification.logits.streamed_model import NotComputed, StreamedModel, build
 from mla_tune.verification.logits.streamed_weights import Weights
 
 #: Share of the free memory that a probe may take.
@@ -41,7 +41,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class LogitsDifference:
     """Logits of one way (`reference`) and another (`other`), over all tokens.
 
     `max_error` is the largest difference of two logits, `largest` the largest logit of the reference (without sign),
@@ -57,7 +57,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeReport:
+class LogitsReport:
     """What the logits said.
 
     `ran` tells whether anything was compared; `reason` why not, or why not everything (empty: everything was).
@@ -72,9 +72,9 @@ class ProbeReport:
     tokens: int
     seed: int
     dtype: str | None
-    effect: Comparison | None
-    merged: Comparison | None
-    absorbed: Comparison | None
+    effect: LogitsDifference | None
+    merged: LogitsDifference | None
+    absorbed: LogitsDifference | None
     idle: bool
     memory: int
     seconds: float
@@ -83,7 +83,7 @@ class ProbeReport:
         return asdict(self)
 
 
-class Probe:
+class LogitsComparison:
     """The logits of one merge: `reference` needs base and adapters only, `compare` the merged model as well.
 
     `adapters` stand with the weights of their deltas.  `absorb` says which tensors the absorbed files hold (split or
@@ -133,7 +133,7 @@ class Probe:
         """Let what another thread computes end soon, with an error."""
         self._stop.set()
 
-    def compare(self, merged: Checkpoint, absorbed: Mapping[str, TensorRef]) -> ProbeReport:
+    def compare(self, merged: Checkpoint, absorbed: Mapping[str, TensorRef]) -> LogitsReport:
         """The report for `merged` and the tensors of its absorbed files, by key.
 
         Raises `CheckError` where a checkpoint or the absorbed files lack a tensor, or one has another shape than the
@@ -167,10 +167,10 @@ class Probe:
         if self.progress:
             self.progress(nbytes)
 
-    def _report(self, ran: bool, **found: Any) -> ProbeReport:
+    def _report(self, ran: bool, **found: Any) -> LogitsReport:
         compared: dict[str, Any] = {"effect": None, "merged": None, "absorbed": None, "idle": False} | found
         about: dict[str, Any] = {"tokens": self.tokens, "seed": self.seed, "dtype": self.dtype, "memory": self.memory}
-        return ProbeReport(ran=ran, reason=self.reason, seconds=self.seconds, **about, **compared)
+        return LogitsReport(ran=ran, reason=self.reason, seconds=self.seconds, **about, **compared)
 
     @contextmanager
     def _computing(self) -> Iterator[tuple[Executor, int]]:
@@ -186,31 +186,33 @@ class Probe:
 
     def _streamed(
         self, checkpoint: Checkpoint, attention: str, readers: tuple[Executor, int], chunk: int | None
-    ) -> Streamed:
+    ) -> StreamedModel:
         assert self.dtype is not None
         # Of this checkpoint: experts may lie otherwise in another program's output.
         arch = self.arch.located(checkpoint.tensors)
         weights = Weights(checkpoint, arch)
         model = build(checkpoint, arch, attention)
-        return Streamed(model, arch, weights, _DTYPES[self.dtype], *readers, chunk, self._passed)
+        return StreamedModel(model, arch, weights, _DTYPES[self.dtype], *readers, chunk, self._passed)
 
     def _unmerged(self, readers: tuple[Executor, int]) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
         """(logits of the base, logits with the adapters, why there are none), logits (T, vocabulary) in float32."""
         from mla_tune.verification.logits.peft_reference import (
-            PeftCannot,
-            SideBySide,
+            PairedForward,
+            PeftUnsupported,
             attach,
+            needs_whole_stacks,
             summed_where_used,
-            whole_stacks,
         )
 
-        streamed = self._streamed(self.base, self._stock, readers, None if whole_stacks(self.adapters) else _CHUNK)
+        streamed = self._streamed(
+            self.base, self._stock, readers, None if needs_whole_stacks(self.adapters) else _CHUNK
+        )
         try:
             model: Any = attach(streamed, self.adapters)
-        except PeftCannot as error:
+        except PeftUnsupported as error:
             why = f"merged was not compared with base + adapters, since PEFT does not compute them: {error}"
             return None, None, why
-        streamed.stream(self.ids, SideBySide(streamed, model))
+        streamed.stream(self.ids, PairedForward(streamed, model))
         with summed_where_used(streamed):
             logits = model(input_ids=self.ids.expand(2, -1), use_cache=False).logits.float()
         streamed.release()
@@ -237,12 +239,12 @@ class Probe:
 
     def _need(self, itemsize: int) -> int:
         """Bytes at the peak: the largest piece with its absorbed tensors, all adapters, and logits."""
-        from mla_tune.verification.logits.peft_reference import whole_stacks
+        from mla_tune.verification.logits.peft_reference import needs_whole_stacks
 
         layers: dict[int | None, int] = {}
         for site in self.arch:
             numbers = site.params
-            if site.is_experts and whole_stacks(self.adapters):
+            if site.is_experts and needs_whole_stacks(self.adapters):
                 numbers *= 4  # W, two deltas, and their sum with W
             elif site.is_experts:
                 numbers = (_readers() + 1) * max(_CHUNK // itemsize, numbers // site.count)
@@ -255,14 +257,14 @@ class Probe:
         return max(layers.values()) + module * 2 * itemsize + held + 8 * logits + _BESIDE
 
 
-def _compare(reference: str, a: torch.Tensor, other: str, b: torch.Tensor) -> Comparison:
+def _compare(reference: str, a: torch.Tensor, other: str, b: torch.Tensor) -> LogitsDifference:
     """Of logits (T, vocabulary), token by token: in float64 all of them at once are more than a layer's weights."""
     kl = same = 0.0
     for x, y in zip(a, b, strict=True):
         p, q = x.double().log_softmax(-1), y.double().log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
         same += float(x.argmax() == y.argmax())
-    return Comparison(
+    return LogitsDifference(
         reference=reference,
         other=other,
         max_error=float((a - b).abs().max()),

@@ -18,23 +18,23 @@ from torch import nn
 
 from mla_tune.adapter.files import Adapter
 from mla_tune.checkpoint.index import TensorRef
-from mla_tune.verification.logits.streamed_model import Streamed, placeholders
+from mla_tune.verification.logits.streamed_model import StreamedModel, placeholders
 from mla_tune.verification.logits.streamed_weights import Slot
 
 #: What PEFT adds to the parameter of a stack of experts while it runs.
 _SUM = "_LoraFactorsProxy"
 
 
-class PeftCannot(Exception):
+class PeftUnsupported(Exception):
     """PEFT doesn't compute with these adapters as they were trained; the text says why."""
 
 
-def attach(streamed: Streamed, adapters: Sequence[tuple[Adapter, float]]) -> PeftModel:
-    """Put the adapters on the model, all active, each delta times its weight.  Raises `PeftCannot`."""
+def attach(streamed: StreamedModel, adapters: Sequence[tuple[Adapter, float]]) -> PeftModel:
+    """Put the adapters on the model, all active, each delta times its weight.  Raises `PeftUnsupported`."""
     names = [f"adapter_{i}" for i in range(len(adapters))]
     for adapter, _ in adapters:
         if any(delta.expert is not None for delta in adapter.deltas):
-            raise PeftCannot(
+            raise PeftUnsupported(
                 f"{adapter.folder}: adapters of single experts, as older versions wrote them, are loaded otherwise "
                 "than they were trained"
             )
@@ -51,7 +51,7 @@ def attach(streamed: Streamed, adapters: Sequence[tuple[Adapter, float]]) -> Pef
             model.base_model.set_adapter(names)
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise PeftCannot(f"loading the adapter fails: {first}") from error
+            raise PeftUnsupported(f"loading the adapter fails: {first}") from error
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             scaling: dict[str, float] = module.scaling  # type: ignore[assignment]
@@ -68,11 +68,11 @@ def attach(streamed: Streamed, adapters: Sequence[tuple[Adapter, float]]) -> Pef
 
 
 def _check_complete(
-    streamed: Streamed, model: nn.Module, adapters: Sequence[tuple[Adapter, float]], names: Sequence[str]
+    streamed: StreamedModel, model: nn.Module, adapters: Sequence[tuple[Adapter, float]], names: Sequence[str]
 ) -> None:
     """PEFT only warns of what is missing, and drops some keys without a word: count the numbers that it took up.
 
-    Raises `PeftCannot`.
+    Raises `PeftUnsupported`.
     """
     trained = sum(slot.trained.numel() for slot in streamed.slots() if slot.trained is not None)
     state = model.state_dict(keep_vars=True)
@@ -80,7 +80,7 @@ def _check_complete(
         parts = [p for key, p in state.items() if name in key.split(".")]
         held, stored = sum(p.numel() for p in parts) + trained, sum(prod(ref.shape) for ref in _of_the_model(adapter))
         if held != stored or any(p.is_meta for p in parts):
-            raise PeftCannot(f"{adapter.folder}: of {stored:,} trained numbers PEFT takes up {held:,}")
+            raise PeftUnsupported(f"{adapter.folder}: of {stored:,} trained numbers PEFT takes up {held:,}")
 
 
 def _of_the_model(adapter: Adapter) -> Iterator[TensorRef]:
@@ -91,11 +91,11 @@ def _of_the_model(adapter: Adapter) -> Iterator[TensorRef]:
     yield from (saved.ref for saved in adapter.saved)
 
 
-class SideBySide:
+class PairedForward:
     """Makes every adapted module compute the first half of a batch without adapters and the second with them, from the
     same base weights."""
 
-    def __init__(self, streamed: Streamed, model: nn.Module) -> None:
+    def __init__(self, streamed: StreamedModel, model: nn.Module) -> None:
         self._switches: dict[nn.Module, list[Any]] = {}
         inside: dict[nn.Module, nn.Module] = {}
         for module in model.modules():
@@ -147,7 +147,7 @@ def _is_switch(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
-def whole_stacks(adapters: Sequence[tuple[Adapter, float]]) -> bool:
+def needs_whole_stacks(adapters: Sequence[tuple[Adapter, float]]) -> bool:
     """Whether PEFT adds the deltas of all experts of a layer up, so that it needs them all: with several adapters at
     once, or when it has not the part that `summed_where_used` replaces."""
     on_experts = any(delta.site.is_experts for adapter, _ in adapters for delta in adapter.deltas)
@@ -155,7 +155,7 @@ def whole_stacks(adapters: Sequence[tuple[Adapter, float]]) -> bool:
 
 
 @contextmanager
-def summed_where_used(streamed: Streamed) -> Iterator[None]:
+def summed_where_used(streamed: StreamedModel) -> Iterator[None]:
     """Meanwhile PEFT's W + s·B·A of a stack of experts is made in the place of W, for the experts that run.
 
     PEFT makes it for all experts, beside W, and twice.  The factors of each expert and s are still PEFT's.  The row

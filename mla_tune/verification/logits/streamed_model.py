@@ -27,7 +27,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import CheckError
 from mla_tune.model.auto import auto_class, set_experts
-from mla_tune.verification.logits.streamed_weights import Memory, Slot, Weights, find_slots
+from mla_tune.verification.logits.streamed_weights import BufferPool, Slot, Weights, find_slots
 
 #: Bytes of a matrix that is multiplied by some rows at a time.
 _ROWS = 1 << 24
@@ -63,7 +63,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Sides(Protocol):
+class Halves(Protocol):
     """Runs parts of a batch in different ways."""
 
     def parts(self, module: nn.Module) -> list[Callable[[], None] | None]:
@@ -72,7 +72,7 @@ class Sides(Protocol):
 
 
 @dataclass(eq=False)
-class Piece:
+class StreamedPart:
     """What is filled and emptied at once; `stacks` are the routed experts in it, by the path of their module."""
 
     path: str
@@ -80,7 +80,7 @@ class Piece:
     stacks: dict[str, list[Slot]] = field(default_factory=dict)
 
 
-class Streamed:
+class StreamedModel:
     """A model of `build`, its weights from `weights`, computing in `dtype`.
 
     `reader` reads experts while others are used: `ahead` chunks of about `chunk` bytes, or of one expert, beside the
@@ -102,11 +102,11 @@ class Streamed:
         self.model, self.arch, self.weights = model, arch, weights
         self.dtype, self.reader, self.chunk = dtype, reader, chunk
         self.progress = progress
-        self.pieces = {path: Piece(path) for path in _piece_paths(model, arch.prefix)}
+        self.pieces = {path: StreamedPart(path) for path in _piece_paths(model, arch.prefix)}
         #: Which expert lies where in the stacks at hand.
         self.experts: list[tuple[int, int]] = []
-        self._dense = Memory(dtype)
-        self._chunk_memory = [Memory(dtype) for _ in range(1 if chunk is None else ahead + 1)]
+        self._dense = BufferPool(dtype)
+        self._chunk_memory = [BufferPool(dtype) for _ in range(1 if chunk is None else ahead + 1)]
         for slot in find_slots(model, weights, arch):
             path = next((p for p in self.pieces if slot.name.startswith(f"{p}.")), None)
             if path is None:
@@ -130,7 +130,7 @@ class Streamed:
             for stack in piece.stacks.values():
                 yield from stack
 
-    def stream(self, tokens: torch.Tensor, sides: Sides | None = None) -> None:
+    def stream(self, tokens: torch.Tensor, sides: Halves | None = None) -> None:
         """From now on the model fills its pieces itself.  `tokens` are those that it will be given."""
         rows = sorted(set(tokens.flatten().tolist()))
         for piece in self.pieces.values():
@@ -143,7 +143,7 @@ class Streamed:
             for path, stack in piece.stacks.items():
                 self._wrap_experts(self.model.get_submodule(path), stack, sides)
 
-    def _wrap(self, module: nn.Module, piece: Piece, rows: list[int]) -> None:
+    def _wrap(self, module: nn.Module, piece: StreamedPart, rows: list[int]) -> None:
         inner: Callable[..., Any] = module.forward
         every = [*piece.slots, *(slot for stack in piece.stacks.values() for slot in stack)]
         size = sum(ref.nbytes for slot in every for ref in slot.refs)
@@ -180,7 +180,7 @@ class Streamed:
 
         module.forward = forward
 
-    def _fill(self, piece: Piece, rows: list[int]) -> None:
+    def _fill(self, piece: StreamedPart, rows: list[int]) -> None:
         memory = self._dense
         memory.reserve(slot.shape for slot in piece.slots if not slot.is_buffer)
         for slot in piece.slots:
@@ -195,7 +195,7 @@ class Streamed:
             if not slot.is_buffer:
                 slot.put(tensor)
 
-    def _wrap_experts(self, module: nn.Module, stack: list[Slot], sides: Sides | None) -> None:
+    def _wrap_experts(self, module: nn.Module, stack: list[Slot], sides: Halves | None) -> None:
         """Run the module for a few experts at a time, on those tokens that are sent to them."""
         inner: Callable[..., torch.Tensor] = module.forward
         parts = sides.parts(module) if sides else [None]
@@ -246,7 +246,7 @@ class Streamed:
         step = max(1, self.chunk // size)
         return [[(e, at) for at, e in enumerate(experts[i : i + step])] for i in range(0, len(experts), step)]
 
-    def _read_experts(self, stack: list[Slot], chunk: list[tuple[int, int]], memory: Memory) -> list[torch.Tensor]:
+    def _read_experts(self, stack: list[Slot], chunk: list[tuple[int, int]], memory: BufferPool) -> list[torch.Tensor]:
         """The stacks of a chunk."""
         assert stack[0].site is not None
         count = stack[0].site.count
@@ -280,7 +280,7 @@ def _piece_paths(model: nn.Module, decoder: str) -> list[str]:
 
 
 @contextmanager
-def placeholders(streamed: Streamed) -> Iterator[None]:
+def placeholders(streamed: StreamedModel) -> Iterator[None]:
     """Meanwhile every parameter is on the CPU, though without memory: PEFT puts adapters where the base's weights are,
     and what is put on the meta device is lost.  What is loaded meanwhile in place of one becomes `Slot.trained`."""
     kept = {}

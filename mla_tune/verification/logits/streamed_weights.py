@@ -11,7 +11,7 @@ from torch import nn
 from mla_tune.arch.site import HEAD, Architecture, Site
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, matrix_shape, nearest
 from mla_tune.errors import CheckError
-from mla_tune.verification.dequantize import TORCH, Reader, Values
+from mla_tune.verification.dequantize import TORCH, TensorReader, Values
 
 #: Numbers read and converted at once: they stay in a core's cache.
 _BLOCK = 1 << 19
@@ -21,13 +21,13 @@ class Weights:
     """Tensors of a checkpoint as numbers, read into tensors that are there already."""
 
     def __init__(self, checkpoint: Checkpoint, arch: Architecture) -> None:
-        self.checkpoint, self.naming = checkpoint, arch.naming
+        self.checkpoint, self.key_mapping = checkpoint, arch.key_mapping
         self.values = Values(checkpoint)
         # Of this checkpoint, not of `arch`: a merged one may be untied.
         self.tied = bool(checkpoint.config.get("tie_word_embeddings", arch.tied))
         #: Where a checkpoint has one end of tied embeddings, it is the other too.
         self.ends = {arch.embedding: arch.head_key, HEAD: arch.embedding_key}
-        self.reader = Reader()
+        self.reader = TensorReader()
 
     def find(self, name: str, site: Site | None) -> list[TensorRef]:
         """The tensors that hold the parameter or buffer `name`: one, or for a stack of experts one for each part.
@@ -35,7 +35,7 @@ class Weights:
         Raises `CheckError` where one is missing.
         """
         tensors = self.checkpoint.tensors
-        keys = site.disk_keys() if site is not None else self.naming.tensors(name, tensors)
+        keys = site.disk_keys() if site is not None else self.key_mapping.tensors(name, tensors)
         if self.tied and keys[0] not in tensors and self.ends.get(name) in tensors:
             return [tensors[self.ends[name]]]
         missing = [key for key in keys if key not in tensors]
@@ -129,7 +129,7 @@ def _check_shape(slot: Slot, checkpoint: Checkpoint) -> None:
             raise CheckError(f"{checkpoint.folder}: '{ref.key}' is {ref.shape}, and the model needs {expected}")
 
 
-class Memory:
+class BufferPool:
     """Tensors cut from one piece of memory that stays: allocated one by one they leave holes behind, layer after layer,
     and fresh pages cost as much time as what is written there."""
 

@@ -12,7 +12,7 @@ import torch
 from mla_tune.arch.build import architecture
 from mla_tune.training.kernels import autotune as choose
 from mla_tune.training.kernels import packed_attention as packed
-from mla_tune.training.kernels.autotune import choose_attention, choose_experts
+from mla_tune.training.kernels.autotune import autotune_attention, autotune_experts
 from tests.helpers.tiny_families import FAMILIES, tiny
 from tests.training.test_train import options, rows_file  # noqa: F401
 
@@ -26,8 +26,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "choices.json"
 
 
-def attention(dtype: torch.dtype = torch.float32) -> choose.Choice:
-    return choose_attention(architecture(FAMILIES["deepseek_v3"]), ROWS, CPU, dtype)
+def attention(dtype: torch.dtype = torch.float32) -> choose.AutotuneResult:
+    return autotune_attention(architecture(FAMILIES["deepseek_v3"]), ROWS, CPU, dtype)
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, *times: float) -> list[Any]:
@@ -90,7 +90,7 @@ def test_experts_are_timed_and_the_model_stays_as_it_was(monkeypatch: pytest.Mon
     model = tiny("deepseek_v3")
     model.set_experts_implementation("grouped_mm")
     timed(monkeypatch, 3.0, 1.0)
-    choice = choose_experts(model, architecture(FAMILIES["deepseek_v3"]), choose.EXPERTS, CPU)
+    choice = autotune_experts(model, architecture(FAMILIES["deepseek_v3"]), choose.EXPERTS, CPU)
     assert choice.name == "eager"
     assert model.config._experts_implementation == "grouped_mm"
     assert all(p.grad is None for p in model.parameters())
@@ -113,11 +113,11 @@ def test_a_run_says_what_it_chose_and_a_resumed_one_keeps_it(
     done = cli("train", "--recipe", "safe", *options(rows_file, out, *sets))
     assert done.code == 0, done.err
     assert "attention: mla_tune_packed (mla_tune_packed 1.0 ms, sdpa 2.0 ms)" in done.err
-    chosen = json.loads((out / "run.json").read_text())["chosen"]
+    chosen = json.loads((out / "run.json").read_text())["kernels"]
     assert chosen == {"attention": packed.NAME, "experts": "grouped_mm"}
     own_cache.unlink()
     timed(monkeypatch, 2.0, 1.0)  # on another machine the others would win
     resumed = cli("train", "--recipe", "safe", "--resume", *options(rows_file, out, *sets))
     assert resumed.code == 0, resumed.err
     assert "attention:" not in resumed.err
-    assert json.loads((out / "run.json").read_text())["chosen"] == chosen
+    assert json.loads((out / "run.json").read_text())["kernels"] == chosen

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mla_tune.training.kernels import chunked_loss as token_loss_module
-from mla_tune.training.kernels.chunked_loss import score_by_chunks, token_loss
+from mla_tune.training.kernels.chunked_loss import token_loss, use_chunked_loss
 from tests.helpers.tiny_families import FAMILIES, tiny, vocabulary
 
 
@@ -50,7 +50,7 @@ def test_loss_and_gradients_are_the_stock_ones(name: str, head: str) -> None:
     here = [n for n in grads if "lm_head" in n or (n == "model.embed_tokens.weight" and name in ("minicpm3", "youtu"))]
     assert bool(here) == (head != "frozen")
     model.zero_grad()
-    score_by_chunks(inner)
+    use_chunked_loss(inner)
     found = model(input_ids=ids, labels=labels, token_loss=True)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
     (found * 0.5).backward()  # a loss scale must reach the gradients
@@ -64,7 +64,7 @@ def test_logits_are_what_they_were_without_the_keyword() -> None:
     model = tiny("deepseek_v3")
     ids, _ = batch_of("deepseek_v3")
     before = model(input_ids=ids).logits
-    score_by_chunks(model)
+    use_chunked_loss(model)
     assert torch.equal(model(input_ids=ids).logits, before)
 
 

@@ -10,15 +10,15 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from mla_tune.adapter.placement import place
-from mla_tune.data.padding_free import FlatCollator
+from mla_tune.data.padding_free import PaddingFreeCollator
 from mla_tune.model.attach import attach
 from mla_tune.model.load import load_model
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.training.kernels import packed_attention as packed
-from mla_tune.training.kernels.chunked_loss import score_by_chunks
-from mla_tune.training.kernels.mla_checkpointing import recompute_mla
-from mla_tune.training.kernels.rms_norm import lean_norms
+from mla_tune.training.kernels.chunked_loss import use_chunked_loss
+from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
+from mla_tune.training.kernels.rms_norm import use_lean_norms
 from tests.helpers.tiny_families import FAMILIES, MLA, mla_modules, tiny
 from tests.training.kernels.test_packed_attention import PAIRS, batch_for, rows_of
 
@@ -59,11 +59,11 @@ def kept_bytes(net: Any, batch: dict[str, Any]) -> int:
 def test_gradients_of_recomputed_mla_are_the_stock_ones(name: str, attention: str) -> None:
     batch = batch_for(attention, rows_of(name))
     stock = adapted(name, attention)
-    score_by_chunks(stock.get_base_model())
+    use_chunked_loss(stock.get_base_model())
     wanted_loss, wanted = gradients(stock, batch)
     net = adapted(name, attention)
-    score_by_chunks(net.get_base_model())
-    recompute_mla(net)
+    use_chunked_loss(net.get_base_model())
+    enable_mla_checkpointing(net)
     loss, found = gradients(net, batch)
     assert loss == wanted_loss
     assert set(found) == set(wanted)
@@ -75,8 +75,8 @@ def test_gradients_of_recomputed_mla_are_the_stock_ones(name: str, attention: st
 @pytest.mark.parametrize("attention", [packed.NAME, "sdpa"])
 def test_dropout_is_the_same_in_the_recomputed_pass(attention: str) -> None:
     net = adapted("deepseek_v3", attention, dropout=0.3)
-    score_by_chunks(net.get_base_model())
-    recompute_mla(net)
+    use_chunked_loss(net.get_base_model())
+    enable_mla_checkpointing(net)
     seen: dict[str, list[torch.Tensor]] = {}
     for n, module in net.named_modules():
         if isinstance(module, torch.nn.Dropout) and "b_proj" in n:
@@ -104,12 +104,12 @@ def test_attention_itself_runs_once(attention: str, monkeypatch: pytest.MonkeyPa
     # Values as wide as keys: a CPU has a fused kernel for no other, and else there is no one call to keep.
     monkeypatch.setitem(FAMILIES["deepseek_v3"], "v_head_dim", MLA["qk_nope_head_dim"] + MLA["qk_rope_head_dim"])
     net = adapted("deepseek_v3", attention)
-    score_by_chunks(net.get_base_model())
-    recompute_mla(net)
+    use_chunked_loss(net.get_base_model())
+    enable_mla_checkpointing(net)
     rows = rows_of("deepseek_v3")
     # A mask of its own would do without the fused kernel, so sdpa gets one row of one sample.
     batch = (
-        FlatCollator()(rows)
+        PaddingFreeCollator()(rows)
         if attention == packed.NAME
         else {
             "input_ids": torch.tensor([rows[0]["input_ids"]]),
@@ -130,18 +130,18 @@ def test_mla_keeps_less_than_none_and_full_least() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 4000, (600,), generator=generator).tolist()
     row = {"input_ids": ids, "labels": ids, "position_ids": [*range(400), *range(200)]}
-    batch = FlatCollator()([row])
+    batch = PaddingFreeCollator()([row])
     for way in ("none", "mla", "full"):
         section = ModelSection(preset="small", attention="packed", device="cpu")
         loaded = load_model(section)
         placement = place(loaded.arch, load_recipe("safe").adapter)
         net: Any = attach(loaded.model, loaded.arch, placement, 0).train()
         loaded.model.set_attn_implementation(packed.NAME)
-        score_by_chunks(loaded.model)
+        use_chunked_loss(loaded.model)
         if way == "mla":
-            recompute_mla(net)
+            enable_mla_checkpointing(net)
         else:
-            lean_norms(net, None)
+            use_lean_norms(net, None)
         if way == "full":
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.model.enable_input_require_grads()

@@ -9,7 +9,7 @@ import torch
 
 from mla_tune.arch.build import architecture
 from mla_tune.data.collate import Collator
-from mla_tune.data.padding_free import FlatCollator
+from mla_tune.data.padding_free import PaddingFreeCollator
 from mla_tune.training.kernels import packed_attention as packed
 from tests.helpers.tiny_families import FAMILIES, tiny, vocabulary
 
@@ -55,7 +55,7 @@ def samples_of(rows: list[dict[str, list[int]]]) -> list[list[int]]:
 
 
 def batch_for(attention: str, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-    return FlatCollator()(rows) if attention == packed.NAME else Collator(0, None, packed=True)(rows)
+    return PaddingFreeCollator()(rows) if attention == packed.NAME else Collator(0, None, packed=True)(rows)
 
 
 def of_samples(attention: str, logits: torch.Tensor) -> list[torch.Tensor]:
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_samples_alone(name: str, attention: str) -> 
 
 def test_a_flat_batch_has_no_padding() -> None:
     rows = rows_of("deepseek_v3")
-    batch = FlatCollator()(rows)
+    batch = PaddingFreeCollator()(rows)
     assert batch["input_ids"].shape == (1, sum(map(sum, LENGTHS)))
     assert batch["cu_seq_lens_q"].tolist() == [0, 5, 6, 15, 22, 25]
     assert batch["max_length_q"] == 9
@@ -114,7 +114,9 @@ def test_a_flat_batch_has_no_padding() -> None:
 
 
 def test_plain_rows_are_one_sample_each() -> None:
-    batch = FlatCollator()([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}])
+    batch = PaddingFreeCollator()(
+        [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    )
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5]
     # A row's first label trains nothing: token i is predicted from token i - 1, here of another row.
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]

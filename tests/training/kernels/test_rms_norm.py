@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
-from mla_tune.training.kernels.rms_norm import lean_norms
+from mla_tune.training.kernels.rms_norm import use_lean_norms
 from tests.helpers.tiny_families import FAMILIES, tiny
 
 
@@ -22,7 +22,7 @@ def test_outputs_are_the_same_bits(dtype: torch.dtype) -> None:
     x = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     norm = norm_of(24, dtype)
     wanted = norm(x)
-    assert lean_norms(torch.nn.ModuleList([norm]), None) == 1
+    assert use_lean_norms(torch.nn.ModuleList([norm]), None) == 1
     assert torch.equal(norm(x), wanted)
 
 
@@ -30,7 +30,7 @@ def test_gradients_are_those_of_autograd_in_float64() -> None:
     x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0), requires_grad=True)
     g = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(2))
     norm = norm_of(24)
-    lean_norms(torch.nn.ModuleList([norm]), None)
+    use_lean_norms(torch.nn.ModuleList([norm]), None)
     dx, dw = torch.autograd.grad(norm(x), (x, norm.weight), g)
     wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
     y = weight * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
@@ -43,7 +43,7 @@ def test_gradients_in_bfloat16_are_as_near_as_the_stock_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(64, 256, generator=generator).bfloat16() for _ in range(2))
     stock, lean = norm_of(256, torch.bfloat16), norm_of(256, torch.bfloat16)
-    lean_norms(torch.nn.ModuleList([lean]), None)
+    use_lean_norms(torch.nn.ModuleList([lean]), None)
     exact_norm, exact_x = norm_of(256).double(), x.double().requires_grad_()
     exact_norm.weight.data = stock.weight.detach().double()
     wide = exact_x * torch.rsqrt(exact_x.square().mean(-1, keepdim=True) + 1e-6) * exact_norm.weight
@@ -62,7 +62,7 @@ def test_every_norm_of_a_family_is_found(name: str) -> None:
     # Some have no weight, or hold a norm and what gates it.
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and "weight" in m._parameters]
     assert norms
-    assert lean_norms(model, None) == len(norms)
+    assert use_lean_norms(model, None) == len(norms)
 
 
 def test_another_formula_is_left_alone() -> None:
@@ -71,5 +71,5 @@ def test_another_formula_is_left_alone() -> None:
             return super().forward(hidden_states) + hidden_states * 1e-3
 
     norm = GemmaRMSNorm(16)
-    assert lean_norms(torch.nn.ModuleList([norm]), None) == 0
+    assert use_lean_norms(torch.nn.ModuleList([norm]), None) == 0
     assert "forward" not in vars(norm)

@@ -178,7 +178,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     """minicpm3 has no lm_head on disk; untied, the output has one of its own."""
     make_base(tmp_path / "base", "minicpm3")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["o_proj", "lm_head"])
-    report = run(tmp_path, adapter, merge(tmp_path, adapter, untie=True))
+    report = run(tmp_path, adapter, merge(tmp_path, adapter, untie_embeddings=True))
     check(report.effect, logits(load(tmp_path / "base")), adapted(tmp_path / "base", adapter))
     exact(report.merged)
 

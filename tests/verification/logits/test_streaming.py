@@ -16,7 +16,7 @@ import mla_tune.verification.logits.compare as probe_module
 import mla_tune.verification.logits.peft_reference as probe_peft
 import mla_tune.verification.logits.streamed_model as probe_model
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
-from mla_tune.verification.logits.streamed_model import Streamed
+from mla_tune.verification.logits.streamed_model import StreamedModel
 from mla_tune.verification.logits.streamed_weights import Weights
 from tests.helpers import merging as merge_helpers
 from tests.helpers.logits import (
@@ -58,14 +58,14 @@ def test_one_expert_at_a_time(
     merged = merge(tmp_path, adapter, "split")
     monkeypatch.setattr(probe_module, "_CHUNK", 1)
     monkeypatch.setattr(probe_module, "_readers", lambda: readers)
-    read_experts, chunks = Streamed._read_experts, []
+    read_experts, chunks = StreamedModel._read_experts, []
 
-    def recorded(self: Streamed, stack: Any, chunk: Any, memory: Any) -> Any:
+    def recorded(self: StreamedModel, stack: Any, chunk: Any, memory: Any) -> Any:
         result = read_experts(self, stack, chunk, memory)
         chunks.append([len(t) for t in result])
         return result
 
-    monkeypatch.setattr(Streamed, "_read_experts", recorded)
+    monkeypatch.setattr(StreamedModel, "_read_experts", recorded)
     report = run(tmp_path, adapter, merged)
     check(report.effect, logits(load(tmp_path / "base")), adapted(tmp_path / "base", adapter))
     wrong(report.effect)
