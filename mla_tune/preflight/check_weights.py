@@ -47,7 +47,7 @@ def check_weights(arch: Architecture, folder: Path) -> dict[str, Any]:
         copies = [] if site.mtp and absent else [site.disk_keys(), *site.alias_keys()]
         for key in (k for keys in copies for k in keys):
             known.add(key)
-            split = here.naming.tensors(f"{site.path}.weight", tensors) if key not in tensors else [key]
+            split = here.key_mapping.tensors(f"{site.path}.weight", tensors) if key not in tensors else [key]
             known.update(split)
             if any(k not in tensors for k in split):
                 packed = [k for k in (f"{key}_packed", key.removesuffix("weight") + "qweight") if k in tensors]
