@@ -25,7 +25,8 @@ def command(
 ) -> None:
     """List the runs below a folder: what was trained, state, steps, best held-out loss."""
     from mla_tune.console import out, print_json
-    from mla_tune.runs.find import find_runs, runs_table, sort_runs
+    from mla_tune.report.runs_table import runs_table
+    from mla_tune.runs.find import find_runs, sort_runs
 
     rows = sort_runs(find_runs(folder), sort)
     if json:

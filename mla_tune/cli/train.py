@@ -80,26 +80,26 @@ def command(
         use(launch)
     from mla_tune.training.run import train
 
-    run = train(loaded, resume=resume, allow_changes=allow_changes)
+    record = train(loaded, resume=resume, allow_changes=allow_changes)
     if not worker().is_main_process:
         return
     if json:
-        print_json(run)
+        print_json(record.to_json())
         return
-    adapter: dict[str, Any] = run["adapter"]
+    assert record.adapter is not None  # of a run that is done
     out.print(
-        f"trained {human_count(adapter['trainable_params'])} parameters, {run['steps']['done']} steps, "
-        f"{run['seconds']:.0f} s, {run['tokens_per_s']:,.0f} tokens/s"
+        f"trained {human_count(record.adapter.trainable_params)} parameters, {record.steps.done} steps, "
+        f"{record.seconds:.0f} s, {record.tokens_per_s:,.0f} tokens/s"
     )
-    loss = run.get("held_out_loss")
-    if loss:
-        before, after = loss["before"], loss["after"]
+    loss = record.held_out_loss
+    if loss is not None and loss.before is not None and loss.after is not None:
+        before, after = loss.before, loss.after
         out.print(f"held-out loss {before:.4f} → {after:.4f} ({(after / before - 1) * 100:+.1f} %)")
     else:
         out.print("no rows were held out, so no held-out loss was measured")
     directory = loaded.output.dir
     out.print(f"run folder: {directory}", soft_wrap=True)
-    if adapter["method"] != "none":
+    if record.adapter.method != "none":
         out.print(f"next: mla-tune merge-absorb {shlex.quote(directory)}", soft_wrap=True)
 
 

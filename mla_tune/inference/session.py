@@ -27,6 +27,7 @@ from mla_tune.inference.lora_tensors import BASE
 from mla_tune.model.load import base_hash, load_model, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import ModelSection
+from mla_tune.runs.folder import RunFolder
 from mla_tune.user_files import read_json_object
 
 #: What a user calls the model without an adapter.
@@ -236,11 +237,11 @@ class Session:
         except FileError:
             raise FileError(f"{folder}: no adapter_config.json: not an adapter folder") from None
         try:
-            run = path.parent / "run.json"
-            if run.is_file() and Path(base).is_dir():
-                recorded = read_json_object(run, "the record of the run").get("base_hash")
+            run = RunFolder(path.parent)
+            if run.run_json.is_file() and Path(base).is_dir():
+                recorded = run.read().base_hash
                 if recorded and recorded != self._base_hash:
-                    raise InputError(f"it was trained on another base (see base_path and base_hash in {run})")
+                    raise InputError(f"it was trained on another base (see base_path and base_hash in {run.run_json})")
             opened = open_adapter(path, self.loaded.arch, self._base_tensors)
         except InputError as error:
             raise InputError(f"{path}: this adapter does not fit {base}: {error}") from error
@@ -252,15 +253,14 @@ def resolve_model(model: str) -> tuple[str, Path | None]:
     """(base, adapter) of what a user names: a model, a run folder (its merged or trained model, else its base with its
     adapter), or an adapter folder (its recorded base)."""
     path = Path(model).expanduser()
-    run, adapter = path / "run.json", path / "adapter_config.json"
-    if run.is_file():
-        for name in ("merged", "model"):
-            if (path / name / "config.json").is_file():
-                return str(path / name), None
-        if not (path / "adapter").is_dir():
+    run, adapter = RunFolder(path), path / "adapter_config.json"
+    if run.run_json.is_file():
+        for folder in (run.merged, run.model):
+            if (folder / "config.json").is_file():
+                return str(folder), None
+        if not run.adapter.is_dir():
             raise FileError(f"{model}: this run has no adapter yet; finish it with `mla-tune train --resume`")
-        recorded = read_json_object(run, "the record of the run").get("base_path")
-        return _recorded_base(recorded, model), path / "adapter"
+        return _recorded_base(run.read().base_path, model), run.adapter
     if adapter.is_file():
         recorded = read_json_object(adapter, "the adapter's configuration").get("base_model_name_or_path")
         return _recorded_base(recorded, model), path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,30 @@ import yaml
 from mla_tune.console import human_count
 from mla_tune.report.commands import commands
 from mla_tune.report.run_report import role_rows
+from mla_tune.runs.record import RunRecord, TrainedParameters
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 #: Hub ids of the data that comes with mla-tune.
 EMBEDDED = {"mbpp": "google-research-datasets/mbpp", "gsm8k": "openai/gsm8k"}
 
 
-def card(root: Path, run: dict[str, Any], data_paths: list[str]) -> str:
+def card(root: Path, record: RunRecord, data_paths: list[str]) -> str:
     """Return the text of README.md for the adapter of a run.
 
-    `root` is the run folder, `run` the contents of its run.json, `data_paths` are `data.path` or the paths of
+    `root` is the run folder, `record` its run.json, `data_paths` are `data.path` or the paths of
     `data.sources`.
 
     base_model and datasets must be hub ids, or the hub refuses the card, so a base or a data file on this machine is
     named in the text only.  No license is set: choosing it is up to whoever publishes the adapter.
     """
-    base = _hub_id(str(run.get("base", "")), str(run.get("base_path", "")))
+    base = _hub_id(record.base or "", record.base_path or "")
     front: dict[str, Any] = {"base_model": base} if base else {}
     front |= {"library_name": "peft", "pipeline_tag": "text-generation"}
     front["tags"] = [*([f"base_model:adapter:{base}"] if base else []), "lora", "mla", "mla-tune"]
     datasets = [EMBEDDED.get(path, path) for path in data_paths if path in EMBEDDED or _is_hub_name(path)]
     if datasets:
         front["datasets"] = list(dict.fromkeys(datasets))
-    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{_text(root, run)}"
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{_text(root, record)}"
 
 
 def _hub_id(source: str, path: str) -> str | None:
@@ -46,9 +48,16 @@ def _is_hub_name(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not is_file and not name.startswith(".")
 
 
-def _text(root: Path, run: dict[str, Any]) -> str:
+def _text(root: Path, record: RunRecord) -> str:
     name = root.resolve().name
-    return "\n".join([*_introduction(name, run), *_trained(run), *_figures(run), *_use(name, run), *_LIMITS])
+    trained = record.adapter or TrainedParameters()
+    parts = [
+        _introduction(name, record, trained.method),
+        _trained(record, trained),
+        _figures(record),
+        _use(name, record),
+    ]
+    return "\n".join([*(line for part in parts for line in part), *_LIMITS])
 
 
 _LIMITS = (
@@ -61,61 +70,57 @@ _LIMITS = (
 )
 
 
-def _introduction(name: str, run: dict[str, Any]) -> list[str]:
-    found = run.get("base_hash") or {}
+def _introduction(name: str, record: RunRecord, method: str) -> list[str]:
+    found = record.base_hash or {}
     digest = f", whose `base_hash` is `{found['sha256'][:16]}…`" if found.get("kind") in ("files", "headers") else ""
     return [
         f"# {name}",
         "",
-        f"An adapter ({run['adapter']['method']}) for `{_code(_public(run['base']))}` ({run['model_type']}, multi-head "
-        f"latent attention), trained with mla-tune {run['environment']['mla_tune']}.",
+        f"An adapter ({method}) for `{_code(_public(record.base or '?'))}` ({record.model_type}, multi-head "
+        f"latent attention), trained with mla-tune {record.environment.get('mla_tune', '?')}.",
         "",
         f"It fits no other weights than those of this base{digest}.",
         "",
     ]
 
 
-def _trained(run: dict[str, Any]) -> list[str]:
-    rows = role_rows({"adapter": run["adapter"]})
+def _trained(record: RunRecord, trained: TrainedParameters) -> list[str]:
     return [
         "## What was trained",
         "",
-        f"{human_count(run['adapter']['trainable_params'])} parameters. Roles are those of the MLA papers.",
+        f"{human_count(trained.trainable_params)} parameters. Roles are those of the MLA papers.",
         "",
         "| role | matrices | rank | parameters | peak learning rate |",
         "|---|---:|---:|---:|---|",
-        *(f"| {r['role']} | {r['matrices']} | {r['rank']} | {r['params']} | {r['rate']} |" for r in rows),
+        *(f"| {r['role']} | {r['matrices']} | {r['rank']} | {r['params']} | {r['rate']} |" for r in role_rows(record)),
         "",
     ]
 
 
-def _figures(run: dict[str, Any]) -> list[str]:
-    data, loss = run["data"], run.get("held_out_loss") or {}
-    steps, spikes = run.get("steps") or {}, run.get("spikes") or {}
+def _figures(record: RunRecord) -> list[str]:
+    data, loss, spikes = record.data or {}, record.held_out_loss, record.spikes
     lines = [
         "## Figures",
         "",
         f"- data: {_plain(_public(data['source']))}, {data['train']['samples']:,} samples, "
         f"{data['train']['trained_tokens']:,} trained tokens",
-        f"- {steps.get('done', 0):,} steps, seed {run['seed']}, {run['dtype']} on {run['device']}",
+        f"- {record.steps.done:,} steps, seed {record.seed}, {record.dtype} on {record.device}",
     ]
-    if loss.get("after") is not None:
+    if loss is not None and loss.after is not None:
         lines.append(
             f"- held-out loss (mean over {data['held_out']['trained_tokens']:,} tokens, nats): "
-            f"{loss['before']:.4f} before, {loss['after']:.4f} after"
+            f"{loss.before:.4f} before, {loss.after:.4f} after"
         )
     else:
         lines.append("- no rows were held out, so there is no held-out loss")
-    if spikes.get("skipped"):
-        lines.append(
-            f"- {spikes['skipped']:,} steps were skipped as spikes, {spikes['cuts']:,} cuts of the learning rate"
-        )
+    if spikes is not None and spikes.skipped:
+        lines.append(f"- {spikes.skipped:,} steps were skipped as spikes, {spikes.cuts:,} cuts of the learning rate")
     return [*lines, ""]
 
 
-def _use(name: str, run: dict[str, Any]) -> list[str]:
-    auto = run.get("auto_class", "AutoModelForCausalLM")
-    by_name = dict(commands(Path(name), run | {"state": "done"}))
+def _use(name: str, record: RunRecord) -> list[str]:
+    auto = record.auto_class or "AutoModelForCausalLM"
+    by_name = dict(commands(Path(name), replace(record, state="done")))
     return [
         "## Use",
         "",

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from mla_tune.runs.metrics import Curves, Points, grouped, read_curves, thinned
+from mla_tune.runs.record import UNKNOWN, RunRecord
 
 #: Okabe and Ito's colors, which color-blind people can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B", "#555555")
@@ -24,10 +25,10 @@ SPIKE = "#B00020"
 LONG = 1000
 
 
-def plot_run(metrics: Path, target: Path, run: dict[str, Any]) -> None:
+def plot_run(metrics: Path, target: Path, record: RunRecord) -> None:
     """Plot loss, learning rate by role and gradient norm by role over the steps into `target` (PNG).
 
-    `metrics` is metrics.jsonl of the run, `run` the contents of its run.json.  Skipped steps and cuts of the learning
+    `metrics` is metrics.jsonl of the run, `record` its run.json.  Skipped steps and cuts of the learning
     rate are marked.
 
     Raises `ValueError` where no step was logged.
@@ -37,7 +38,7 @@ def plot_run(metrics: Path, target: Path, run: dict[str, Any]) -> None:
         raise ValueError(f"{metrics}: nothing to plot")
     fig, axes = plt.subplots(3, 1, figsize=(10, 9), sharex=True, height_ratios=[2.2, 1, 1.5], layout="constrained")
     top, middle, bottom = axes
-    fig.suptitle(_title(run), fontsize=11)
+    fig.suptitle(_title(record), fontsize=11)
     _loss(top, curves)
     _rates(middle, curves)
     _norms(bottom, curves)
@@ -56,14 +57,14 @@ def plot_run(metrics: Path, target: Path, run: dict[str, Any]) -> None:
     _save(fig, target)
 
 
-def _title(run: dict[str, Any]) -> str:
-    parts = [str(run.get("base") or "?"), str((run.get("data") or {}).get("source") or "?")]
+def _title(record: RunRecord) -> str:
+    parts = [record.base or "?", str((record.data or {}).get("source") or "?")]
     parts = [p if len(p) <= 50 else "…" + p[-49:] for p in parts]
-    if run.get("state") not in (None, "done"):
-        parts.append(str(run["state"]))
-    loss = run.get("held_out_loss") or {}
-    if loss.get("after") is not None:
-        before, after = loss["before"], loss["after"]
+    if record.state not in (UNKNOWN, "done"):
+        parts.append(record.state)
+    loss = record.held_out_loss
+    if loss is not None and loss.before is not None and loss.after is not None:
+        before, after = loss.before, loss.after
         parts.append(f"held-out loss {before:.3f} → {after:.3f} ({(after / before - 1) * 100:+.1f} %)")
     return " · ".join(parts).replace("$", r"\$")  # no formulas
 

@@ -9,17 +9,19 @@ from typing import Any
 from mla_tune.checkpoint.atomic_files import replacing
 from mla_tune.console import human_bytes, human_count
 from mla_tune.report.commands import commands, working_folder
+from mla_tune.runs.folder import RunFolder
 from mla_tune.runs.metrics import Curves, read_curves
+from mla_tune.runs.record import RunRecord, TrainedParameters
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 #: Rows of the table of skipped steps; the rest is counted.
 LISTED = 20
 
 
-def write_report(root: Path, run: dict[str, Any]) -> None:
-    """Write report.html and, if a step was logged, loss.png into the run folder `root`.
+def write_report(folder: RunFolder, record: RunRecord) -> None:
+    """Write report.html and, if a step was logged, loss.png into a run folder.
 
-    `run` are the contents of run.json; the curves are read from metrics.jsonl.
+    `record` are the contents of run.json; the curves are read from metrics.jsonl.
 
     Raises `OSError` where they can't be written.
     """
@@ -27,89 +29,83 @@ def write_report(root: Path, run: dict[str, Any]) -> None:
 
     picture = None
     try:
-        plot_run(root / "metrics.jsonl", root / "loss.png", run)
-        picture = base64.b64encode((root / "loss.png").read_bytes()).decode()
+        plot_run(folder.metrics, folder.plot, record)
+        picture = base64.b64encode(folder.plot.read_bytes()).decode()
     except ValueError:  # stopped before the first step
-        (root / "loss.png").unlink(missing_ok=True)
-    with replacing(root / "report.html") as stream:
-        stream.write(render(root, run, read_curves(root / "metrics.jsonl"), picture).encode())
+        folder.plot.unlink(missing_ok=True)
+    with replacing(folder.report) as stream:
+        stream.write(render(folder.root, record, read_curves(folder.metrics), picture).encode())
 
 
-def render(root: Path, run: dict[str, Any], curves: Curves, picture: str | None) -> str:
+def render(root: Path, record: RunRecord, curves: Curves, picture: str | None) -> str:
     """Return the HTML page; `picture` is loss.png in base64, or None where no step was logged."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=root.resolve().name,
-        state=run.get("state", "unknown"),
-        error=run.get("error"),
-        summary=summary(run, curves),
-        roles=role_rows(run),
-        trained=run.get("adapter") or {},
+        state=record.state,
+        error=record.error,
+        summary=summary(record, curves),
+        roles=role_rows(record),
+        trained=record.adapter,
         picture=picture,
-        samples=run.get("samples") or {"answers": []},
-        data=data_rows(run),
-        source=(run.get("data") or {}).get("source"),
+        samples=record.samples,
+        data=data_rows(record),
+        source=(record.data or {}).get("source"),
         spikes=[
             {"step": step, "loss": _short(loss), "norm": _short(norm), "cut": dict(curves.cuts).get(step)}
             for step, loss, norm in curves.spikes[:LISTED]
         ],
         more_spikes=max(0, curves.skipped - LISTED),
         skipped=curves.skipped,
-        environment=list((run.get("environment") or {}).items()),
-        kernels=list((run.get("kernels") or {}).items()),
-        cd=working_folder(run),
-        commands=commands(root, run),
+        environment=list(record.environment.items()),
+        kernels=list((record.kernels or {}).items()),
+        cd=working_folder(record),
+        commands=commands(root, record),
     )
 
 
-def summary(run: dict[str, Any], curves: Curves) -> list[tuple[str, str]]:
+def summary(record: RunRecord, curves: Curves) -> list[tuple[str, str]]:
     """List pairs (what, figure) on the whole run, for the first table of the page."""
     found: list[tuple[str, str]] = []
-    loss = run.get("held_out_loss") or {}
-    if loss.get("before") is not None:
-        text = f"{loss['before']:.4f} before training"
-        if loss.get("after") is not None:
-            text = f"{loss['before']:.4f} → {loss['after']:.4f} ({(loss['after'] / loss['before'] - 1) * 100:+.1f} %)"
+    loss = record.held_out_loss
+    if loss is not None and loss.before is not None:
+        text = f"{loss.before:.4f} before training"
+        if loss.after is not None:
+            text = f"{loss.before:.4f} → {loss.after:.4f} ({(loss.after / loss.before - 1) * 100:+.1f} %)"
         found.append(("held-out loss", f"{text}, nats a token"))
     else:
         found.append(("held-out loss", "no rows were held out"))
     if curves.best and len(curves.held_out) > 1:
         found.append(("lowest held-out loss", f"{curves.best[1]:.4f} at step {curves.best[0]:,}"))
-    steps = run.get("steps") or {}
-    done = max(steps.get("done", 0), curves.steps)
-    planned = f" of {steps['planned']:,} planned" if steps.get("planned", 0) > done else ""
-    early = ", stopped early" if run.get("stopped_early") and run.get("state") == "done" else ""
+    done = max(record.steps.done, curves.steps)
+    planned = f" of {record.steps.planned:,} planned" if (record.steps.planned or 0) > done else ""
+    early = ", stopped early" if record.stopped_early and record.state == "done" else ""
     found.append(("steps", f"{done:,}{planned}{early}"))
-    if run.get("seconds"):
-        found.append(("time", f"{run['seconds']:,.0f} s, {run.get('tokens_per_s', 0):,.0f} tokens/s"))
+    if record.seconds:
+        found.append(("time", f"{record.seconds:,.0f} s, {record.tokens_per_s or 0:,.0f} tokens/s"))
     if curves.skipped:
         found.append(("spikes", f"{curves.skipped:,} steps skipped, {len(curves.cuts):,} cuts of the learning rate"))
-    adapter = run.get("adapter") or {}
-    if adapter:
-        found.append(("trained", f"{human_count(adapter['trainable_params'])} parameters, {_method(adapter)}"))
-    found.append(("base model", f"{run.get('base', '?')} ({run.get('model_type', '?')})"))
-    found.append(("device", f"{run.get('device', '?')}, {run.get('dtype', '?')}"))
-    found.append(("seed", str(run.get("seed", "?"))))
-    memory = run.get("memory") or {}
-    if "run_peak" in memory:
-        found.append(("memory of the run", human_bytes(memory["run_peak"])))
+    if record.adapter is not None:
+        method = "every weight" if record.adapter.method == "none" else record.adapter.method
+        found.append(("trained", f"{human_count(record.adapter.trainable_params)} parameters, {method}"))
+    found.append(("base model", f"{record.base or '?'} ({record.model_type or '?'})"))
+    found.append(("device", f"{record.device or '?'}, {record.dtype or '?'}"))
+    found.append(("seed", "?" if record.seed is None else str(record.seed)))
+    if record.memory is not None:
+        found.append(("memory of the run", human_bytes(record.memory.run_peak)))
     if curves.broken:
         found.append(("metrics.jsonl", f"{curves.broken:,} lines can't be read and are left out"))
     return found
 
 
-def _method(adapter: dict[str, Any]) -> str:
-    return "every weight" if adapter.get("method") == "none" else str(adapter.get("method"))
-
-
-def role_rows(run: dict[str, Any]) -> list[dict[str, str]]:
+def role_rows(record: RunRecord) -> list[dict[str, str]]:
     """Return a row for each role: matrices, rank, parameters, peak learning rate (two with LoRA+: A and B)."""
-    adapter = run.get("adapter") or {}
-    rates = adapter.get("learning_rate") or {}
+    trained = record.adapter or TrainedParameters()
+    rates = trained.learning_rate
     found = []
-    for role, count in (adapter.get("matrices") or {}).items():
+    for role, count in trained.matrices.items():
         rate = f"{rates[role]:.2e}" if role in rates else ""
         if f"{role}.B" in rates:
             rate = f"A {rates[f'{role}.A']:.2e}, B {rates[f'{role}.B']:.2e}"
@@ -117,13 +113,13 @@ def role_rows(run: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "role": role,
                 "matrices": f"{count:,}",
-                "rank": str((adapter.get("ranks") or {}).get(role, "")),
-                "params": f"{(adapter.get('params') or {}).get(role, 0):,}",
+                "rank": str(trained.ranks.get(role, "")),
+                "params": f"{trained.params.get(role, 0):,}",
                 "rate": rate,
             }
         )
     whole: dict[str, list[int]] = {}
-    for path, count in (adapter.get("modules_to_save") or {}).items():
+    for path, count in trained.modules_to_save.items():
         whole.setdefault(path.rpartition(".")[2], []).append(count)
     for name, counts in whole.items():
         found.append(
@@ -138,9 +134,9 @@ def role_rows(run: dict[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def data_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
+def data_rows(record: RunRecord) -> list[dict[str, Any]]:
     """Return a row for each side of the data, training and held out."""
-    data = run.get("data") or {}
+    data = record.data or {}
     return [
         {"side": name, **data[side]} for side, name in (("train", "training"), ("held_out", "held out")) if side in data
     ]

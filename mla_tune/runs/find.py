@@ -1,4 +1,4 @@
-"""`runs`: the run folders below a folder, a row each."""
+"""Find the run folders below a folder, read what each holds, and sort them: the rows of `mla-tune runs`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mla_tune.errors import FileError
+from mla_tune.runs.folder import RunFolder
 from mla_tune.runs.metrics import read_curves
 from mla_tune.runs.process import is_alive
-from mla_tune.user_files import read_json_object
+from mla_tune.runs.record import UNKNOWN, RunRecord
 
 #: How deep below the folder run folders are looked for.
 DEPTH = 3
@@ -18,33 +19,46 @@ DEPTH = 3
 
 @dataclass(slots=True)
 class RunRow:
-    """One run folder.  What is not known is None; `problem` says why a folder can't be read."""
+    """One run folder.  What is not known is None."""
 
+    #: The folder, relative to the one that was searched.
     name: str
-    """Relative to the folder that was searched."""
+    #: done, running, killed (its process is gone), interrupted, failed, broken (run.json can't be read), or unknown.
     state: str
-    """done, running, killed (its process is gone), interrupted, failed, broken, or unknown."""
+    #: The base model, as the recipe names it.
     base: str | None = None
+    #: Adapter method; `none`: every weight is trained.
     method: str | None = None
+    #: What is trained: roles, and modules that are trained whole.
     targets: list[str] = field(default_factory=list)
+    #: Optimizer steps done.
     steps: int | None = None
+    #: Optimizer steps that the recipe asks for.
     planned: int | None = None
+    #: The lowest held-out loss.
     best_held_out_loss: float | None = None
+    #: The step after which it was measured.
     best_step: int | None = None
+    #: Training loss of the last logged step.
     last_loss: float | None = None
+    #: Real tokens a second.
     tokens_per_s: float | None = None
+    #: Steps that the spike guard skipped.
     skipped: int = 0
+    #: Cuts of the learning rate.
     cuts: int = 0
+    #: When the run was begun, or last gone on with; ISO 8601.
     when: str | None = None
-    """When it was begun, or last gone on with; ISO 8601."""
+    #: Why a broken folder can't be read.
     problem: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the row as a JSON object."""
         return asdict(self)
 
 
 def find_runs(root: Path) -> list[RunRow]:
-    """Every run folder in `root`, itself included, at most `DEPTH` deep; in the order of their names.
+    """Return a row for each run folder in `root`, itself included, at most `DEPTH` deep, in the order of their names.
 
     Raises `FileError` where `root` is no folder.
     """
@@ -55,7 +69,7 @@ def find_runs(root: Path) -> list[RunRow]:
 
 
 def _folders(folder: Path, depth: int) -> list[Path]:
-    if (folder / "run.json").is_file():
+    if RunFolder(folder).run_json.is_file():
         return [folder]
     if not depth:
         return []
@@ -69,43 +83,42 @@ def _folders(folder: Path, depth: int) -> list[Path]:
 def _row(folder: Path, root: Path) -> RunRow:
     name = folder.resolve().name if folder == root else folder.relative_to(root).as_posix()
     try:
-        return _read(folder, name, read_json_object(folder / "run.json", "the record of the run"))
-    except FileError as error:
+        return _read(RunFolder(folder), name)
+    except (FileError, OSError) as error:
         return RunRow(name, "broken", problem=str(error))
-    # A record of another program, or edited by hand: any key may hold anything.
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        return RunRow(name, "broken", problem=f"{folder / 'run.json'}: is no record of mla-tune train ({error!r})")
 
 
-def _read(folder: Path, name: str, run: dict[str, Any]) -> RunRow:
-    if "state" not in run or "environment" not in run:
-        return RunRow(name, "broken", problem=f"{folder / 'run.json'}: is no record of mla-tune train")
-    curves = read_curves(folder / "metrics.jsonl")
-    adapter: dict[str, Any] = run.get("adapter") or {}
-    steps: dict[str, Any] = run.get("steps") or {}
-    row = RunRow(name, _state(run))
-    row.base, row.method = run.get("base"), adapter.get("method")
-    whole = dict.fromkeys(path.rpartition(".")[2] for path in adapter.get("modules_to_save") or {})
-    row.targets = [*(adapter.get("matrices") or {}), *whole]
-    row.steps, row.planned = max(curves.steps, int(steps.get("done") or 0)), steps.get("planned")
+def _read(folder: RunFolder, name: str) -> RunRow:
+    record = folder.read()
+    if record.state == UNKNOWN or not record.environment:
+        raise FileError(f"{folder.run_json}: names no state or no environment, so it is no record of mla-tune train")
+    curves = read_curves(folder.metrics)
+    row = RunRow(name, _state(record), record.base)
+    if record.adapter is not None:
+        modules = dict.fromkeys(path.rpartition(".")[2] for path in record.adapter.modules_to_save)
+        row.method, row.targets = record.adapter.method, [*record.adapter.matrices, *modules]
+    row.steps, row.planned = max(curves.steps, record.steps.done), record.steps.planned
     if curves.best:
         row.best_step, row.best_held_out_loss = curves.best
     row.last_loss = curves.train[-1][1] if curves.train else None
-    row.tokens_per_s = run["tokens_per_s"] if row.state == "done" and "tokens_per_s" in run else curves.tokens_per_s
+    is_done = row.state == "done" and record.tokens_per_s is not None
+    row.tokens_per_s = record.tokens_per_s if is_done else curves.tokens_per_s
     row.skipped, row.cuts = curves.skipped, len(curves.cuts)
-    row.when = run["environment"].get("date")
+    row.when = str(record.environment["date"]) if record.environment.get("date") else None
     return row
 
 
-def _state(run: dict[str, Any]) -> str:
-    state = str(run["state"])
-    if state != "running":
-        return state
-    return {True: "running", False: "killed", None: "unknown"}[is_alive(run.get("process"))]
+def _state(record: RunRecord) -> str:
+    if record.state != "running":
+        return record.state
+    return {True: "running", False: "killed", None: UNKNOWN}[is_alive(record.process)]
 
 
 def sort_runs(rows: list[RunRow], by: str) -> list[RunRow]:
-    """`when`: newest first.  `loss`: lowest held-out loss first.  `name`, `state`.  What is not known comes last."""
+    """Sort rows by `when` (newest first), `loss` (lowest held-out loss first), `name` or `state`.
+
+    Runs of which it is not known come last.
+    """
     if by == "when":
         return sorted(rows, key=lambda r: (_time(r.when), r.name), reverse=True)
     if by == "loss":
@@ -118,41 +131,3 @@ def _time(when: str | None) -> float:
         return datetime.fromisoformat(when or "").timestamp()
     except ValueError:
         return 0.0
-
-
-def runs_table(rows: list[RunRow]) -> Any:
-    """Two lines a run, so that it fits 80 columns; what is wrong with a broken one is for below the table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run\nrecipe", overflow="fold", ratio=1)
-    table.add_column("state\nbegun", no_wrap=True)
-    for title in ("steps\nof", "held-out loss\nbest, at step", "last loss\ntokens/s", "skipped\ncuts"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for r in rows:
-        if r.problem is not None:
-            table.add_row(Text(r.name), r.state, *["–"] * 4)
-            continue
-        rate = "–" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}"
-        table.add_row(
-            Text(f"{r.name}\n{_recipe(r)}"),
-            f"{r.state}\n{_day(r.when)}",
-            f"{r.steps:,}\n" + ("–" if r.planned is None else f"{r.planned:,}"),
-            "–" if r.best_held_out_loss is None else f"{r.best_held_out_loss:.4f}\n{r.best_step:,}",
-            ("–" if r.last_loss is None else f"{r.last_loss:.4f}") + f"\n{rate}",
-            f"{r.skipped:,}\n{r.cuts:,}",
-        )
-    return table
-
-
-def _recipe(row: RunRow) -> str:
-    targets = ", ".join(row.targets[:3]) + (f" and {len(row.targets) - 3} more" if len(row.targets) > 3 else "")
-    method = "every weight" if row.method == "none" else row.method
-    base = Path(row.base).name if row.base and row.base.startswith("/") else row.base
-    return " · ".join(part for part in (base, method, targets) if part)
-
-
-def _day(when: str | None) -> str:
-    return when[5:16].replace("T", " ") if when else "–"

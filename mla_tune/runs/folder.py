@@ -1,86 +1,97 @@
-"""The run folder: what lies where, and `run.json`."""
+"""The run folder: which file lies where, whether a run may use it, and how it is made."""
 
 from __future__ import annotations
 
 import contextlib
-import platform
 import shutil
-import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from mla_tune import __version__
-from mla_tune.checkpoint.atomic_files import replacing, write_json
+from mla_tune.adapter.files import RUN_SUBFOLDER
+from mla_tune.adapter.inputs import OUT_NAME, RUN_FILE
+from mla_tune.checkpoint.atomic_files import replacing
 from mla_tune.errors import FileError, InputError, MlaTuneError
 from mla_tune.recipe.load import dump, load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.runs.checkpoints import checkpoints, newest_whole
-from mla_tune.user_files import read_json_object
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+from mla_tune.runs.record import RunRecord
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths of one run.  `adapter/` holds the result (`model/` where every weight was trained)."""
+    """Paths of one run, below its folder `root`."""
 
+    #: The run folder.
     root: Path
 
     @property
     def adapter(self) -> Path:
-        return self.root / "adapter"
+        """Folder of the trained adapter."""
+        return self.root / RUN_SUBFOLDER
 
     @property
     def model(self) -> Path:
+        """Folder of the trained model, where every weight was trained."""
         return self.root / "model"
 
     @property
     def base(self) -> Path:
-        """The untrained weights of a preset: the base that the adapter belongs to."""
+        """Folder of a preset's untrained weights: the base that the adapter belongs to."""
         return self.root / "base"
 
     @property
+    def merged(self) -> Path:
+        """Folder that `mla-tune merge-absorb` writes unless told otherwise."""
+        return self.root / OUT_NAME
+
+    @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints, `checkpoint-STEP` each."""
         return self.root / "checkpoints"
 
     @property
     def recipe(self) -> Path:
+        """The recipe, with all defaults spelled out."""
         return self.root / "recipe.yaml"
 
     @property
     def run_json(self) -> Path:
-        return self.root / "run.json"
+        """The record of the run (`RunRecord`)."""
+        return self.root / RUN_FILE
 
     @property
     def metrics(self) -> Path:
+        """One JSON line for each logged step (`read_curves`)."""
         return self.root / "metrics.jsonl"
 
     @property
     def plot(self) -> Path:
+        """The curves as a picture."""
         return self.root / "loss.png"
 
     @property
     def report(self) -> Path:
+        """The report as an HTML page."""
         return self.root / "report.html"
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is there; whether it is whole, `checkpoints.newest_whole` finds out."""
+        """Return the newest checkpoint, damaged or not; `checkpoints.newest_whole` looks for one that is whole."""
         return next(iter(checkpoints(self.checkpoints)), None)
 
-    def read(self) -> dict[str, Any]:
-        return read_json_object(self.run_json, "the record of the run")
+    def read(self) -> RunRecord:
+        """Read run.json.  Raises `FileError`."""
+        return RunRecord.read(self.run_json)
 
-    def write(self, run: dict[str, Any]) -> None:
-        write_json(self.run_json, run)
+    def write(self, record: RunRecord) -> None:
+        """Write run.json.  Raises `OSError`."""
+        record.write(self.run_json)
 
 
-def check_folder(recipe: Recipe, resume: bool, allow_changes: bool = False) -> tuple[RunFolder, str]:
-    """The run folder, if a run may use it, and what of its recipe is changed (a line each); touches nothing.
+def check_folder(recipe: Recipe, *, resume: bool, allow_changes: bool = False) -> tuple[RunFolder, str]:
+    """Return the run folder of a recipe, and a line for each key that differs from the recipe of the run to resume.
 
-    Raises `FileError` for a folder in the way and `InputError` for a resume without a checkpoint, or of another recipe
-    unless `allow_changes`.
+    Nothing is written.  Raises `FileError` if the folder holds something else, and `InputError` for a resume without a
+    checkpoint, or with another recipe unless `allow_changes`.
     """
     folder = RunFolder(Path(recipe.output.dir).expanduser())
     root = folder.root
@@ -109,23 +120,27 @@ def check_folder(recipe: Recipe, resume: bool, allow_changes: bool = False) -> t
 
 
 def mark_killed(folder: RunFolder) -> str:
-    """Put right what a killed run left in run.json; returns how to go on."""
+    """Write into run.json that the run was killed, and return how to go on (`how_to_go_on`)."""
     with contextlib.suppress(MlaTuneError):
-        run = folder.read()
-        if run.get("state") in ("running", "failed"):
-            folder.write(run | {"state": "killed"})
+        record = folder.read()
+        if record.state in ("running", "failed"):
+            record.state = "killed"
+            folder.write(record)
     return how_to_go_on(folder)
 
 
 def how_to_go_on(folder: RunFolder) -> str:
-    """The end of an error's sentence: where a run that broke off goes on from."""
+    """Return the end of an error's sentence: from which checkpoint a run that broke off goes on."""
     last, _ = newest_whole(folder.checkpoints)
     return f"; the last whole checkpoint is {last}: go on with --resume" if last else "; there is no checkpoint yet"
 
 
 def make_folder(folder: RunFolder, recipe: Recipe) -> None:
-    """Make the folder, or empty it of what an earlier run wrote (and of nothing else), and write the recipe."""
-    for path in (folder.adapter, folder.model, folder.base, folder.checkpoints, folder.root / "merged"):
+    """Make the run folder, or delete in it what an earlier run wrote and nothing else, and write the recipe.
+
+    Raises `FileError` where it can't be written.
+    """
+    for path in (folder.adapter, folder.model, folder.base, folder.checkpoints, folder.merged):
         shutil.rmtree(path, ignore_errors=True)
     for path in (folder.run_json, folder.metrics, folder.plot, folder.report):
         path.unlink(missing_ok=True)
@@ -137,7 +152,7 @@ def make_folder(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def write_recipe(folder: RunFolder, recipe: Recipe) -> None:
-    """recipe.yaml with every default spelled out."""
+    """Write recipe.yaml, with all defaults spelled out.  Raises `FileError` where it can't be written."""
     try:
         with replacing(folder.recipe) as stream:
             stream.write(dump(recipe).encode())
@@ -146,7 +161,7 @@ def write_recipe(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def _difference(folder: RunFolder, recipe: Recipe) -> str:
-    """Changed keys between the folder's recipe and this one, a line each; where the output goes does not count."""
+    """Return a line for each key in which the folder's recipe and this one differ, but for the section `output`."""
     try:
         before = load_recipe(str(folder.recipe)).model_dump(exclude={"output"})
     except FileError:
@@ -158,18 +173,3 @@ def _difference(folder: RunFolder, recipe: Recipe) -> str:
         for key, value in now[section].items()
         if before[section][key] != value
     )
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for run.json."""
-    import torch
-
-    return {
-        "mla_tune": __version__,
-        "python": platform.python_version(),
-        **{p: version(p) for p in PACKAGES},
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }

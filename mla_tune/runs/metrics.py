@@ -50,11 +50,9 @@ def read_curves(file: Path) -> Curves:
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-            step = int(line["step"])
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+            _add(curves, int(line["step"]), line)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             curves.broken += 1
-            continue
-        _add(curves, step, line)
     return curves
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a run share: `run` fills it from top to bottom, `loop` works with it."""
+"""`TrainingJob`: what the parts of a run share.  `run` fills it from top to bottom, `loop` works with it."""
 
 from __future__ import annotations
 
@@ -12,28 +12,41 @@ from mla_tune.data.prepare import Prepared
 from mla_tune.model.load import Loaded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.runs.folder import RunFolder
+from mla_tune.runs.record import RunRecord
 from mla_tune.training.distributed.team import Team
 from mla_tune.training.objective import Objective
 
 
 @dataclass
-class Job:
-    """A run of `train`.  `run` is what run.json holds; `checkpoint` where it goes on from."""
+class TrainingJob:
+    """One run of `train`."""
 
+    #: The effective recipe.
     recipe: Recipe
+    #: What is adapted.
     placement: Placement
+    #: The model's architecture.
     arch: Architecture
+    #: The processes of the run.
     team: Team
+    #: What is minimized.
     objective: Objective
+    #: Where the run writes.
     folder: RunFolder = field(init=False)
+    #: The checkpoint that a resumed run goes on from; None at the start.
     checkpoint: Path | None = field(init=False)
+    #: The base's tokenizer.
     tokenizer: Any = field(init=False)
+    #: The rows.
     data: Prepared = field(init=False)
+    #: The base model.
     loaded: Loaded = field(init=False)
+    #: Resident bytes of the process before the model was loaded.
     start_memory: int = field(init=False)
-    run: dict[str, Any] = field(default_factory=dict)
+    #: The contents of run.json.
+    record: RunRecord = field(default_factory=RunRecord)
 
-    def record(self) -> None:
-        """Write run.json."""
+    def write_record(self) -> None:
+        """Write run.json, in the main process."""
         if self.team.is_main_process:
-            self.folder.write(self.run)
+            self.folder.write(self.record)

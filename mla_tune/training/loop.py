@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -19,11 +19,12 @@ from mla_tune.model.lora_init import initialize
 from mla_tune.preflight.plan import role_rates
 from mla_tune.report.card import card
 from mla_tune.runs.checkpoints import number_of
+from mla_tune.runs.record import HeldOutLoss, SampleAnswer, SpikeCounts, Steps, TrainedParameters
 from mla_tune.training.callbacks import AtStart, GradientCheck, Metrics, ProgressLine, StopOnSignal
 from mla_tune.training.distributed.deepspeed import gather_experts_whole, step_apart
 from mla_tune.training.distributed.sampler import with_dummy_row
 from mla_tune.training.distributed.team import gather_trained_weights
-from mla_tune.training.job import Job
+from mla_tune.training.job import TrainingJob
 from mla_tune.training.memory import memory_report
 from mla_tune.training.optimizer import param_groups
 from mla_tune.training.prepare_model import KernelConfig, prepare_model
@@ -35,7 +36,7 @@ from mla_tune.training.trainer import CountingCollator, RoleTrainer
 from mla_tune.training.training_args import training_arguments
 
 
-def train_adapter(job: Job, further: Sequence[Any]) -> None:
+def train_adapter(job: TrainingJob, further: Sequence[Any]) -> None:
     """Train as `job` says and write the adapter (or the model).
 
     Raises `CheckError`, `WorkError` and `Interrupted` as `run.train` says.
@@ -48,8 +49,8 @@ def train_adapter(job: Job, further: Sequence[Any]) -> None:
     stop = StopOnSignal(job.team.is_distributed)
     trainer = _trainer(job, model, ways, steps, [AtStart(start.before_training), GradientCheck(), stop, *further])
     start.trainer = trainer
-    job.run["steps"] = {"done": number_of(job.checkpoint) if job.checkpoint else 0, "planned": steps}
-    job.record()  # `runs` shows how far it is to go
+    job.record.steps = Steps(number_of(job.checkpoint) if job.checkpoint else 0, steps)
+    job.write_record()  # `runs` shows how far it is to go
     with stop:
         try:
             trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
@@ -68,19 +69,20 @@ def train_adapter(job: Job, further: Sequence[Any]) -> None:
         after = trainer.last_evaluation[1] if fresh else trainer.evaluate()["eval_loss"]
         if not math.isfinite(after):
             raise WorkError(f"after training the held-out loss is {after}; lower optimizer.learning_rate")
-        job.run["held_out_loss"]["after"] = after
+        assert job.record.held_out_loss is not None  # measured before training
+        job.record.held_out_loss.after = after
     _ask("after", job, model, asked)
     paths = [s.path for s in job.recipe.data.sources] or [job.recipe.data.path]
     weights = gather_trained_weights(model) if job.team.sharded else None
 
     def save() -> None:
-        readme = card(job.folder.root, job.run, paths) if job.placement.method != "none" else None
+        readme = card(job.folder.root, job.record, paths) if job.placement.method != "none" else None
         save_result(model, job.loaded, job.tokenizer, job.folder, job.placement, readme, weights)
 
     job.team.main_process_only(save)
 
 
-def _adapted(job: Job) -> tuple[torch.nn.Module, KernelConfig]:
+def _adapted(job: TrainingJob) -> tuple[torch.nn.Module, KernelConfig]:
     """The model with its adapter, kernels chosen by the first process for all."""
     placement, loaded, recipe, team = job.placement, job.loaded, job.recipe, job.team
     model: torch.nn.Module = loaded.model
@@ -91,30 +93,32 @@ def _adapted(job: Job) -> tuple[torch.nn.Module, KernelConfig]:
         what = "towers and indexers" if loaded.arch.wrapper else "indexers"
         err.print(f"note: {human_count(frozen)} parameters of {what} stay frozen: text gives them no gradient")
     ways = (
-        prepare_model(model, loaded, recipe, job.data, job.objective, job.run.get("kernels"))
+        prepare_model(model, loaded, recipe, job.data, job.objective, job.record.kernels)
         if team.is_main_process
         else None
     )
-    job.run["kernels"] = team.broadcast(ways.kernels if ways else None)
+    job.record.kernels = team.broadcast(ways.kernels if ways else None)
     if ways is None:
-        ways = prepare_model(model, loaded, recipe, job.data, job.objective, job.run["kernels"])
+        ways = prepare_model(model, loaded, recipe, job.data, job.objective, job.record.kernels)
     if team.uses_zero3:
         gather_experts_whole(model)
     for line in loaded.lines + ways.lines:
         err.print(line, markup=False, soft_wrap=True)
-    job.run["adapter"] = {
-        "method": placement.method,
-        "matrices": {r.value: len(placement.by_role(r)) for r in placement.roles},
-        "ranks": {r.value: placement.by_role(r)[0].rank for r in placement.roles},
-        "params": {r.value: sum(p.lora_params for p in placement.by_role(r)) for r in placement.roles},
-        "modules_to_save": dict(placement.modules_to_save),
-        "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "learning_rate": role_rates(placement, recipe),
-    }
+    job.record.adapter = TrainedParameters(
+        method=placement.method,
+        matrices={r.value: len(placement.by_role(r)) for r in placement.roles},
+        ranks={r.value: placement.by_role(r)[0].rank for r in placement.roles},
+        params={r.value: sum(p.lora_params for p in placement.by_role(r)) for r in placement.roles},
+        modules_to_save=dict(placement.modules_to_save),
+        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        learning_rate=role_rates(placement, recipe),
+    )
     return model, ways
 
 
-def _trainer(job: Job, model: torch.nn.Module, ways: KernelConfig, steps: int, callbacks: list[Any]) -> RoleTrainer:
+def _trainer(
+    job: TrainingJob, model: torch.nn.Module, ways: KernelConfig, steps: int, callbacks: list[Any]
+) -> RoleTrainer:
     recipe, data = job.recipe, job.data
     if job.team.is_main_process:
         metrics = Metrics(job.folder.metrics, number_of(job.checkpoint) if job.checkpoint else 0)
@@ -153,7 +157,7 @@ class _Start:
 
     trainer: RoleTrainer
 
-    def __init__(self, job: Job, model: torch.nn.Module, asked: list[SamplePrompt]) -> None:
+    def __init__(self, job: TrainingJob, model: torch.nn.Module, asked: list[SamplePrompt]) -> None:
         self.job, self.model, self.asked = job, model, asked
         self.began, self.tokens = time.monotonic(), 0
 
@@ -161,44 +165,43 @@ class _Start:
         if self.job.team.uses_zero3:
             step_apart(self.trainer)
         _ask("before", self.job, self.model, self.asked)
-        if self.job.data.held_out_rows and "held_out_loss" not in self.job.run:
+        if self.job.data.held_out_rows and self.job.record.held_out_loss is None:
             loss = self.trainer.evaluate()["eval_loss"]
             if not math.isfinite(loss):
                 raise WorkError(
                     f"before any training the held-out loss is {loss}: the base model or its dtype is broken"
                 )
-            self.job.run["held_out_loss"] = {"before": loss, "after": None}
-        self.job.record()
+            self.job.record.held_out_loss = HeldOutLoss(before=loss)
+        self.job.write_record()
         self.began, self.tokens = time.monotonic(), self.trainer.real_tokens
 
 
-def _measure(job: Job, trainer: RoleTrainer, start: _Start, steps: int) -> int:
+def _measure(job: TrainingJob, trainer: RoleTrainer, start: _Start, steps: int) -> int:
     """How far it came and what it took, into run.json; returns the steps done."""
     seconds = time.monotonic() - start.began
     done: int = trainer.state.global_step
-    job.run |= {
-        "steps": {"done": done, "planned": steps},
-        "stopped_early": done < steps,
-        "seconds": round(job.run.get("seconds", 0) + seconds, 2),
-        "tokens_per_s": round((trainer.real_tokens - start.tokens) / seconds, 1),
-        "spikes": {"skipped": trainer.guard.skipped, "cuts": trainer.guard.cuts},
-        "memory": memory_report(job.loaded.device, job.start_memory),
-    }
+    record = job.record
+    record.steps, record.stopped_early = Steps(done, steps), done < steps
+    record.seconds = round(record.seconds + seconds, 2)
+    record.tokens_per_s = round((trainer.real_tokens - start.tokens) / seconds, 1)
+    record.spikes = SpikeCounts(trainer.guard.skipped, trainer.guard.cuts)
+    record.memory = memory_report(job.loaded.device, job.start_memory)
     if job.data.streamed:
-        job.run["streamed"] = counts = job.data.train_rows.counts_at(trainer.rows)
+        record.streamed = counts = job.data.train_rows.counts_at(trainer.rows)
         if counts["skipped"]:
             told = "\n  ".join(counts["faults"])
             err.print(f"data.on_invalid_row: skip: {counts['skipped']} rows were left out:\n  {told}", markup=False)
     return done
 
 
-def _ask(when: str, job: Job, model: Any, asked: list[SamplePrompt]) -> None:
+def _ask(when: Literal["before", "after"], job: TrainingJob, model: Any, asked: list[SamplePrompt]) -> None:
     """Answers into run.json; a resumed run keeps those of before its first start.  All processes ask: a sharded model
     gathers its weights in every forward."""
-    samples = job.run.setdefault("samples", {"seconds": {}, "answers": [{"prompt": q.prompt} for q in asked]})
-    if not asked or when in samples["seconds"]:
+    samples = job.record.samples
+    samples.answers = samples.answers or [SampleAnswer(q.prompt, q.reference) for q in asked]
+    if not asked or when in samples.seconds:
         return
-    texts, samples["seconds"][when] = answer_prompts(model, job.loaded, job.tokenizer, asked)
-    for entry, question, text in zip(samples["answers"], asked, texts, strict=False):
-        entry |= {"reference": question.reference, when: text}
-    err.print(f"answered {len(asked)} held-out prompts {when} training in {samples['seconds'][when]:.1f} s")
+    texts, samples.seconds[when] = answer_prompts(model, job.loaded, job.tokenizer, asked)
+    for entry, text in zip(samples.answers, texts, strict=False):
+        setattr(entry, when, text)
+    err.print(f"answered {len(asked)} held-out prompts {when} training in {samples.seconds[when]:.1f} s")

@@ -13,6 +13,7 @@ import torch
 
 from mla_tune.errors import WorkError
 from mla_tune.recipe.schema import Recipe
+from mla_tune.runs.record import MemoryUse
 
 
 def memory_now() -> int:
@@ -29,13 +30,11 @@ def memory_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory_report(device: torch.device, start: int) -> dict[str, int]:
-    """Peak bytes: of the process, what of it came after the imports, and on the GPU where there is one."""
+def memory_report(device: torch.device, start: int) -> MemoryUse:
+    """Return the peaks so far; `start` are the resident bytes before the model was loaded."""
     peak = memory_peak()
-    report = {"process_peak": peak, "before_loading": start, "run_peak": peak - start}
-    if device.type == "cuda":
-        report["gpu_peak"] = torch.cuda.max_memory_allocated(device)
-    return report
+    gpu_peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return MemoryUse(peak, start, peak - start, gpu_peak)
 
 
 @contextlib.contextmanager

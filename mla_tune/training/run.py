@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from mla_tune.recipe.schema import Recipe
 from mla_tune.report.run_report import write_report
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.runs.checkpoints import newest_whole
-from mla_tune.runs.folder import RunFolder, check_folder, environment, how_to_go_on, make_folder, write_recipe
+from mla_tune.runs.folder import RunFolder, check_folder, how_to_go_on, make_folder, write_recipe
 from mla_tune.runs.process import this_process
+from mla_tune.runs.record import Processes, RunRecord
 from mla_tune.sockets import OBJECTIVES
 from mla_tune.training.distributed.launch import worker
 from mla_tune.training.distributed.team import (
@@ -28,7 +30,8 @@ from mla_tune.training.distributed.team import (
     init_distributed,
     warn_about_idle_gpus,
 )
-from mla_tune.training.job import Job
+from mla_tune.training.environment import environment
+from mla_tune.training.job import TrainingJob
 from mla_tune.training.loop import train_adapter
 from mla_tune.training.memory import memory_advice, memory_now
 from mla_tune.training.resolve import check_held_out, resolve
@@ -41,7 +44,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 def train(
     recipe: Recipe, *, resume: bool = False, allow_changes: bool = False, callbacks: Sequence[Any] = ()
-) -> dict[str, Any]:
+) -> RunRecord:
     """Do what the recipe says and return the contents of run.json.
 
     `resume` goes on from the newest whole checkpoint; if the recipe, the data or the base changed since, only with
@@ -63,16 +66,18 @@ def train(
     objective = OBJECTIVES.get(recipe.train.objective)(recipe)
     team = init_distributed(recipe)
     with explain_lost_processes(team, lambda: how_to_go_on(RunFolder(Path(recipe.output.dir).expanduser()))):
-        job = _begin(Job(recipe, resolved.placement, resolved.arch, team, objective), resume, allow_changes)
+        job = _begin(TrainingJob(recipe, resolved.placement, resolved.arch, team, objective), resume, allow_changes)
         _do(job, callbacks)
     destroy_distributed()
-    return job.run
+    return job.record
 
 
-def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
+def _begin(job: TrainingJob, resume: bool, allow_changes: bool) -> TrainingJob:
     """Check what is left to check, read data and weights, and make or reopen the run folder."""
     recipe, team, section = job.recipe, job.team, job.recipe.model
-    folder, difference = team.main_process_only(lambda: check_folder(recipe, resume, allow_changes))
+    folder, difference = team.main_process_only(
+        lambda: check_folder(recipe, resume=resume, allow_changes=allow_changes)
+    )
     job.folder = folder
     job.checkpoint = team.main_process_only(lambda: _checkpoint(folder)) if resume else None
     job.tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
@@ -108,18 +113,18 @@ def _begin(job: Job, resume: bool, allow_changes: bool) -> Job:
         raise InputError(f"output.dir: {folder.root} must lie on a file system that all machines of the run share")
     if not team.is_main_process:
         base_of(job.loaded, job.tokenizer, recipe, folder)
-    job.run = team.broadcast(job.run)
+    job.record = team.broadcast(job.record)
     return job
 
 
-def _record_origin(job: Job, base: str, resume: bool, allow_changes: bool) -> None:
+def _record_origin(job: TrainingJob, base: str, resume: bool, allow_changes: bool) -> None:
     """run.json as it is at the start; on resume base and data have to be those of the start."""
-    run: dict[str, Any] = job.folder.read() if resume else {}
-    origin = {
+    record = job.folder.read() if resume else RunRecord()
+    origin: dict[str, Any] = {
         "base_hash": base_hash(str(EMBEDDED_MODEL) if base == "embedded" else base),
         "data": job.data.summary(),
     }
-    changed = [name for name in origin if resume and run[name] != origin[name]]
+    changed = [name for name in origin if resume and getattr(record, name) != origin[name]]
     if changed:
         what = " and ".join({"base_hash": "the base model", "data": "the data"}[name] for name in changed)
         if not allow_changes:
@@ -128,39 +133,39 @@ def _record_origin(job: Job, base: str, resume: bool, allow_changes: bool) -> No
                 "with --allow-changes"
             )
         err.print(f"--allow-changes: {what} changed since the run was begun", soft_wrap=True)
-    job.run = run | {
-        "state": "running",
-        "process": this_process(),
-        "working_folder": str(Path.cwd()),
-        "recipe": str(job.folder.recipe),
-        "model_type": job.arch.model_type,
-        "auto_class": auto_class(job.loaded.model.config).__name__,
-        "base": job.recipe.model.source,
-        "base_path": base,
+    job.record = replace(
+        record,
+        state="running",
+        process=this_process(),
+        working_folder=str(Path.cwd()),
+        recipe=str(job.folder.recipe),
+        model_type=job.arch.model_type,
+        auto_class=auto_class(job.loaded.model.config).__name__,
+        base=job.recipe.model.source,
+        base_path=base,
         **origin,
-        "seed": job.recipe.train.seed,
-        "device": str(job.loaded.device),
-        "dtype": job.loaded.dtype,
-        "quantized": job.loaded.quantized,
-        "processes": {"count": job.team.here.world_size, "sharding": job.team.here.sharding},
-        "environment": environment(),
-    }
-    job.record()
+        seed=job.recipe.train.seed,
+        device=str(job.loaded.device),
+        dtype=job.loaded.dtype,
+        quantized=job.loaded.quantized,
+        processes=Processes(job.team.here.world_size, job.team.here.sharding),
+        environment=environment(),
+    )
+    job.write_record()
 
 
-def _do(job: Job, callbacks: Sequence[Any]) -> None:
+def _do(job: TrainingJob, callbacks: Sequence[Any]) -> None:
     """Train, and leave in run.json how it ended."""
     try:
         with memory_advice(job.recipe):
             train_adapter(job, callbacks)
-        job.run["state"] = "done"
-        job.run.pop("error", None)
-        job.record()
+        job.record.state, job.record.error = "done", None
+        job.write_record()
     except BaseException as error:
-        job.run["state"] = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-        job.run["error"] = str(error) or type(error).__name__
+        job.record.state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        job.record.error = str(error) or type(error).__name__
         with contextlib.suppress(OSError):  # on a full disk that would hide the error itself
-            job.record()
+            job.write_record()
         if isinstance(error, OSError) and error.errno in FULL:
             raise _disk_is_full(job.folder, error) from error
         if not isinstance(error, KeyboardInterrupt):  # asked to stop at once
@@ -169,12 +174,12 @@ def _do(job: Job, callbacks: Sequence[Any]) -> None:
     _show(job)
 
 
-def _show(job: Job) -> None:
+def _show(job: TrainingJob) -> None:
     """loss.png and report.html.  A run does not fail by them: what goes wrong is told."""
     if not job.team.is_main_process:
         return
     try:
-        write_report(job.folder.root, job.run)
+        write_report(job.folder, job.record)
     except (OSError, ValueError) as error:
         err.print(f"note: {job.folder.report} was not written: {error}", markup=False, soft_wrap=True)
 

@@ -22,6 +22,7 @@ from mla_tune.report.card import card
 from mla_tune.report.commands import commands
 from mla_tune.report.run_report import render, role_rows
 from mla_tune.runs.metrics import grouped, read_curves, thinned
+from mla_tune.runs.record import RunRecord, TrainedParameters
 from mla_tune.training.callbacks import Metrics
 
 ROLES = ["W_DQ", "W_UQ", "W_DKV", "W_UKV", "W_O", "gate", "up", "down", "shared_gate", "shared_up"]
@@ -57,8 +58,8 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     save = plots._save
     monkeypatch.setattr(plots, "_save", lambda fig, target: (figures.append(fig), save(fig, target)))
 
-    def call(metrics: list[dict], run: dict[str, Any] | None = None) -> Any:
-        plots.plot_run(write(tmp_path / "metrics.jsonl", metrics), tmp_path / "loss.png", run or {})
+    def call(metrics: list[dict], record: RunRecord | None = None) -> Any:
+        plots.plot_run(write(tmp_path / "metrics.jsonl", metrics), tmp_path / "loss.png", record or RunRecord())
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
         return figures[-1]
 
@@ -109,7 +110,7 @@ def test_equal_curves_share_a_name() -> None:
 
 
 def test_the_plot_shows_losses_rates_norms_spikes_and_cuts(draw: Any) -> None:
-    figure = draw(lines(40, skipped=(20, 21), cut=21), {"base": "some/model", "data": {"source": "a$b$"}})
+    figure = draw(lines(40, skipped=(20, 21), cut=21), RunRecord(base="some/model", data={"source": "a$b$"}))
     loss, rate, norm = figure.axes
     assert list(by_label(loss)) == [
         "train, each step", "train, running mean", "held out", "skipped (2)", "learning rates cut",
@@ -183,21 +184,23 @@ def test_every_text_is_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
         "adapter": {"method": bad, "matrices": {bad: 1}, "trainable_params": 1},
         "samples": {"seconds": {"before": 1.0}, "answers": [{"prompt": bad, "reference": bad, "before": bad}]},
     }  # fmt: skip
-    page = Page(render(tmp_path / "a<b>&'c", run, read_curves(tmp_path / "none"), "aGk="))
+    page = Page(
+        render(tmp_path / "a<b>&'c", RunRecord.from_json(run, "run.json"), read_curves(tmp_path / "none"), "aGk=")
+    )
     assert "script" not in page.tags
     assert page.links == ["data:image/png;base64,aGk="]
 
 
 def test_a_run_that_never_began_has_a_report_without_curves(tmp_path: Path) -> None:
-    text = render(tmp_path, {"state": "failed", "error": "no room"}, read_curves(tmp_path / "none"), None)
+    text = render(tmp_path, RunRecord(state="failed", error="no room"), read_curves(tmp_path / "none"), None)
     assert "No step was logged." in text
     assert "no room" in text
 
 
 def test_two_rates_of_a_role_are_both_shown() -> None:
-    adapter = {"matrices": {"W_O": 4}, "ranks": {"W_O": 8}, "params": {"W_O": 1234}}
     rates = {"W_O.A": 1e-4, "W_O.B": 1.6e-3}
-    assert role_rows({"adapter": adapter | {"learning_rate": rates}}) == [
+    trained = TrainedParameters("lora", {"W_O": 4}, {"W_O": 8}, {"W_O": 1234}, learning_rate=rates)
+    assert role_rows(RunRecord(adapter=trained)) == [
         {"role": "W_O", "matrices": "4", "rank": "8", "params": "1,234", "rate": "A 1.00e-04, B 1.60e-03"}
     ]
 
@@ -277,10 +280,10 @@ def test_an_interrupted_run_has_plot_and_report_and_goes_on_by_its_command(
     before = json.loads((out / "run.json").read_text())["samples"]["answers"]
     assert cli(*shlex.split(Page(text).commands[0])[1:]).code == 0
     run = json.loads((out / "run.json").read_text())
-    assert (run["state"], "error" in run) == ("done", False)
+    assert (run["state"], run["error"]) == ("done", None)
     after = run["samples"]["answers"]
     assert [a["before"] for a in after] == [a["before"] for a in before]
-    assert all("after" in a for a in after)
+    assert None not in [a["after"] for a in after]
 
 
 def test_a_report_that_cannot_be_written_fails_no_run(cli, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +311,9 @@ def test_a_hub_base_and_hub_data_are_in_the_front_matter(tmp_path: Path) -> None
         "device": "cpu", "environment": {"mla_tune": "0"},
         "adapter": {"method": "lora", "trainable_params": 3, "matrices": {"W_O": 1}},
     }  # fmt: skip
-    found = ModelCard(card(tmp_path, run, ["mbpp", "org/rows", "rows.jsonl", "data/rows.csv"]))
+    found = ModelCard(
+        card(tmp_path, RunRecord.from_json(run, "run.json"), ["mbpp", "org/rows", "rows.jsonl", "data/rows.csv"])
+    )
     data = found.data.to_dict()
     assert data["base_model"] == "deepseek-ai/DeepSeek-V2-Lite"
     assert data["tags"][0] == "base_model:adapter:deepseek-ai/DeepSeek-V2-Lite"
@@ -317,5 +322,5 @@ def test_a_hub_base_and_hub_data_are_in_the_front_matter(tmp_path: Path) -> None
 
 
 def test_commands_are_quoted() -> None:
-    for _, line in commands(Path("a b'c"), {"state": "done", "adapter": {"method": "lora"}}):
+    for _, line in commands(Path("a b'c"), RunRecord(state="done", adapter=TrainedParameters("lora"))):
         assert any(word.startswith("a b'c") for word in shlex.split(line))

@@ -102,8 +102,8 @@ def test_train_records_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from mla_tune.runs.process import is_alive, this_process
 
     process = this_process()
-    assert (process["pid"], process["host"]) == (os.getpid(), platform.node())
-    assert is_alive(json.loads(json.dumps(process))) is True
+    assert (process.pid, process.host) == (os.getpid(), platform.node())
+    assert is_alive(process) is True
 
 
 @pytest.mark.parametrize(
