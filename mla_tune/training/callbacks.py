@@ -1,4 +1,4 @@
-"""What happens beside the training step: the gradient check, metrics, progress, and a clean stop on Ctrl-C."""
+"""The Trainer's callbacks: the gradient check, metrics.jsonl, the progress line, and a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from mla_tune.console import err
 from mla_tune.errors import CheckError
-from mla_tune.model.attach import attached_loras
-from mla_tune.model.modules_to_save import modules_to_save_copies
-from mla_tune.training.distributed.deepspeed import gradient, is_handle
+from mla_tune.training.gradients import gradient_problems
 from mla_tune.training.spike_guard import Spike
 
 
 class GradientCheck(TrainerCallback):
-    """After the first backward pass every adapter has a finite, non-zero gradient, or the run stops and names those
-    that don't.  (With B = 0, A's gradient is zero in the first step: one of the two has to be alive.)"""
+    """Checks after the first backward pass that every adapter has a gradient that is finite and not zero."""
 
+    #: The `RoleTrainer`; set before training.
     trainer: Any = None
+    #: Whether the check was made.
     done = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the check once.  Raises `CheckError` with the adapters that don't learn (`gradient_problems`)."""
         if self.done or self.trainer.spike is not None:  # a spike's gradients are gone
             return
         self.done = True
@@ -44,67 +42,27 @@ class GradientCheck(TrainerCallback):
             )
 
 
-def gradient_problems(model: torch.nn.Module) -> list[str]:
-    """A line for every LoRA (or, without adapters, every weight) whose gradient is missing, zero, or not finite."""
-    problems = []
-    loras = attached_loras(model)
-    named = (
-        [(a.parameter, [*a.layer.lora_A.parameters(), *a.layer.lora_B.parameters()]) for a in loras]
-        if loras
-        else [(n, [p]) for n, p in model.named_parameters() if p.requires_grad]
-    )
-    if loras:
-        named += [(path, list(copy.parameters())) for path, copy in modules_to_save_copies(model).items()]
-    there, odd, alive = _gradients([parameters for _, parameters in named])
-    for i, (name, _) in enumerate(named):
-        if not there[i]:
-            problems.append(f"{name}: no gradient reached it")
-        elif odd[i]:
-            problems.append(f"{name}: its gradient is not finite")
-        elif loras and not alive[i]:
-            problems.append(f"{name}: its gradient is zero")
-    return problems
-
-
-def _gradients(groups: list[list[Any]]) -> list[list[int]]:
-    """For each group of parameters whether it has a gradient, one that is not finite, one that is not zero; of sharded
-    gradients all processes look at their part."""
-    found = torch.zeros(3, len(groups), dtype=torch.int32)
-    sharded = False
-    for i, parameters in enumerate(groups):
-        for parameter in parameters:
-            grad: Any = gradient(parameter)
-            if grad is None:
-                continue
-            sharded = sharded or is_handle(parameter)
-            if hasattr(grad, "to_local"):
-                sharded, grad = True, grad.to_local()
-            found[0, i] = 1
-            found[1, i] |= int(not torch.isfinite(grad).all())
-            found[2, i] |= int(grad.any())
-    if sharded:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.tolist()
-
-
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop.  A second one ends the process at once.
+    """On Ctrl-C or SIGTERM finishes the step, saves a checkpoint and stops.  A second signal ends the process at once.
 
-    Of many processes all stop after the same step, whichever of them was asked.
+    As a context manager it takes the signals over.  In a run of several processes (`is_distributed`) all stop after the
+    same step, whichever of them got the signal.
     """
 
+    #: The `RoleTrainer`; set before training.
     trainer: Any = None
 
-    def __init__(self, many: bool = False) -> None:
-        self.many = many
+    def __init__(self, is_distributed: bool = False) -> None:
+        self.is_distributed = is_distributed
+        #: Whether this process got a signal.
         self.asked = False
-        #: Whether the run ends for it.
+        #: Whether the run stops because of a signal.
         self.stopped = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._ask)
+            self._old[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -112,47 +70,53 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the trainer tell the other processes of a signal."""
         self.trainer.wants_stop = lambda: self.asked
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         err.print("stopping after this step and saving a checkpoint (once more to stop at once)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stop_agreed if self.many else self.asked:
+        """Save and stop, if a process got a signal."""
+        if self.trainer.stop_agreed if self.is_distributed else self.asked:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
 
 
 def _step_of(line: str) -> int:
-    """-1 for a line that was cut when the process died or the disk was full."""
+    """Return the step of a line of metrics.jsonl; -1 for one that was cut off when the process died."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return -1
 
 
-class AtStart(TrainerCallback):
-    """Work on the model as it is trained, wrapped or sharded, before its first step."""
+class BeforeFirstStep(TrainerCallback):
+    """Calls a function before the first step, when the model is wrapped or sharded as it will train."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.work = work
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.work()
+        """Call it."""
+        self.function()
 
 
-class Metrics(TrainerCallback):
-    """One JSON line a logged step: `metrics.jsonl` of the run folder."""
+class MetricsWriter(TrainerCallback):
+    """Writes metrics.jsonl: a JSON line for each logged step and each evaluation.
+
+    `start_step` is the step that a resumed run goes on from: lines after it are deleted, since they are written again.
+    """
 
     def __init__(self, path: Path, start_step: int) -> None:
         self.path = path
         self.trainer: Any = None
         kept = []
-        if start_step and path.exists():  # a resumed run: what came after its checkpoint is written again
+        if start_step and path.exists():
             kept = [line for line in path.read_text(errors="replace").splitlines() if 0 <= _step_of(line) <= start_step]
         path.write_text("".join(line + "\n" for line in kept))
         self.began = time.monotonic()
@@ -160,11 +124,11 @@ class Metrics(TrainerCallback):
         self.spikes: list[Spike] = []
 
     def rate(self) -> float:
-        """Real tokens a second of this process's run."""
+        """Return real tokens a second since the training began."""
         return (self.trainer.real_tokens - self.tokens_before) / max(time.monotonic() - self.began, 1e-9)
 
     def spikes_since_last_line(self) -> dict[str, Any]:
-        """The latest skipped step's figures, and the product of all cuts."""
+        """Return `spike`, the latest skipped step, and `cut`, the product of all cuts, if there were any."""
         found: dict[str, Any] = {}
         if self.spikes:
             found["spike"] = self.spikes[-1].to_json()
@@ -175,6 +139,7 @@ class Metrics(TrainerCallback):
         return found
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the user of a skipped step."""
         spike = self.trainer.spike
         if spike is None:
             return
@@ -187,6 +152,7 @@ class Metrics(TrainerCallback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write a line, of a step (`loss`) or an evaluation (`eval_loss`)."""
         logs = dict(logs or {})
         if "train_runtime" in logs:
             return
@@ -212,30 +178,32 @@ class Metrics(TrainerCallback):
                 f.write(json.dumps(line) + "\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
         self.began = time.monotonic()
         self.tokens_before = self.trainer.real_tokens
 
 
 def _number(x: Any) -> float | None:
-    """As JSON has it: no NaN, no infinity."""
+    """Return a float, or None for what JSON does not have: NaN and infinity."""
     return float(x) if x is not None and math.isfinite(float(x)) else None
 
 
 def rates_now(optimizer: Any) -> dict[str, float]:
-    """Current learning rate of each role."""
+    """Return the current learning rate of each role; empty without an optimizer."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     return {g["role"]: g["lr"] for g in optimizer.param_groups} if optimizer is not None else {}
 
 
 class ProgressLine(TrainerCallback):
-    """A live line on a terminal; elsewhere a plain line ten times a run."""
+    """Shows progress on standard error: a live line on a terminal, elsewhere a plain line ten times a run."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: MetricsWriter) -> None:
         self.metrics = metrics
         self.text = ""
         self.bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the line."""
         self.first, self.total = state.global_step, state.max_steps
         if err.is_terminal:
             columns = [
@@ -248,6 +216,7 @@ class ProgressLine(TrainerCallback):
             self.task = self.bar.add_task("", total=self.total, completed=self.first)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show loss, learning rate and speed."""
         if not logs or "loss" not in logs:
             return
         seconds = max(time.monotonic() - self.metrics.began, 1e-9)
@@ -262,13 +231,16 @@ class ProgressLine(TrainerCallback):
             print(f"step {state.global_step}/{self.total}  {self.text}  {left:.0f} s left", file=sys.stderr, flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the step."""
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the line away."""
         self.close()
 
     def close(self) -> None:
+        """Take the line away, also where training ended by an error.  May be called twice."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

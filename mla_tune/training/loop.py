@@ -1,4 +1,4 @@
-"""The middle of a run: adapt the model, build the trainer, train, and write the result."""
+"""The middle of a run: adapt the model, build the Trainer, train, and write the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mla_tune.preflight.plan import role_rates
 from mla_tune.report.card import card
 from mla_tune.runs.checkpoints import number_of
 from mla_tune.runs.record import HeldOutLoss, SampleAnswer, SpikeCounts, Steps, TrainedParameters
-from mla_tune.training.callbacks import AtStart, GradientCheck, Metrics, ProgressLine, StopOnSignal
+from mla_tune.training.callbacks import BeforeFirstStep, GradientCheck, MetricsWriter, ProgressLine, StopOnSignal
 from mla_tune.training.distributed.deepspeed import gather_experts_whole, step_apart
 from mla_tune.training.distributed.sampler import with_dummy_row
 from mla_tune.training.distributed.team import gather_trained_weights
@@ -36,18 +36,20 @@ from mla_tune.training.trainer import CountingCollator, RoleTrainer
 from mla_tune.training.training_args import training_arguments
 
 
-def train_adapter(job: TrainingJob, further: Sequence[Any]) -> None:
-    """Train as `job` says and write the adapter (or the model).
+def train_adapter(job: TrainingJob, callbacks: Sequence[Any]) -> None:
+    """Adapt the model of `job`, train it, and write the adapter (without one: the model) into the run folder.
 
-    Raises `CheckError`, `WorkError` and `Interrupted` as `run.train` says.
+    `callbacks`: further callbacks for the Trainer.  What is measured goes into `job.record`.  Raises `CheckError`,
+    `WorkError` and `Interrupted` as `run.train` says.
     """
-    model, ways = _adapted(job)
+    model, kernels = _adapt_model(job)
     steps = steps_of(job.recipe, job.data.train_rows, job.team.here.world_size)
     held_out = [row for part in job.data.parts for row in part.rows.held_out]
-    asked = sample_prompts(job.recipe, held_out, job.tokenizer, job.arch.max_position_embeddings)
-    start = _Start(job, model, asked)
+    prompts = sample_prompts(job.recipe, held_out, job.tokenizer, job.arch.max_position_embeddings)
+    start = _BeforeTraining(job, model, prompts)
     stop = StopOnSignal(job.team.is_distributed)
-    trainer = _trainer(job, model, ways, steps, [AtStart(start.before_training), GradientCheck(), stop, *further])
+    own = [BeforeFirstStep(start.measure), GradientCheck(), stop]
+    trainer = _build_trainer(job, model, kernels, steps, [*own, *callbacks])
     start.trainer = trainer
     job.record.steps = Steps(number_of(job.checkpoint) if job.checkpoint else 0, steps)
     job.write_record()  # `runs` shows how far it is to go
@@ -58,7 +60,7 @@ def train_adapter(job: TrainingJob, further: Sequence[Any]) -> None:
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, ProgressLine):
                     callback.close()
-    done = _measure(job, trainer, start, steps)
+    done = _record_figures(job, trainer, start, steps)
     if stop.stopped and done < steps:
         raise Interrupted(
             f"stopped at step {done} of {steps}; the checkpoint is in {job.folder.last_checkpoint()}.\n"
@@ -71,7 +73,7 @@ def train_adapter(job: TrainingJob, further: Sequence[Any]) -> None:
             raise WorkError(f"after training the held-out loss is {after}; lower optimizer.learning_rate")
         assert job.record.held_out_loss is not None  # measured before training
         job.record.held_out_loss.after = after
-    _ask("after", job, model, asked)
+    _record_answers("after", job, model, prompts)
     paths = [s.path for s in job.recipe.data.sources] or [job.recipe.data.path]
     weights = gather_trained_weights(model) if job.team.sharded else None
 
@@ -82,8 +84,11 @@ def train_adapter(job: TrainingJob, further: Sequence[Any]) -> None:
     job.team.main_process_only(save)
 
 
-def _adapted(job: TrainingJob) -> tuple[torch.nn.Module, KernelConfig]:
-    """The model with its adapter, kernels chosen by the first process for all."""
+def _adapt_model(job: TrainingJob) -> tuple[torch.nn.Module, KernelConfig]:
+    """Attach the adapter, prepare the model for training, and record what is trained.
+
+    The main process chooses the kernels for all processes.
+    """
     placement, loaded, recipe, team = job.placement, job.loaded, job.recipe, job.team
     model: torch.nn.Module = loaded.model
     if placement.method != "none":
@@ -92,17 +97,17 @@ def _adapted(job: TrainingJob) -> tuple[torch.nn.Module, KernelConfig]:
     elif frozen := freeze_unreached(model, loaded.arch):
         what = "towers and indexers" if loaded.arch.wrapper else "indexers"
         err.print(f"note: {human_count(frozen)} parameters of {what} stay frozen: text gives them no gradient")
-    ways = (
+    kernels = (
         prepare_model(model, loaded, recipe, job.data, job.objective, job.record.kernels)
         if team.is_main_process
         else None
     )
-    job.record.kernels = team.broadcast(ways.kernels if ways else None)
-    if ways is None:
-        ways = prepare_model(model, loaded, recipe, job.data, job.objective, job.record.kernels)
+    job.record.kernels = team.broadcast(kernels.kernels if kernels else None)
+    if kernels is None:
+        kernels = prepare_model(model, loaded, recipe, job.data, job.objective, job.record.kernels)
     if team.uses_zero3:
         gather_experts_whole(model)
-    for line in loaded.lines + ways.lines:
+    for line in loaded.lines + kernels.lines:
         err.print(line, markup=False, soft_wrap=True)
     job.record.adapter = TrainedParameters(
         method=placement.method,
@@ -113,15 +118,15 @@ def _adapted(job: TrainingJob) -> tuple[torch.nn.Module, KernelConfig]:
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         learning_rate=role_rates(placement, recipe),
     )
-    return model, ways
+    return model, kernels
 
 
-def _trainer(
-    job: TrainingJob, model: torch.nn.Module, ways: KernelConfig, steps: int, callbacks: list[Any]
+def _build_trainer(
+    job: TrainingJob, model: torch.nn.Module, kernels: KernelConfig, steps: int, callbacks: list[Any]
 ) -> RoleTrainer:
     recipe, data = job.recipe, job.data
     if job.team.is_main_process:
-        metrics = Metrics(job.folder.metrics, number_of(job.checkpoint) if job.checkpoint else 0)
+        metrics = MetricsWriter(job.folder.metrics, number_of(job.checkpoint) if job.checkpoint else 0)
         callbacks[2:2] = [metrics, ProgressLine(metrics)]
     if recipe.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping))
@@ -131,7 +136,7 @@ def _trainer(
     trainer = RoleTrainer(
         model=model,
         args=training_arguments(recipe, job.folder, job.loaded, steps, bool(data.held_out_rows)),
-        data_collator=CountingCollator(job.objective.collator(ways.collator(recipe, job.tokenizer))),
+        data_collator=CountingCollator(job.objective.collator(kernels.collator(recipe, job.tokenizer))),
         train_dataset=data.train_rows if data.streamed else rows(data.train_rows),
         eval_dataset=rows(data.held_out_rows) if data.held_out_rows else None,
         processing_class=job.tokenizer,
@@ -152,19 +157,20 @@ def _trainer(
     return trainer
 
 
-class _Start:
-    """What is measured on the model as it will train, wrapped or sharded, before the first step."""
+class _BeforeTraining:
+    """Measures the model before the first step, wrapped or sharded as it will train: answers and held-out loss."""
 
     trainer: RoleTrainer
 
-    def __init__(self, job: TrainingJob, model: torch.nn.Module, asked: list[SamplePrompt]) -> None:
-        self.job, self.model, self.asked = job, model, asked
+    def __init__(self, job: TrainingJob, model: torch.nn.Module, prompts: list[SamplePrompt]) -> None:
+        self.job, self.model, self.prompts = job, model, prompts
         self.began, self.tokens = time.monotonic(), 0
 
-    def before_training(self) -> None:
+    def measure(self) -> None:
+        """Measure, write run.json, and start the clock.  Raises `WorkError` if the held-out loss is not finite."""
         if self.job.team.uses_zero3:
             step_apart(self.trainer)
-        _ask("before", self.job, self.model, self.asked)
+        _record_answers("before", self.job, self.model, self.prompts)
         if self.job.data.held_out_rows and self.job.record.held_out_loss is None:
             loss = self.trainer.evaluate()["eval_loss"]
             if not math.isfinite(loss):
@@ -176,8 +182,8 @@ class _Start:
         self.began, self.tokens = time.monotonic(), self.trainer.real_tokens
 
 
-def _measure(job: TrainingJob, trainer: RoleTrainer, start: _Start, steps: int) -> int:
-    """How far it came and what it took, into run.json; returns the steps done."""
+def _record_figures(job: TrainingJob, trainer: RoleTrainer, start: _BeforeTraining, steps: int) -> int:
+    """Record steps, time, spikes and memory of the training, and return the number of steps done."""
     seconds = time.monotonic() - start.began
     done: int = trainer.state.global_step
     record = job.record
@@ -194,14 +200,18 @@ def _measure(job: TrainingJob, trainer: RoleTrainer, start: _Start, steps: int) 
     return done
 
 
-def _ask(when: Literal["before", "after"], job: TrainingJob, model: Any, asked: list[SamplePrompt]) -> None:
-    """Answers into run.json; a resumed run keeps those of before its first start.  All processes ask: a sharded model
-    gathers its weights in every forward."""
+def _record_answers(
+    when: Literal["before", "after"], job: TrainingJob, model: Any, prompts: list[SamplePrompt]
+) -> None:
+    """Let the model answer and record it; a resumed run keeps the answers from before its first start.
+
+    All processes call it: a sharded model gathers its weights in every forward pass.
+    """
     samples = job.record.samples
-    samples.answers = samples.answers or [SampleAnswer(q.prompt, q.reference) for q in asked]
-    if not asked or when in samples.seconds:
+    samples.answers = samples.answers or [SampleAnswer(q.prompt, q.reference) for q in prompts]
+    if not prompts or when in samples.seconds:
         return
-    texts, samples.seconds[when] = answer_prompts(model, job.loaded, job.tokenizer, asked)
+    texts, samples.seconds[when] = answer_prompts(model, job.loaded, job.tokenizer, prompts)
     for entry, text in zip(samples.answers, texts, strict=False):
         setattr(entry, when, text)
-    err.print(f"answered {len(asked)} held-out prompts {when} training in {samples.seconds[when]:.1f} s")
+    err.print(f"answered {len(prompts)} held-out prompts {when} training in {samples.seconds[when]:.1f} s")

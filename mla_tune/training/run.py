@@ -1,4 +1,4 @@
-"""`mla-tune train`: a recipe in, a run folder out.  One job from the first check to `state: done`."""
+"""`train`: from a recipe to a run folder, from the first check to `state: done`."""
 
 from __future__ import annotations
 
@@ -38,24 +38,26 @@ from mla_tune.training.resolve import check_held_out, resolve
 from mla_tune.training.save import base_of
 from mla_tune.training.trackers import name_projects
 
-#: No space, over quota, file too large, read-only now, broken.
+#: Errors of the operating system that mean that nothing can be written: no space, over quota, file too large, a file
+#: system that has become read-only, a broken disk.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def train(
     recipe: Recipe, *, resume: bool = False, allow_changes: bool = False, callbacks: Sequence[Any] = ()
 ) -> RunRecord:
-    """Do what the recipe says and return the contents of run.json.
+    """Train as the recipe says, write the run folder `output.dir`, and return the contents of its run.json.
 
-    `resume` goes on from the newest whole checkpoint; if the recipe, the data or the base changed since, only with
-    `allow_changes`.  `callbacks` are further `transformers.TrainerCallback`s; one with an attribute `trainer` gets it.
+    `resume`: continue the run in the folder from its newest whole checkpoint.  `allow_changes`: do so even if the
+    recipe, the data or the base changed since.  `callbacks`: further `transformers.TrainerCallback`s; one with an
+    attribute `trainer` gets the Trainer there.
 
-    Everything that can be wrong with the input is found before weights are read or a file is written.  Raises
-    `InputError`/`FileError` for the input, `CheckError` if the adapter attached or its gradients are not as planned,
-    `WorkError` for a failure of the work, `Interrupted` when stopped by a signal (a checkpoint is saved).
+    The input is checked before weights are read or a file is written.  Raises `InputError` or `FileError` for wrong
+    input, `CheckError` if the attached adapter or its gradients are not as planned, `WorkError` if the work fails, and
+    `Interrupted` if a signal stopped it (a checkpoint is saved).
 
-    Where a launcher started this process as one of many (`train.launch`), all of them call it and do one job together;
-    files are written by the first.
+    Where a launcher started several processes (`training.distributed.launch`), each of them calls this function, and
+    they do one run together; the main process writes the files.
     """
     quiet()
     name_projects()
@@ -66,13 +68,15 @@ def train(
     objective = OBJECTIVES.get(recipe.train.objective)(recipe)
     team = init_distributed(recipe)
     with explain_lost_processes(team, lambda: how_to_go_on(RunFolder(Path(recipe.output.dir).expanduser()))):
-        job = _begin(TrainingJob(recipe, resolved.placement, resolved.arch, team, objective), resume, allow_changes)
-        _do(job, callbacks)
+        job = _prepare_job(
+            TrainingJob(recipe, resolved.placement, resolved.arch, team, objective), resume, allow_changes
+        )
+        _train_and_record(job, callbacks)
     destroy_distributed()
     return job.record
 
 
-def _begin(job: TrainingJob, resume: bool, allow_changes: bool) -> TrainingJob:
+def _prepare_job(job: TrainingJob, resume: bool, allow_changes: bool) -> TrainingJob:
     """Check what is left to check, read data and weights, and make or reopen the run folder."""
     recipe, team, section = job.recipe, job.team, job.recipe.model
     folder, difference = team.main_process_only(
@@ -118,7 +122,10 @@ def _begin(job: TrainingJob, resume: bool, allow_changes: bool) -> TrainingJob:
 
 
 def _record_origin(job: TrainingJob, base: str, resume: bool, allow_changes: bool) -> None:
-    """run.json as it is at the start; on resume base and data have to be those of the start."""
+    """Write run.json as it is at the start.
+
+    On resume, raises `InputError` if the base or the data are not those of the start, unless `allow_changes`.
+    """
     record = job.folder.read() if resume else RunRecord()
     origin: dict[str, Any] = {
         "base_hash": base_hash(str(EMBEDDED_MODEL) if base == "embedded" else base),
@@ -154,8 +161,8 @@ def _record_origin(job: TrainingJob, base: str, resume: bool, allow_changes: boo
     job.write_record()
 
 
-def _do(job: TrainingJob, callbacks: Sequence[Any]) -> None:
-    """Train, and leave in run.json how it ended."""
+def _train_and_record(job: TrainingJob, callbacks: Sequence[Any]) -> None:
+    """Train, and write into run.json how it ended."""
     try:
         with memory_advice(job.recipe):
             train_adapter(job, callbacks)
@@ -169,13 +176,13 @@ def _do(job: TrainingJob, callbacks: Sequence[Any]) -> None:
         if isinstance(error, OSError) and error.errno in FULL:
             raise _disk_is_full(job.folder, error) from error
         if not isinstance(error, KeyboardInterrupt):  # asked to stop at once
-            _show(job)
+            _write_report(job)
         raise
-    _show(job)
+    _write_report(job)
 
 
-def _show(job: TrainingJob) -> None:
-    """loss.png and report.html.  A run does not fail by them: what goes wrong is told."""
+def _write_report(job: TrainingJob) -> None:
+    """Write loss.png and report.html.  A run does not fail because of them: an error is a note."""
     if not job.team.is_main_process:
         return
     try:
@@ -191,7 +198,10 @@ def _disk_is_full(folder: RunFolder, error: OSError) -> WorkError:
 
 
 def _checkpoint(folder: RunFolder) -> Path:
-    """The newest whole checkpoint; a line for each newer one that is damaged."""
+    """Return the newest whole checkpoint, and print a line for each newer one that is damaged.
+
+    Raises `InputError` if none is whole.
+    """
     found, lines = newest_whole(folder.checkpoints)
     for line in lines:
         err.print(line, markup=False, soft_wrap=True)

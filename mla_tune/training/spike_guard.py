@@ -28,20 +28,28 @@ FEWEST = 8
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """Why a step is skipped; `cut` where it was one too many in a row."""
+    """A step that is skipped."""
 
+    #: The figure that left its band: `loss` or `grad_norm`.
     what: str
+    #: Its value.
     value: float
+    #: The upper end of its band.
     limit: float
+    #: Factor on every learning rate from here on, where it was one skipped step too many in a row.
     cut: float | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return what metrics.jsonl says of it; `cut` stands beside it there."""
         found: dict[str, Any] = {"what": self.what, "value": self.value, "limit": self.limit}
         return found
 
 
 class SpikeGuard:
-    """Keeps the bands.  `state` and `load` carry it over a resume, so that a resumed run skips the same steps."""
+    """Keeps the bands of loss and gradient norm, and the counts.
+
+    `state` and `load_state` carry it over a resume, so that a resumed run skips the same steps.
+    """
 
     def __init__(self, section: SpikeSection) -> None:
         self.section = section
@@ -54,7 +62,7 @@ class SpikeGuard:
         self.cuts = 0
 
     def limit(self, what: str) -> float:
-        """The upper end of the band; infinite while there are too few values for one."""
+        """Return the upper end of the band of `loss` or `grad_norm`; infinity while there are too few values."""
         values = self.values[what]
         if len(values) < max(FEWEST, self.section.window // 4):
             return math.inf
@@ -62,10 +70,11 @@ class SpikeGuard:
         sigma = max(SIGMA * median(abs(v - middle) for v in values), LEAST * abs(middle))
         return middle + self.section.width * sigma
 
-    def look(self, step: int, loss: float, grad_norm: float) -> Spike | None:
-        """Judge optimizer step `step` by its loss and gradient norm, before the step is done.
+    def judge(self, step: int, loss: float, grad_norm: float) -> Spike | None:
+        """Return why optimizer step `step` is to be skipped, from its loss and gradient norm; None: it is done.
 
-        Raises `WorkError` where neither was a finite number for `patience` steps in a row, or for one without a guard.
+        Raises `WorkError` where loss or norm is no finite number for `patience` steps in a row; without the guard, for
+        one.
         """
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         patience = self.section.patience if self.section.guard else 1
@@ -99,7 +108,7 @@ class SpikeGuard:
         return Spike(what, value, limit, self.section.cut)
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the guard's state as a JSON object."""
         return {
             "values": {name: list(values) for name, values in self.values.items()},
             "in_a_row": self.in_a_row,
@@ -107,7 +116,8 @@ class SpikeGuard:
             "cuts": self.cuts,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
         for name, values in self.values.items():
             values.clear()
             values.extend(state["values"][name])

@@ -1,6 +1,8 @@
-"""transformers' Trainer with what training adapters on MLA needs: learning rates by role, the loss by chunks, gradient
-norms by role with a guard against spikes, checkpoints that are whole or absent, a held-out loss that is a mean over
-tokens, and a count of real (not padding) tokens."""
+"""`RoleTrainer`: transformers' Trainer with what training adapters on MLA needs.
+
+Learning rates and gradient norms by role, the loss of an `Objective` as a mean over the whole step, a guard against
+spikes, checkpoints that are whole or absent, a held-out loss that is a mean over all units, and counts of real tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
 
 from mla_tune.data.stream import Stream
 from mla_tune.runs import checkpoints
-from mla_tune.training.distributed.deepspeed import gradient
 from mla_tune.training.distributed.sampler import PaddedDistributedSampler, SetEpoch, is_dummy_row
 from mla_tune.training.distributed.team import Team, gather_trained_weights, set_up_sharding
+from mla_tune.training.gradients import squared_norms
 from mla_tune.training.held_out import held_out_figures
 from mla_tune.training.objective import Collate, Objective
 from mla_tune.training.spike_guard import Spike, SpikeGuard
+from mla_tune.training.step_totals import StepTotals, agree
 
 
 class CountingCollator:
-    """The collator, with the number of real tokens of the batch beside it."""
+    """Wraps a collator: its batches get `real_tokens`, the number of tokens that are no padding."""
 
     def __init__(self, collator: Collate) -> None:
         self.collator = collator
@@ -61,22 +63,19 @@ class RoleTrainer(Trainer):
         self.guard = guard
         self.team = team
         self.keep = keep
-        #: Tokens trained on, of all processes, and what the others were told of a wish to stop.
+        #: Real tokens trained on so far, of all processes.
         self.real_tokens = 0
-        #: Rows that were trained on, of all processes: where a stream goes on.
+        #: Rows trained on so far, of all processes: where a stream goes on.
         self.rows = 0
+        #: Says whether this process was asked to stop; `stop_agreed`: one of the processes was.
         self.wants_stop: Callable[[], bool] = lambda: False
         self.stop_agreed = False
-        #: Of the step under way: its loss and tokens here, its gradients' norms by role, and the spike that it is.
-        self.step_loss: list[torch.Tensor] = []
-        self.step_tokens = 0
-        self.role_norms: dict[str, float] = {}
-        #: The objective's metrics: sums (M,) of each micro-batch of the step under way, here; units of the whole step;
-        #: and means over the latest step.
-        self.step_sums: list[torch.Tensor] = []
-        self.step_count: torch.Tensor | float = 1.0
-        self.step_metrics: dict[str, float] = {}
+        #: Of the step under way: its sums, and the spike that it is.
+        self.totals = StepTotals()
         self.spike: Spike | None = None
+        #: Of the latest step: gradient norms by role, and means of the objective's metrics.
+        self.role_norms: dict[str, float] = {}
+        self.step_metrics: dict[str, float] = {}
         self._staging: Path | None = None
         #: (step, held-out loss) of the latest evaluation
         self.last_evaluation: tuple[int, float] = (-1, math.nan)
@@ -87,15 +86,16 @@ class RoleTrainer(Trainer):
     # ---- many processes ----
 
     def create_accelerator_and_postprocess(self) -> None:
+        """Also set up FSDP2, where the run shards with it."""
         super().create_accelerator_and_postprocess()
         if self.team.is_distributed and self.team.here.sharding == "fsdp2":
             set_up_sharding(self.accelerator, full=not hasattr(self.model, "peft_config"))
             self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> Any:
+        """As transformers', but for a stream, which shares its rows out among the processes itself."""
         if not isinstance(self.train_dataset, Stream):
             return super().get_train_dataloader()
-        # Not through accelerate, which would share rows out among processes once more.
         size = self.args.per_device_train_batch_size
         pin = self.args.dataloader_pin_memory
         return DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator, pin_memory=pin)
@@ -119,6 +119,7 @@ class RoleTrainer(Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make AdamW with a parameter group for each role."""
         if self.optimizer is None:
             target: torch.nn.Module = self.model if model is None else model  # type: ignore[assignment]
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)  # type: ignore[arg-type]
@@ -137,29 +138,32 @@ class RoleTrainer(Trainer):
         return self._judge() if grad_norm is None else grad_norm
 
     def _judge(self) -> float:
-        """Norm of all gradients, as they are before clipping; a spike's are dropped: the step changes nothing."""
-        squares: dict[str, torch.Tensor] = {}
+        """Return the norm of all gradients before clipping, and let the spike guard judge the step.
+
+        A spike's gradients are dropped, so the step changes nothing.
+        """
         # DeepSpeed's optimizer has flat parameters of its own.
         groups = self.roles_of_handles or [(g["role"], g["params"]) for g in _groups_of(self.optimizer)]
-        for role, parameters in groups:
-            grads = [g for g in map(gradient, parameters) if g is not None]
-            if grads:
-                square = _square_of_norm(grads)
-                squares[role] = squares[role] + square if role in squares else square
+        squares = squared_norms(groups)
         scaler = self.accelerator.scaler
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         values = torch.stack(list(squares.values())).tolist() if squares else []
-        metrics = torch.stack(self.step_sums).sum(0).tolist() if self.step_sums else []
-        loss, metrics, values = self._all_agree(float(torch.stack(self.step_loss).sum()), metrics, values)
-        count = max(float(self.step_count), 1.0)
-        self.step_metrics = {name: v / count for name, v in zip(self.objective.metrics, metrics, strict=True)}
-        self.role_norms = {name: math.sqrt(v) / scale for name, v in zip(squares, values, strict=True)}
-        total = math.sqrt(sum(values)) / scale
-        self.step_loss, self.step_sums = [], []
-        self.spike = None
+        step = agree(
+            self.team,
+            self.totals,
+            stop=self.wants_stop(),
+            squares=values,
+            squares_of_shards=bool(self.roles_of_handles),
+        )
+        self.totals, self.spike = StepTotals(), None
+        self.real_tokens += step.tokens
+        self.stop_agreed = step.stop
+        self.step_metrics = dict(zip(self.objective.metrics, step.metrics, strict=True))
+        self.role_norms = {name: math.sqrt(v) / scale for name, v in zip(squares, step.squares, strict=True)}
+        total = math.sqrt(sum(step.squares)) / scale
         if scale != 1.0 and not math.isfinite(total):
             return total  # a float16 scale that was too large: the scaler skips the step and lowers it
-        self.spike = self.guard.look(self.state.global_step + 1, loss, total)
+        self.spike = self.guard.judge(self.state.global_step + 1, step.loss, total)
         if self.spike is not None:
             for group in _groups_of(self.optimizer):
                 for parameter in group["params"]:
@@ -168,35 +172,11 @@ class RoleTrainer(Trainer):
                 self._cut(self.spike.cut)
         return total
 
-    def _all_agree(
-        self, loss: float, metrics: list[float], squares: list[float]
-    ) -> tuple[float, list[float], list[float]]:
-        """Return the step's loss and the sums of its metrics over all processes, and the first one's squared norms.
-
-        They are the same to the last bit in all processes.  The step's tokens are counted on the way, and whether a
-        process wants to stop.
-        """
-        tokens, stop = self.step_tokens, self.wants_stop()
-        self.step_tokens = 0
-        if self.team.is_distributed:
-            sums = torch.tensor(
-                [loss, tokens, stop, *metrics], dtype=torch.float64
-            )  # on the CPU, whose group is always there
-            norms = torch.tensor(squares, dtype=torch.float64)
-            dist.all_reduce(sums)
-            if self.roles_of_handles:
-                dist.all_reduce(norms)  # of this process's shards as yet
-            shared = torch.cat([sums, norms])
-            dist.broadcast(shared, src=0)
-            loss, tokens, stop, *rest = shared.tolist()
-            metrics, squares = rest[: len(metrics)], rest[len(metrics) :]
-            loss /= self.team.here.world_size
-        self.real_tokens += int(tokens)
-        self.stop_agreed = bool(stop)
-        return loss, metrics, squares
-
     def _cut(self, factor: float) -> None:
-        """Every learning rate from here on; the scheduler's own state carries it over a resume."""
+        """Multiply every learning rate by `factor`, for the rest of the run.
+
+        The scheduler's own state carries it over a resume.
+        """
         scheduler: Any = self.lr_scheduler
         scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
         for group in _groups_of(self.optimizer):
@@ -220,12 +200,10 @@ class RoleTrainer(Trainer):
         count = torch.as_tensor(self.objective.count(inputs) if num_items_in_batch is None else num_items_in_batch)
         found = self.objective.loss(model, inputs)
         if tokens is not None and self.model.training:
-            self.step_tokens += int(tokens)
-        if self.objective.metrics:
-            self.step_sums.append(
-                torch.stack([found.metrics[name].detach().float() for name in self.objective.metrics])
-            )
-            self.step_count = count
+            self.totals.tokens += int(tokens)
+        if names := self.objective.metrics:
+            self.totals.metrics.append(torch.stack([found.metrics[name].detach().float() for name in names]))
+            self.totals.count = count
         loss = found.loss / count.clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is of all processes, and their gradients are averaged.
@@ -233,13 +211,14 @@ class RoleTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch; its loss and rows are counted."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.step_loss.append(loss)
+        self.totals.losses.append(loss)
         self.rows += self.args.per_device_train_batch_size * self.team.here.world_size
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
-        """Units of the objective in all micro-batches of a step, of all processes."""
+        """Return the units of the objective in all micro-batches of a step, of all processes."""
         if not batch_samples:
             return None
         count = torch.stack([self.objective.count(batch) for batch in batch_samples]).sum().to(device)
@@ -248,13 +227,13 @@ class RoleTrainer(Trainer):
         return count
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: the stock way walks over all parameters at every step."""
+        """Return 0: operations are not counted, because the stock way walks over all parameters at every step."""
         return 0
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The objective's loss and metrics on the held-out rows, means over all their units (`held_out_figures`)."""
+        """Return the objective's loss and metrics on the held-out rows (`held_out_figures`), and log them."""
         was_training = self.model.training
         self.model.eval()
         found = held_out_figures(self, self.get_eval_dataloader(eval_dataset))
@@ -284,7 +263,10 @@ class RoleTrainer(Trainer):
             checkpoints.keep_newest(folder, self.keep)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Of a sharded model only what is trained is gathered; the stock way gathers the base too."""
+        """Save the adapter (or the model).
+
+        Of a sharded model only the trained parameters are gathered; the stock way gathers the base too.
+        """
         if not self.team.sharded:
             super().save_model(output_dir, _internal_call)
             return
@@ -304,9 +286,9 @@ class RoleTrainer(Trainer):
         }
 
     def load_own_state(self, checkpoint: Path) -> None:
-        """What the Trainer does not restore: guard, counted tokens, patience."""
+        """Restore from a checkpoint what the stock Trainer leaves out: spike guard, counts, stream, early stopping."""
         state = json.loads((checkpoint / checkpoints.STATE).read_text())
-        self.guard.load(state["spike_guard"])
+        self.guard.load_state(state["spike_guard"])
         self.real_tokens, self.rows = state["real_tokens"], state.get("rows", 0)
         if isinstance(self.train_dataset, Stream):
             self.train_dataset.load_state_dict(state["stream"])
@@ -319,10 +301,3 @@ class RoleTrainer(Trainer):
 
 def _groups_of(optimizer: Any) -> list[dict[str, Any]]:
     return getattr(optimizer, "optimizer", optimizer).param_groups  # accelerate wraps it
-
-
-def _square_of_norm(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Σ g², float32; of sharded gradients over all shards."""
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
-    total = norms.square().sum()
-    return total.full_tensor() if hasattr(total, "full_tensor") else total  # type: ignore[operator]

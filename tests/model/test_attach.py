@@ -19,7 +19,7 @@ from mla_tune.model.attach import attach, attached_loras, check_attached
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
 from mla_tune.resources import EMBEDDED_MODEL
-from mla_tune.training.callbacks import gradient_problems
+from mla_tune.training.gradients import gradient_problems
 from mla_tune.training.optimizer import param_groups
 from tests.adapter.test_placement import BY_HAND
 from tests.helpers.arch_configs import TINY

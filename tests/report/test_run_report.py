@@ -23,7 +23,7 @@ from mla_tune.report.commands import commands
 from mla_tune.report.run_report import render, role_rows
 from mla_tune.runs.metrics import grouped, read_curves, thinned
 from mla_tune.runs.record import RunRecord, TrainedParameters
-from mla_tune.training.callbacks import Metrics
+from mla_tune.training.callbacks import MetricsWriter
 
 ROLES = ["W_DQ", "W_UQ", "W_DKV", "W_UKV", "W_O", "gate", "up", "down", "shared_gate", "shared_up"]
 WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "light", "paper", "glass", "north"]
@@ -263,15 +263,15 @@ def test_an_interrupted_run_has_plot_and_report_and_goes_on_by_its_command(
 ) -> None:
     monkeypatch.chdir(place)
     out = place / "stopped"
-    real = Metrics.on_step_end
+    real = MetricsWriter.on_step_end
 
-    def stop(self: Metrics, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+    def stop(self: MetricsWriter, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         real(self, args, state, *rest, **kwargs)
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "on_step_end", stop)
+        patch.setattr(MetricsWriter, "on_step_end", stop)
         assert cli(*options("stopped")).code == 130
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "report.html").read_text()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mla_tune.runs.checkpoints import checkpoints
-from mla_tune.training.callbacks import Metrics
+from mla_tune.training.callbacks import MetricsWriter
 from tests.training.test_spike_guard import BAD, rows_with_bad_batches, run_in_order
 from tests.training.test_train import hash_of, metrics, options, rows_file, signaled  # noqa: F401
 
@@ -77,13 +77,13 @@ def test_a_damaged_newest_checkpoint_falls_back_bit_equal(cli, rows_file: Path, 
 FULL = """
 import resource
 from mla_tune.cli.app import main
-from mla_tune.training.callbacks import Metrics
-log = Metrics.on_log
+from mla_tune.training.callbacks import MetricsWriter
+log = MetricsWriter.on_log
 def on_log(self, args, state, control, logs=None, **kwargs):
     if state.global_step == 7:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     log(self, args, state, control, logs=logs, **kwargs)
-Metrics.on_log = on_log
+MetricsWriter.on_log = on_log
 main()
 """
 
@@ -116,7 +116,7 @@ def test_a_full_disk_that_takes_no_line_more(
     straight, full = tmp_path / "straight", tmp_path / "full"
     sets = [*LONG, "train.save_every=4"]
     assert cli("train", "--recipe", "safe", *options(rows_file, straight, *sets)).code == 0
-    log = Metrics.on_log
+    log = MetricsWriter.on_log
 
     def on_log(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 6:
@@ -125,7 +125,7 @@ def test_a_full_disk_that_takes_no_line_more(
             self.path = Path("/dev/full")
         log(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(Metrics, "on_log", on_log)
+    monkeypatch.setattr(MetricsWriter, "on_log", on_log)
     done = cli("train", "--recipe", "safe", *options(rows_file, full, *sets))
     monkeypatch.undo()
     assert done.code == 1

@@ -20,7 +20,7 @@ from mla_tune.training.spike_guard import SpikeGuard
 def guard_with(values: list[float], **keys: Any) -> SpikeGuard:
     guard = SpikeGuard(SpikeSection(window=8, width=4.0, patience=2, cut=0.25, **keys))
     for step, value in enumerate(values):
-        assert guard.look(step, value, 10 * value) is None
+        assert guard.judge(step, value, 10 * value) is None
     return guard
 
 
@@ -32,8 +32,8 @@ def test_the_band_is_median_and_absolute_deviation() -> None:
     middle = statistics.median(STEADY)
     sigma = 1.4826 * statistics.median(abs(v - middle) for v in STEADY)
     assert guard.limit("loss") == pytest.approx(middle + 4 * sigma)
-    assert guard.look(9, guard.limit("loss") * 0.999, 10) is None
-    spike = guard_with(STEADY).look(9, middle + 4 * sigma + 0.01, 10)
+    assert guard.judge(9, guard.limit("loss") * 0.999, 10) is None
+    spike = guard_with(STEADY).judge(9, middle + 4 * sigma + 0.01, 10)
     assert spike is not None
     assert (spike.what, spike.cut) == ("loss", None)
 
@@ -43,12 +43,12 @@ def test_it_is_silent_before_the_band_is_there(window: int, needed: int) -> None
     for count in (needed - 1, needed):
         guard = SpikeGuard(SpikeSection(window=window))
         for step in range(count):
-            assert guard.look(step, 1.0, 1.0) is None
-        assert (guard.look(count, 50.0, 1.0) is None) == (count < needed)
+            assert guard.judge(step, 1.0, 1.0) is None
+        assert (guard.judge(count, 50.0, 1.0) is None) == (count < needed)
 
 
 def test_a_gradient_norm_alone_is_a_spike() -> None:
-    spike = guard_with(STEADY).look(9, 1.0, 500.0)
+    spike = guard_with(STEADY).judge(9, 1.0, 500.0)
     assert spike is not None
     assert (spike.what, spike.value) == ("grad_norm", 500.0)
 
@@ -56,46 +56,46 @@ def test_a_gradient_norm_alone_is_a_spike() -> None:
 def test_a_skipped_step_stays_out_of_the_band() -> None:
     guard = guard_with(STEADY)
     before = guard.limit("loss")
-    assert guard.look(9, 100.0, 10.0) is not None
+    assert guard.judge(9, 100.0, 10.0) is not None
     assert guard.limit("loss") == before
-    assert guard.look(10, 1.0, 10.0) is None
+    assert guard.judge(10, 1.0, 10.0) is None
     assert guard.in_a_row == 0
 
 
 def test_patience_cuts_the_rate_and_begins_a_new_band() -> None:
     guard = guard_with(STEADY)
-    first, second = guard.look(9, 9.0, 10.0), guard.look(10, 9.0, 10.0)
+    first, second = guard.judge(9, 9.0, 10.0), guard.judge(10, 9.0, 10.0)
     assert first is not None
     assert second is not None
     assert (first.cut, second.cut) == (None, 0.25)
     assert (guard.skipped, guard.cuts) == (2, 1)
-    assert guard.look(11, 9.0, 10.0) is None  # the new level is no spike
+    assert guard.judge(11, 9.0, 10.0) is None  # the new level is no spike
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_finite_number_is_a_spike_and_stops_after_patience(value: float) -> None:
     guard = guard_with(STEADY)
-    assert guard.look(9, value, 1.0) is not None
+    assert guard.judge(9, value, 1.0) is not None
     with pytest.raises(WorkError, match=f"step 10: the loss is {value}, for 2 steps in a row"):
-        guard.look(10, value, 1.0)
+        guard.judge(10, value, 1.0)
 
 
 def test_without_a_guard_no_step_is_skipped_but_nan_stops() -> None:
     guard = SpikeGuard(SpikeSection(guard=False, window=8))
     for step in range(9):
-        assert guard.look(step, 1.0, 1.0) is None
-    assert guard.look(12, 1e9, 1e9) is None
+        assert guard.judge(step, 1.0, 1.0) is None
+    assert guard.judge(12, 1e9, 1e9) is None
     with pytest.raises(WorkError, match="step 13: the gradient norm is nan"):
-        guard.look(13, 1.0, math.nan)
+        guard.judge(13, 1.0, math.nan)
 
 
 def test_state_comes_back() -> None:
     guard = guard_with(STEADY)
-    guard.look(9, 9.0, 10.0)
+    guard.judge(9, 9.0, 10.0)
     other = SpikeGuard(guard.section)
-    other.load(json.loads(json.dumps(guard.state())))
+    other.load_state(json.loads(json.dumps(guard.state())))
     assert other.state() == guard.state()
-    spike = other.look(10, 9.0, 10.0)
+    spike = other.judge(10, 9.0, 10.0)
     assert spike is not None
     assert spike.cut == 0.25
 

@@ -162,13 +162,13 @@ def test_full_trains_every_weight_and_writes_a_model(cli, rows_file: Path, tmp_p
 SIGNALED = """
 import os, signal
 from mla_tune.cli.app import main
-from mla_tune.training.callbacks import Metrics
-log = Metrics.on_log
+from mla_tune.training.callbacks import MetricsWriter
+log = MetricsWriter.on_log
 def on_log(self, args, state, control, logs=None, **kwargs):
     log(self, args, state, control, logs=logs, **kwargs)
     if state.global_step == 5 and "loss" in logs:
         os.kill(os.getpid(), signal.SIG{name})
-Metrics.on_log = on_log
+MetricsWriter.on_log = on_log
 main()
 """
 
