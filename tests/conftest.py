@@ -9,12 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MLA_TUNE_CACHE"] = tempfile.mkdtemp(prefix="mla-tune-cache-")  # never the real one
 
 import atexit
+import json
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+
+from tests.helpers.runs import WORDS
 
 atexit.register(shutil.rmtree, os.environ["MLA_TUNE_CACHE"], ignore_errors=True)
 
@@ -44,3 +48,12 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return CliResult(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 short prompts with completions."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"Say {w} twice.", "completion": f"{w} {w}"} for w in WORDS * 3]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path

@@ -19,6 +19,7 @@ from mla_tune.adapter.files import Adapter, open_adapter
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
+from tests.helpers.expert_tree import Tree
 from tests.helpers.merging import MLA, MOE, edit_json, edit_tensors, load, make_base
 
 CONFIG = MLA | MOE | {"attention_bias": True, "num_hidden_layers": 2}
@@ -363,27 +364,6 @@ def test_tied_embeddings_are_reported_as_the_file_has_them(modules: list[str], k
     edit_tensors(folder / WEIGHTS, lambda t: t.pop(f"base_model.model.{min(keys)}"))
     with pytest.raises(InputError, match=f"but the trained '{min(keys)}' is not in the file"):
         opened(folder, base)
-
-
-class Tree(nn.Module):
-    """A checkpoint as modules: a Linear for each matrix on disk, each expert apart, as transformers before 5 had them.
-
-    PEFT knows nothing of it, so it adapts, saves and merges every Linear by its path.
-    """
-
-    def __init__(self, base: Path) -> None:
-        super().__init__()
-        for key, tensor in load_file(base / "model.safetensors").items():
-            *path, leaf = key.split(".")
-            if leaf == "weight" and tensor.ndim == 2 and "embed" not in key:
-                module: nn.Module = self
-                for name in path[:-1]:
-                    if not hasattr(module, name):
-                        module.add_module(name, nn.Module())
-                    module = module.get_submodule(name)
-                linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
-                linear.weight.data = tensor
-                module.add_module(path[-1], linear)
 
 
 PER_EXPERT: dict[str, dict[str, Any]] = {

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_train import rows_file  # noqa: F401
-
 SETS = ["model.preset=tiny", "model.base=null", "train.batch_size=2", "train.max_length=64", "data.limit=null"]
 
 
@@ -17,7 +15,7 @@ def options(rows: Path, cases: str, rounds: int = 2) -> list[str]:
     return ["bench", "train", "--cases", cases, "--rounds", str(rounds), *sets]
 
 
-def test_contenders_do_the_same_work(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_contenders_do_the_same_work(cli, rows_file: Path, tmp_path: Path) -> None:
     done = cli(*options(rows_file, "none,mla,trl"), "--json", "--out", tmp_path)
     assert done.code == 0, done.err
     found = json.loads(done.out)
@@ -31,7 +29,7 @@ def test_contenders_do_the_same_work(cli, rows_file: Path, tmp_path: Path) -> No
     assert trl["steps"] > ours["steps"]  # its rows are not packed
 
 
-def test_the_table(cli, rows_file: Path) -> None:  # noqa: F811
+def test_the_table(cli, rows_file: Path) -> None:
     done = cli(*options(rows_file, "none", 1))
     assert done.code == 0, done.err
     assert "preset tiny, lora on safe; " in done.out
@@ -40,21 +38,21 @@ def test_the_table(cli, rows_file: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("cases, words", [("none,liger", "unknown liger"), ("", "and empty")])
-def test_an_unknown_contender(cli, rows_file: Path, cases: str, words: str) -> None:  # noqa: F811
+def test_an_unknown_contender(cli, rows_file: Path, cases: str, words: str) -> None:
     done = cli(*options(rows_file, cases))
     assert done.code == 2
     assert words in done.err
     assert "allowed: none, unpacked, mla, full" in done.err
 
 
-def test_a_contender_that_fails_says_why(cli, rows_file: Path) -> None:  # noqa: F811
+def test_a_contender_that_fails_says_why(cli, rows_file: Path) -> None:
     done = cli(*options(rows_file, "none"), "--set", "data.prompt=question")
     assert done.code == 1
     assert "bench: none ended with exit code" in done.err
     assert "question" in done.err
 
 
-def test_a_recipe_that_cant_be_trained_is_refused_before_any_contender_starts(cli, rows_file: Path) -> None:  # noqa: F811
+def test_a_recipe_that_cant_be_trained_is_refused_before_any_contender_starts(cli, rows_file: Path) -> None:
     done = cli(*options(rows_file, "none"), "--set", "adapter.targets=[W_Q]")
     assert done.code == 2
     assert done.err.startswith("error: adapter.targets: this DeepSeek-V3 model has no W_Q")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mla_tune.resources import EMBEDDED_MODEL
-from tests.training.test_train import options, rows_file  # noqa: F401  (a fixture)
+from tests.helpers.runs import options
 
 PROMPT = "Write a Python function add. Return the sum of a and b."
 
@@ -49,7 +49,7 @@ def test_sampling_is_seeded(cli) -> None:
     assert one != other
 
 
-def test_run_folder_adapter_and_merged_agree(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_run_folder_adapter_and_merged_agree(cli, rows_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained = cli("train", "--recipe", "all-linear", *options(rows_file, run, "train.max_steps=8"))
     assert trained.code == 0, trained.err
@@ -63,7 +63,7 @@ def test_run_folder_adapter_and_merged_agree(cli, rows_file: Path, tmp_path: Pat
     assert by_run == by_adapter == explicit == by_merged != base
 
 
-def test_merged_logits_equal_base_and_adapter(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_merged_logits_equal_base_and_adapter(cli, rows_file: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     run = tmp_path / "run"
@@ -79,7 +79,7 @@ def test_merged_logits_equal_base_and_adapter(cli, rows_file: Path, tmp_path: Pa
     assert (merged - tuned).abs().max() <= 1e-4
 
 
-def test_a_truncated_model_and_an_adapter_of_another_model_are_named(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_truncated_model_and_an_adapter_of_another_model_are_named(cli, rows_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert cli("train", "--recipe", "safe", *options(rows_file, run, "train.max_steps=1")).code == 0
     other = cli("generate", "embedded", "--adapter", str(run), "--prompt", "x")

@@ -20,8 +20,7 @@ from mla_tune.errors import FileError, InputError
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import DataSection
-from tests.training.test_resume import cut_back
-from tests.training.test_train import hash_of, metrics, options
+from tests.helpers.runs import cut_back, hash_of, metrics, options
 
 COUNT = 37
 

@@ -202,3 +202,17 @@ def _compressed_tensors(
         "transform_config": {},
         "version": "0.15.0",
     }
+
+
+#: name → arguments of make_fp8.  Blocks of 4 rows divide few of the tiny matrices: 34 rows of kv_a, 75 of kv_b.
+FORMATS: dict[str, dict[str, Any]] = {
+    "deepseek": {"block": (4, 4)},
+    "scales in another shard": {"block": (8, 16), "scales_in_other_shard": True},
+    "ue8m0 as numbers": {"block": (4, 8), "ue8m0": True},
+    "ue8m0 as codes": {"block": (4, 8), "ue8m0": True, "scale_dtype": "F8_E8M0"},
+    "one block": {"block": (128, 128)},
+    "tensor": {"block": None, "style": "compressed-tensors"},
+    "tensor, scale bf16": {"block": None, "style": "compressed-tensors", "scale_dtype": "BF16"},
+    "channel": {"block": None, "style": "compressed-tensors", "channel": True},
+    "static activations": {"block": None, "style": "compressed-tensors", "input_scales": True},
+}

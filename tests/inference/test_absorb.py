@@ -6,16 +6,14 @@ The oracles are the same models before `absorb`, and models that PEFT has merged
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import mla_tune
 import mla_tune.inference.attention_interface as attention
@@ -23,98 +21,22 @@ from mla_tune.errors import InputError, NotMLAError
 from mla_tune.inference.absorb import is_absorbed, mla_modules, unsupported_reasons
 from mla_tune.inference.latent_attention import LatentAttention
 from mla_tune.inference.lora_tensors import BASE, LayerLora
-from tests.helpers import tiny_families
+from tests.helpers.inference import (
+    ATTENTION,
+    CHANGES,
+    NAMES,
+    adapt,
+    attention_outputs,
+    build,
+    generate,
+    ids,
+    logits,
+    merged,
+    near,
+    stepped,
+)
 from tests.helpers.merging import FAMILIES
 from tests.helpers.tiny_families import tiny
-
-#: All families of transformers 5.23, wrappers included.
-NAMES = sorted(tiny_families.FAMILIES)
-ATTENTION = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-#: Of a logit, relative to the largest, between two orders of float32 sums.
-TOLERANCE = 1e-5
-
-
-def build(family: str = "deepseek_v3", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **FAMILIES[family] | changes)
-    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **experts).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def adapt(model: Any, *names: str, **settings: Any) -> Any:
-    """A PeftModel with adapters of these names, of ranks 3, 4, …, none of them zero."""
-    wrapped = None
-    for i, name in enumerate(names):
-        config = LoraConfig(**{"r": 3 + i, "lora_alpha": 7, "target_modules": ATTENTION} | settings)
-        if wrapped is None:
-            wrapped = get_peft_model(model, config, adapter_name=name)
-        else:
-            wrapped.add_adapter(name, config)
-    assert wrapped is not None
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for key, p in wrapped.named_parameters():
-            if "lora_" in key:
-                p.add_(0.1 * torch.randn_like(p))
-    return wrapped.eval()
-
-
-def merged(model: Any, name: str) -> Any:
-    """By PEFT, in a copy."""
-    twin = copy.deepcopy(model)
-    if name == BASE:
-        return twin.unload().eval()
-    twin.set_adapter(name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return twin.merge_and_unload().eval()
-
-
-def ids(rows: int = 2, count: int = 14, seed: int = 0) -> torch.Tensor:
-    return torch.randint(2, 97, (rows, count), generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model: Any, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens, **kwargs).logits
-
-
-def stepped(model: Any, tokens: torch.Tensor, prompt: int = 5, cache: Any = None, **kwargs: Any) -> torch.Tensor:
-    """Logits of a prompt, and of each further token by itself with the cache."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    parts = [logits(model, tokens[:, :prompt], past_key_values=cache, **kwargs)]
-    parts += [logits(model, t, past_key_values=cache, **kwargs) for t in tokens[:, prompt:].split(1, dim=1)]
-    return torch.cat(parts, dim=1)
-
-
-def generate(model: Any, tokens: torch.Tensor, count: int = 24, **kwargs: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.generate(
-            input_ids=tokens,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            pad_token_id=0,
-            **{"do_sample": False} | kwargs,
-        )
-
-
-def near(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
-    return bool((a - b).abs().max() <= tolerance * b.abs().max())
-
-
-def attention_outputs(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """What the first attention module of each kind returns: later ones see inputs that differ already."""
-    found: list[torch.Tensor] = []
-    first = next(mla_modules(model))
-    handle = first.register_forward_hook(lambda _m, _a, out: found.append(out[0]))
-    logits(model, tokens)
-    handle.remove()
-    return found
-
 
 # Equal to stock -------------------------------------------------------------------------------------------------------
 
@@ -217,20 +139,6 @@ def test_long_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # The choice -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def absorbed_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The T of each absorbed call."""
-    calls: list[int] = []
-    attend = LatentAttention.attend
-
-    def counted(self: LatentAttention, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append(query.shape[2])
-        return attend(self, query, *args, **kwargs)
-
-    monkeypatch.setattr(LatentAttention, "attend", counted)
-    return calls
 
 
 def test_auto_expands_prompts_and_absorbs_steps(absorbed_calls: list[int]) -> None:
@@ -463,13 +371,6 @@ def test_switching_is_bitwise_reproducible(dora: bool) -> None:
         assert torch.equal(logits(model, ids()), a)
         unloaded = model.unload()
         assert torch.equal(logits(unloaded, ids()), base)
-
-
-CHANGES: dict[str, Callable[[Any, float], Any]] = {
-    "in place": lambda p, by: p.mul_(by),
-    "through .data": lambda p, by: p.data.mul_(by),
-    "another tensor": lambda p, by: setattr(p, "data", p.data * by),
-}
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -21,18 +21,9 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import FileError
 from mla_tune.inference import attention_interface as attention
 from mla_tune.inference.absorb import mla_modules, unsupported_reasons
+from mla_tune.inference.lora_tensors import BASE
 from mla_tune.merge.absorb import write_absorbed
-from tests.inference.test_absorb import (  # noqa: F401
-    BASE,
-    absorbed_calls,
-    adapt,
-    attention_outputs,
-    build,
-    generate,
-    ids,
-    logits,
-    near,
-)
+from tests.helpers.inference import adapt, attention_outputs, build, generate, ids, logits, near
 
 PATH = "model.layers.0.self_attn"
 
@@ -81,7 +72,7 @@ def copied(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_a_quantized_kv_b_proj(folder: Path, absorbed_calls: list[int]) -> None:  # noqa: F811
+def test_a_quantized_kv_b_proj(folder: Path, absorbed_calls: list[int]) -> None:
     model = coded(folder)
     right, tokens = logits(model, ids()), generate(model, ids(), 40)
     with mla_tune.absorb(model):
@@ -103,7 +94,7 @@ def test_sixteen_bits(folder: Path) -> None:
     assert near(ours.float(), right.float(), 0.02)
 
 
-def test_an_offloaded_model(folder: Path, absorbed_calls: list[int]) -> None:  # noqa: F811
+def test_an_offloaded_model(folder: Path, absorbed_calls: list[int]) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     right = logits(model, ids())
     cpu_offload(model, torch.device("cpu"))
@@ -207,7 +198,7 @@ def test_a_file_that_does_not_fit(
     tmp_path: Path,
     change: Any,
     why: str,
-    absorbed_calls: list[int],  # noqa: F811
+    absorbed_calls: list[int],
 ) -> None:
     """Expanded, with the reason."""
     path = copied(folder, tmp_path / "model")

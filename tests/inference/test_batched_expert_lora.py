@@ -21,8 +21,8 @@ from mla_tune.inference.batched_expert_lora import Pairs, PairStack
 from mla_tune.inference.batched_lora import drop_stale_adapter_names
 from mla_tune.inference.lora_tensors import BASE
 from tests.helpers import tiny_families
+from tests.helpers.inference import CHANGES, adapt, build, generate, ids, logits, merged, near, stepped
 from tests.helpers.tiny_families import tiny
-from tests.inference.test_absorb import CHANGES, adapt, build, generate, ids, logits, merged, near, stepped
 
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 BOTH: dict[str, Any] = {"target_modules": ["kv_b_proj"], "target_parameters": [GATE_UP, DOWN]}

@@ -14,8 +14,9 @@ import mla_tune
 from mla_tune.inference import latent_attention as latent
 from mla_tune.inference.absorb import mla_modules
 from mla_tune.inference.latent_cache import LatentCache, PreallocatedLayer, side_by_side
+from mla_tune.inference.lora_tensors import BASE
+from tests.helpers.inference import NAMES, adapt, build, generate, ids, logits, merged, near, stepped
 from tests.helpers.tiny_families import tiny
-from tests.inference.test_absorb import BASE, NAMES, adapt, build, generate, ids, logits, merged, near, stepped
 
 
 def tokens(count: int, seed: int, rows: int = 2, R: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from mla_tune.absorption.fold import FOLD_FACTS
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.build import architecture
-from tests.adapter.test_adapter_kinds import Tree
+from tests.helpers.expert_tree import Tree
+from tests.helpers.family_adapters import LOST, adapted, logits, planned
 from tests.helpers.fp8 import make_fp8
 from tests.helpers.tiny_families import FAMILIES, auto_class, tiny
-from tests.training.test_families import LOST, adapted, logits, planned
 
 WEIGHTS = "model.safetensors"
 

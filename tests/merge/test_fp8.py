@@ -15,23 +15,11 @@ from safetensors.torch import load_file, save_file
 from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import InputError
 from mla_tune.merge.run import merge_absorb
-from tests.helpers.fp8 import dequantized, make_fp8
+from tests.helpers.fp8 import FORMATS, dequantized, make_fp8
 from tests.helpers.merging import edit_json, load, make_adapter, make_base
 
 ATTENTION = ["q_a_proj", "kv_b_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-#: name → arguments of make_fp8.  Blocks of 4 rows divide few of the tiny matrices: 34 rows of kv_a, 75 of kv_b.
-FORMATS: dict[str, dict[str, Any]] = {
-    "deepseek": {"block": (4, 4)},
-    "scales in another shard": {"block": (8, 16), "scales_in_other_shard": True},
-    "ue8m0 as numbers": {"block": (4, 8), "ue8m0": True},
-    "ue8m0 as codes": {"block": (4, 8), "ue8m0": True, "scale_dtype": "F8_E8M0"},
-    "one block": {"block": (128, 128)},
-    "tensor": {"block": None, "style": "compressed-tensors"},
-    "tensor, scale bf16": {"block": None, "style": "compressed-tensors", "scale_dtype": "BF16"},
-    "channel": {"block": None, "style": "compressed-tensors", "channel": True},
-    "static activations": {"block": None, "style": "compressed-tensors", "input_scales": True},
-}
 
 
 def make(tmp_path: Path, fmt: dict[str, Any], adapter: dict[str, Any], shard: str = "60KB") -> tuple[Path, Path, Path]:

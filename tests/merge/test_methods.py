@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,7 +20,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import InputError
 from mla_tune.merge.run import merge_absorb
-from tests.helpers.merging import FAMILIES, TOKENS, edit_json, edit_tensors, load, logits_of, make_adapter, make_base
+from tests.helpers.merging import (
+    FAMILIES,
+    TOKENS,
+    edit_json,
+    edit_tensors,
+    load,
+    logits_of,
+    make_adapter,
+    make_base,
+    save_trained,
+)
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -95,19 +105,6 @@ def test_what_is_not_a_sum_is_merged_alone(v3: Path, tmp_path: Path) -> None:
 
 
 # Whole tensors, biases, tied heads ------------------------------------------------------------------------------------
-
-
-def save_trained(folder: Path, base: Path, **settings: Any) -> Path:
-    """An adapter whose every trainable number has moved, saved by PEFT."""
-    torch.manual_seed(2)
-    config = LoraConfig(r=3, lora_alpha=7, task_type="CAUSAL_LM", **settings)
-    model: Any = get_peft_model(load(base), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mla_tune.arch.build import architecture
+from tests.helpers.family_adapters import adapted, planned
 from tests.helpers.tiny_families import FAMILIES, tiny
-from tests.training.test_families import adapted, planned
 
 WEIGHTS, CONFIG, PREFIX = "model.safetensors", "config.json", "base_model.model."
 NAMES = ("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "bailing_hybrid")

@@ -21,8 +21,8 @@ from mla_tune.recipe.schema import AdapterSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.training.gradients import gradient_problems
 from mla_tune.training.optimizer import param_groups
-from tests.adapter.test_placement import BY_HAND
 from tests.helpers.arch_configs import TINY
+from tests.helpers.placements import BY_HAND
 
 ADAPTER_RECIPES = ["safe", "all-linear", "W_UKV-priority", "attention-only", "bottleneck"]
 MODELS = ["deepseek_v2 without query compression", "deepseek_v3", "glm4_moe_lite", "minicpm3"]

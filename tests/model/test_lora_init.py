@@ -21,7 +21,7 @@ from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.training import loop as train_loop
 from mla_tune.training.optimizer import param_groups
-from tests.training.test_train import hash_of, metrics, options, rows_file  # noqa: F401
+from tests.helpers.runs import hash_of, metrics, options
 
 IDS = torch.randint(5, 4000, (2, 30), generator=torch.Generator().manual_seed(0))
 CELLS = [
@@ -40,7 +40,7 @@ def recipe_of(method: str, init: str, targets: str, plus: float) -> Any:
 @pytest.mark.parametrize("method, init, targets, plus", CELLS)
 def test_trains_reloads_and_merges_or_is_refused(
     cli,
-    rows_file: Path,  # noqa: F811
+    rows_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
@@ -140,7 +140,7 @@ def test_the_trained_half_begins_where_pefts_own_does(init: str, method: str) ->
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_the_frozen_half_stays(cli, rows_file: Path, tmp_path: Path, init: str) -> None:  # noqa: F811
+def test_the_frozen_half_stays(cli, rows_file: Path, tmp_path: Path, init: str) -> None:
     sets = [f"adapter.init={init}", "adapter.rank=4", "model.attention=sdpa"]
     for steps in (1, 5):
         out = tmp_path / str(steps)
@@ -156,8 +156,8 @@ def test_the_frozen_half_stays(cli, rows_file: Path, tmp_path: Path, init: str) 
 
 
 @pytest.mark.parametrize("keys", [["adapter.init=pissa", "adapter.dropout=0.1"], ["optimizer.lora_plus_ratio=8"]])
-def test_resume_ends_bit_equal(cli, rows_file: Path, tmp_path: Path, keys: list[str]) -> None:  # noqa: F811
-    from tests.training.test_resume import cut_back
+def test_resume_ends_bit_equal(cli, rows_file: Path, tmp_path: Path, keys: list[str]) -> None:
+    from tests.helpers.runs import cut_back
 
     sets = ["train.max_steps=8", "train.save_every=4", "train.keep_checkpoints=9", *keys]
     hashes, lines = [], []
@@ -197,7 +197,7 @@ def test_lora_plus_groups_are_those_of_peft() -> None:
         (["adapter.dropout=0.1"], "adapter.dropout: 0.1: PEFT can't do that for"),
     ],
 )
-def test_contradictions_are_told(cli, rows_file: Path, tmp_path: Path, sets: list[str], words: str) -> None:  # noqa: F811
+def test_contradictions_are_told(cli, rows_file: Path, tmp_path: Path, sets: list[str], words: str) -> None:
     done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run", *sets))
     assert done.code == 2
     assert words in done.err.replace("\n", " ")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mla_tune.arch.build import architecture
 from mla_tune.recipe.load import load_recipe
-from tests.training.test_train import metrics, options, rows_file  # noqa: F401
+from tests.helpers.runs import metrics, options
 
 IDS = torch.arange(5, 30)[None]
 
@@ -45,7 +45,7 @@ def test_exactly_those_are_trained_and_saved(
     modules: str,
     trained: list[str],
     cli: Callable[..., Any],
-    rows_file: Path,  # noqa: F811
+    rows_file: Path,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "run"
@@ -74,7 +74,7 @@ def test_exactly_those_are_trained_and_saved(
 
 def test_gradients_and_rates_against_plain_torch(
     cli: Callable[..., Any],
-    rows_file: Path,  # noqa: F811
+    rows_file: Path,
     tmp_path: Path,
 ) -> None:
     """One step of SGD-like size: AdamW's first step moves every number with a gradient by its learning rate.  So the
@@ -96,7 +96,7 @@ def test_gradients_and_rates_against_plain_torch(
 
 def test_the_trained_head_takes_part_in_the_loss(
     cli: Callable[..., Any],
-    rows_file: Path,  # noqa: F811
+    rows_file: Path,
     tmp_path: Path,
 ) -> None:
     """run.json's held-out loss, again by plain PEFT and transformers."""
@@ -124,7 +124,7 @@ def test_the_trained_head_takes_part_in_the_loss(
 
 def test_bfloat16_bases_keep_their_dtype_between_layers(
     cli: Callable[..., Any],
-    rows_file: Path,  # noqa: F811
+    rows_file: Path,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "run"
@@ -144,11 +144,10 @@ def test_bfloat16_bases_keep_their_dtype_between_layers(
     assert net.get_base_model().model.embed_tokens(IDS).dtype == torch.bfloat16
 
 
-def test_resume_is_bit_equal(cli: Callable[..., Any], rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_resume_is_bit_equal(cli: Callable[..., Any], rows_file: Path, tmp_path: Path) -> None:
     import shutil
 
-    from tests.training.test_resume import cut_back
-    from tests.training.test_train import hash_of
+    from tests.helpers.runs import cut_back, hash_of
 
     sets = ["train.max_steps=8", "train.save_every=4", "train.keep_checkpoints=9", "train.packing=false"]
     straight, again = tmp_path / "straight", tmp_path / "again"
@@ -193,7 +192,7 @@ def test_what_can_not_be_trained_whole(
     sets: list[str],
     says: str,
     cli: Callable[..., Any],
-    rows_file: Path,  # noqa: F811
+    rows_file: Path,
     tmp_path: Path,
 ) -> None:
     done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run", *sets))

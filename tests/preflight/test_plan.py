@@ -10,7 +10,7 @@ import pytest
 from mla_tune.preflight.plan import plan
 from mla_tune.recipe.load import load_recipe
 from mla_tune.training.resolve import resolve
-from tests.training.test_train import options, rows_file  # noqa: F401  (a fixture)
+from tests.helpers.runs import options
 
 
 def document(cli, *args: str) -> dict:
@@ -24,7 +24,7 @@ def planned(recipe: str, sets: list[str]) -> dict:
     return plan(r.recipe, r.arch, r.placement, r.quantized, data=None, steps=None, gpu=False, dtype="float32")
 
 
-def test_plan_and_run_agree(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_plan_and_run_agree(cli, rows_file: Path, tmp_path: Path) -> None:
     sets = options(rows_file, tmp_path / "run", "adapter.roles={W_O: {rank: 4, lr_scale: 0.5}}")[2:]
     planned = document(cli, "--recipe", "all-linear", *sets)
     done = cli("train", "--recipe", "all-linear", "--output", str(tmp_path / "run"), *sets)
@@ -41,7 +41,7 @@ def test_plan_and_run_agree(cli, rows_file: Path, tmp_path: Path) -> None:  # no
     assert json.loads(last)["tokens"] == pytest.approx(planned["tokens"], rel=0.1)
 
 
-def test_epochs_become_steps(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_epochs_become_steps(cli, rows_file: Path, tmp_path: Path) -> None:
     sets = options(rows_file, tmp_path / "run", "train.packing=false", "train.max_steps=null", "train.epochs=2")[2:]
     planned = document(cli, "--recipe", "safe", *sets)
     samples = planned["data"]["train"]["rows"]

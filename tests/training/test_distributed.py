@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 from mla_tune.resources import CONFIGS, EMBEDDED_MODEL
 from mla_tune.training.distributed.launch import NAMES, environment_of
 from tests.helpers.fp8 import make_fp8
-from tests.training.test_resume import cut_back
-from tests.training.test_spike_guard import BAD, rows_with_bad_batches
+from tests.helpers.runs import cut_back
+from tests.helpers.spikes import BAD, rows_with_bad_batches
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "wood", "rain", "a much longer answer"]
 #: 19 training rows in batches of 4: neither an epoch nor the held-out rows are whole batches.

@@ -18,45 +18,22 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 
 from mla_tune.adapter.peft_config import peft_config
-from mla_tune.adapter.placement import Placement, PlannedSite, place
+from mla_tune.adapter.placement import Placement, PlannedSite
 from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import GROUPS, PRESETS, Role
 from mla_tune.data.collate import Collator
 from mla_tune.errors import InputError, PlacementError
-from mla_tune.model.attach import attach
 from mla_tune.preflight.family_limits import apply_family_limits
 from mla_tune.recipe.load import load_recipe
-from mla_tune.recipe.schema import AdapterSection
 from mla_tune.training.kernels.chunked_loss import use_chunked_loss
 from mla_tune.training.kernels.lora_linear import by_factors
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from tests.helpers.families import checkpoint, rows
+from tests.helpers.family_adapters import IDS, LOST, adapted, logits, planned
 from tests.helpers.tiny_families import FAMILIES, VOCABULARY, build, tiny
 
-IDS = torch.randint(0, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(1))
-#: PEFT 0.21 loses adapters on these of Mistral Large 4 between save and load.
-LOST = {"mistral_large4": {"safe", "all-linear", "W_UKV-priority"}}
 KDA = ("bailing_hybrid", "glm5_next", "kimi_linear")
 CELLS = [(name, preset) for name in FAMILIES for preset in PRESETS]
-
-
-def planned(name: str, targets: Any) -> Placement:
-    return place(architecture(FAMILIES[name]), AdapterSection(targets=targets, rank=4, alpha=8))
-
-
-def adapted(name: str, placement: Placement) -> Any:
-    """A tiny model with the adapter on it, and numbers in B."""
-    model: Any = attach(tiny(name), architecture(FAMILIES[name]), placement, seed=0)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "lora_B" in key:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=IDS, use_cache=False).logits
 
 
 def lora_layers(model: Any) -> dict[str, LoraLayer]:

@@ -16,21 +16,13 @@ import pytest
 
 from mla_tune.runs.checkpoints import checkpoints
 from mla_tune.training.callbacks import MetricsWriter
-from tests.training.test_spike_guard import BAD, rows_with_bad_batches, run_in_order
-from tests.training.test_train import hash_of, metrics, options, rows_file, signaled  # noqa: F401
+from tests.helpers.runs import cut_back, hash_of, metrics, options, signaled
+from tests.helpers.spikes import BAD, rows_with_bad_batches, run_in_order
 
 LONG = ["train.max_steps=12", "train.packing=false", "output.samples=0"]
 
 
-def cut_back(run: Path, step: int) -> None:
-    """As if the run had been killed some time after the checkpoint of `step`."""
-    for checkpoint in checkpoints(run / "checkpoints"):
-        if int(checkpoint.name.rpartition("-")[2]) > step:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(run / "adapter")
-
-
-def test_sigterm_saves_and_resume_with_dropout_ends_bit_equal(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_sigterm_saves_and_resume_with_dropout_ends_bit_equal(cli, rows_file: Path, tmp_path: Path) -> None:
     """As a scheduler sends it.  Dropout: the random numbers go on where they were."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     sets = [*LONG, "adapter.dropout=0.2"]
@@ -49,7 +41,7 @@ def test_sigterm_saves_and_resume_with_dropout_ends_bit_equal(cli, rows_file: Pa
     assert metrics(stopped) == metrics(straight)
 
 
-def test_a_damaged_newest_checkpoint_falls_back_bit_equal(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_damaged_newest_checkpoint_falls_back_bit_equal(cli, rows_file: Path, tmp_path: Path) -> None:
     straight, damaged = tmp_path / "straight", tmp_path / "damaged"
     sets = [*LONG, "train.save_every=4", "train.keep_checkpoints=9"]
     assert cli("train", "--recipe", "safe", *options(rows_file, straight, *sets)).code == 0
@@ -88,7 +80,7 @@ main()
 """
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_full_disk_leaves_the_checkpoint_before_it(cli, rows_file: Path, tmp_path: Path) -> None:
     straight, full = tmp_path / "straight", tmp_path / "full"
     sets = [*LONG, "train.save_every=4"]
     assert cli("train", "--recipe", "safe", *options(rows_file, straight, *sets)).code == 0
@@ -109,7 +101,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(cli, rows_file: Path, tmp_p
 
 def test_a_full_disk_that_takes_no_line_more(
     cli,
-    rows_file: Path,  # noqa: F811
+    rows_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -152,7 +144,7 @@ def test_the_spike_guard_goes_on_where_it_was(cli: Any, tmp_path: Path, monkeypa
     assert [[x.get(k) for k in figures] for x in again] == [[x.get(k) for k in figures] for x in lines]
 
 
-def test_a_changed_recipe_is_shown_and_goes_on_only_when_allowed(cli, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_changed_recipe_is_shown_and_goes_on_only_when_allowed(cli, rows_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sets = [*LONG, "train.save_every=6"]
     assert cli("train", "--recipe", "safe", *options(rows_file, run, *sets)).code == 0

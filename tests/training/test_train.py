@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +17,7 @@ from mla_tune.errors import CheckError, WorkError
 from mla_tune.recipe.load import load_recipe
 from mla_tune.runs.folder import RunFolder
 from mla_tune.training import loop as train_loop
-
-WORDS = ["red", "green", "blue", "one", "two", "three", "stone", "river", "light", "paper", "glass", "north"]
-
-
-@pytest.fixture(scope="session")
-def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"Say {w} twice.", "completion": f"{w} {w}"} for w in WORDS * 3]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-def options(rows: Path, out: Path, *sets: str) -> list[str]:
-    base = ["model.preset=tiny", "model.base=null", f"data.path={rows}", "train.max_steps=4", "train.batch_size=2"]
-    base += ["train.max_length=64", "optimizer.learning_rate=1e-2", "optimizer.mla_lr_scale=0.5"]
-    return ["--output", str(out), *(x for s in [*base, *sets] for x in ("--set", s))]
-
-
-def metrics(out: Path, key: str = "loss") -> dict[int, float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {x["step"]: x[key] for x in lines if key in x}
+from tests.helpers.runs import WORDS, hash_of, metrics, options, signaled
 
 
 def test_a_run_leaves_what_it_promises(cli, rows_file: Path, tmp_path: Path) -> None:
@@ -156,31 +133,6 @@ def test_full_trains_every_weight_and_writes_a_model(cli, rows_file: Path, tmp_p
     run = json.loads((out / "run.json").read_text())
     assert run["adapter"]["learning_rate"] == {"all": 1e-2}
     assert run["held_out_loss"]["after"] < run["held_out_loss"]["before"]
-
-
-# The process signals itself after it has logged step 5, so that no clock decides where it stops.
-SIGNALED = """
-import os, signal
-from mla_tune.cli.app import main
-from mla_tune.training.callbacks import MetricsWriter
-log = MetricsWriter.on_log
-def on_log(self, args, state, control, logs=None, **kwargs):
-    log(self, args, state, control, logs=logs, **kwargs)
-    if state.global_step == 5 and "loss" in logs:
-        os.kill(os.getpid(), signal.SIG{name})
-MetricsWriter.on_log = on_log
-main()
-"""
-
-
-def signaled(name: str, recipe: str, args: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `train` in a process of its own that gets SIGINT or SIGKILL after step 5."""
-    command = [sys.executable, "-c", SIGNALED.replace("{name}", name), "train", "--recipe", recipe, *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-def hash_of(folder: Path) -> str:
-    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def test_ctrl_c_saves_and_resume_ends_bit_equal(rows_file: Path, tmp_path: Path, cli) -> None:

@@ -27,11 +27,9 @@ from mla_tune.errors import FileError, InputError
 from mla_tune.merge.run import merge_absorb
 from mla_tune.verification.dequantize import same_bytes
 from mla_tune.verification.verify import VerifyResult, verify
-from tests.helpers.fp8 import dequantized, make_fp8, quantize, spread
-from tests.helpers.merging import edit_json, edit_tensors, load, make_adapter, make_base
-from tests.merge.test_fp8 import FORMATS
-from tests.merge.test_methods import save_trained
-from tests.merge.test_oracle import CASES
+from tests.helpers.fp8 import FORMATS, dequantized, make_fp8, quantize, spread
+from tests.helpers.merge_cases import CASES
+from tests.helpers.merging import edit_json, edit_tensors, load, make_adapter, make_base, save_trained
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -13,8 +13,8 @@ from mla_tune.arch.build import architecture
 from mla_tune.training.kernels import autotune as choose
 from mla_tune.training.kernels import packed_attention as packed
 from mla_tune.training.kernels.autotune import autotune_attention, autotune_experts
+from tests.helpers.runs import options
 from tests.helpers.tiny_families import FAMILIES, tiny
-from tests.training.test_train import options, rows_file  # noqa: F401
 
 ROWS = [[5, 9], [7]]
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def test_batched_mm_which_copies_a_weight_for_each_token_is_no_candidate() -> No
 
 def test_a_run_says_what_it_chose_and_a_resumed_one_keeps_it(
     cli,
-    rows_file: Path,  # noqa: F811
+    rows_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     own_cache: Path,

@@ -19,8 +19,8 @@ from mla_tune.training.kernels import packed_attention as packed
 from mla_tune.training.kernels.chunked_loss import use_chunked_loss
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from mla_tune.training.kernels.rms_norm import use_lean_norms
+from tests.helpers.packing import PAIRS, batch_for, rows_of
 from tests.helpers.tiny_families import FAMILIES, MLA, mla_modules, tiny
-from tests.training.kernels.test_packed_attention import PAIRS, batch_for, rows_of
 
 LORA = ["q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 
