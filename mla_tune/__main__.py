@@ -11,7 +11,7 @@ if __name__ == "__main__":
         main()
     except SystemExit as leaving:  # typer leaves so when all went well, too
         if "RANK" in os.environ and not leaving.code:
-            from mla_tune.training.distributed.launch import end_worker
+            from mla_tune.training.distributed.launch import exit_worker
 
-            end_worker()
+            exit_worker()
         raise

@@ -53,7 +53,12 @@ def command(
     from mla_tune.console import err, human_count, out, print_json
     from mla_tune.errors import InputError
     from mla_tune.recipe.load import load_recipe
-    from mla_tune.training.distributed.launch import check_options, silence_other_processes, use, worker
+    from mla_tune.training.distributed.launch import (
+        apply_launch_config,
+        check_options,
+        current_worker,
+        silence_other_processes,
+    )
     from mla_tune.training.resolve import resolve
 
     check_options(launch, processes)
@@ -68,7 +73,7 @@ def command(
     if overwrite:
         overrides.append("output.overwrite=true")
     loaded = load_recipe(recipe, overrides)
-    starts_others = bool(launch or (processes or 1) > 1) and not worker().launched
+    starts_others = bool(launch or (processes or 1) > 1) and not current_worker().launched
     # Torch takes seconds to import, processes seconds to start; what can be wrong with the recipe is found before.
     resolved = resolve(loaded, _planned_worker(launch, processes) if starts_others else None)
     if starts_others:
@@ -77,11 +82,11 @@ def command(
     for note in resolved.warnings:
         err.print(f"note: {note}")
     if launch:
-        use(launch)
+        apply_launch_config(launch)
     from mla_tune.training.run import train
 
     record = train(loaded, resume=resume, allow_changes=allow_changes)
-    if not worker().is_main_process:
+    if not current_worker().is_main_process:
         return
     if json:
         print_json(record.to_json())
@@ -114,13 +119,13 @@ def _start(
     processes: int | None,
 ) -> None:
     from mla_tune.errors import WorkError
-    from mla_tune.training.distributed.launch import start
+    from mla_tune.training.distributed.launch import launch_processes
 
     arguments = ["train", "--recipe", recipe, *(x for s in overrides for x in ("--set", s))]
     for option, given in (("--resume", resume), ("--allow-changes", allow_changes), ("--json", json)):
         arguments += [option] * given
     try:
-        start(arguments, launch, processes)
+        launch_processes(arguments, launch, processes)
     except WorkError as error:
         from mla_tune.runs.folder import RunFolder, mark_killed
 
@@ -131,7 +136,7 @@ def _planned_worker(launch: str | None, processes: int | None) -> Any:
     """One of the processes that are about to be started, for the checks that depend on there being several."""
     from dataclasses import replace
 
-    from mla_tune.training.distributed.launch import worker
+    from mla_tune.training.distributed.launch import current_worker
 
-    sharding = {None: worker().sharding, "ddp": "none"}.get(launch, launch)
-    return replace(worker(), count=max(2, processes or 2), sharding=sharding)
+    sharding = {None: current_worker().sharding, "ddp": "none"}.get(launch, launch)
+    return replace(current_worker(), world_size=max(2, processes or 2), sharding=sharding)

@@ -21,7 +21,7 @@ from mla_tune.report.card import card
 from mla_tune.runs.checkpoints import number_of
 from mla_tune.runs.record import HeldOutLoss, SampleAnswer, SpikeCounts, Steps, TrainedParameters
 from mla_tune.training.callbacks import BeforeFirstStep, GradientCheck, MetricsWriter, ProgressLine, StopOnSignal
-from mla_tune.training.distributed.deepspeed import gather_experts_whole, step_apart
+from mla_tune.training.distributed.deepspeed import gather_experts_as_unit, separate_optimizer_step
 from mla_tune.training.distributed.sampler import with_dummy_row
 from mla_tune.training.distributed.team import gather_trained_weights
 from mla_tune.training.job import TrainingJob
@@ -106,7 +106,7 @@ def _adapt_model(job: TrainingJob) -> tuple[torch.nn.Module, KernelConfig]:
     if kernels is None:
         kernels = prepare_model(model, loaded, recipe, job.data, job.objective, job.record.kernels)
     if team.uses_zero3:
-        gather_experts_whole(model)
+        gather_experts_as_unit(model)
     for line in loaded.lines + kernels.lines:
         err.print(line, markup=False, soft_wrap=True)
     job.record.adapter = TrainedParameters(
@@ -169,7 +169,7 @@ class _BeforeTraining:
     def measure(self) -> None:
         """Measure, write run.json, and start the clock.  Raises `WorkError` if the held-out loss is not finite."""
         if self.job.team.uses_zero3:
-            step_apart(self.trainer)
+            separate_optimizer_step(self.trainer)
         _record_answers("before", self.job, self.model, self.prompts)
         if self.job.data.held_out_rows and self.job.record.held_out_loss is None:
             loss = self.trainer.evaluate()["eval_loss"]

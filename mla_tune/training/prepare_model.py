@@ -16,7 +16,7 @@ from mla_tune.model.load import DTYPES, Loaded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.kernels import packed_attention as packed
 from mla_tune.training.kernels.autotune import EXPERTS, FLAT, autotune_attention, autotune_experts
-from mla_tune.training.kernels.lora_linear import by_factors
+from mla_tune.training.kernels.lora_linear import use_lora_factors
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from mla_tune.training.kernels.rms_norm import use_lean_norms
 from mla_tune.training.objective import Objective
@@ -59,7 +59,7 @@ def prepare_model(
         set_experts(base, experts)
     objective.prepare_model(base)
     if recipe.adapter.method != "none":
-        by_factors(model)
+        use_lora_factors(model)
     if recipe.train.activation_checkpointing == "mla":
         enable_mla_checkpointing(model)
     else:

@@ -23,7 +23,7 @@ from mla_tune.runs.folder import RunFolder, check_folder, how_to_go_on, make_fol
 from mla_tune.runs.process import this_process
 from mla_tune.runs.record import Processes, RunRecord
 from mla_tune.sockets import OBJECTIVES
-from mla_tune.training.distributed.launch import worker
+from mla_tune.training.distributed.launch import current_worker
 from mla_tune.training.distributed.team import (
     destroy_distributed,
     explain_lost_processes,
@@ -35,7 +35,7 @@ from mla_tune.training.job import TrainingJob
 from mla_tune.training.loop import train_adapter
 from mla_tune.training.memory import memory_advice, memory_now
 from mla_tune.training.resolve import check_held_out, resolve
-from mla_tune.training.save import base_of
+from mla_tune.training.save import save_base
 from mla_tune.training.trackers import name_projects
 
 #: Errors of the operating system that mean that nothing can be written: no space, over quota, file too large, a file
@@ -61,7 +61,7 @@ def train(
     """
     quiet()
     name_projects()
-    resolved = resolve(recipe, worker())
+    resolved = resolve(recipe, current_worker())
     recipe = resolved.recipe
     for line in resolved.notes:
         err.print(f"note: {line}", markup=False, soft_wrap=True)
@@ -109,14 +109,14 @@ def _prepare_job(job: TrainingJob, resume: bool, allow_changes: bool) -> Trainin
         elif difference:
             err.print(f"--allow-changes: goes on with another recipe:\n{difference}", markup=False, soft_wrap=True)
             write_recipe(folder, recipe)
-        base = base_of(job.loaded, job.tokenizer, recipe, folder)
+        base = save_base(job.loaded, job.tokenizer, recipe, folder)
         _record_origin(job, base, resume, allow_changes)
 
     team.main_process_only(open_folder)
     if not folder.recipe.exists():
         raise InputError(f"output.dir: {folder.root} must lie on a file system that all machines of the run share")
     if not team.is_main_process:
-        base_of(job.loaded, job.tokenizer, recipe, folder)
+        save_base(job.loaded, job.tokenizer, recipe, folder)
     job.record = team.broadcast(job.record)
     return job
 

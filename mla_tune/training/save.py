@@ -15,7 +15,7 @@ from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.runs.folder import RunFolder
 
 
-def base_of(loaded: Loaded, tokenizer: Any, recipe: Recipe, folder: RunFolder) -> str:
+def save_base(loaded: Loaded, tokenizer: Any, recipe: Recipe, folder: RunFolder) -> str:
     """What the adapter's base is, for run.json.  A preset's random weights are kept: the adapter fits nothing else."""
     if loaded.base is not None:
         folder_of_base = Path(loaded.base)

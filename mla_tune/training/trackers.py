@@ -40,7 +40,7 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-class ForTrackers(TrainerCallback):
+class TrackerLogs(TrainerCallback):
     """Has to come before the trackers' callbacks: it adds to the logs that they get."""
 
     def __init__(self, evaluates: bool) -> None:
@@ -66,10 +66,10 @@ class ForTrackers(TrainerCallback):
 
 
 def add_trackers(trainer: Any, recipe: Recipe, root: Path) -> None:
-    """Put `ForTrackers` before the callbacks of transformers, and TensorBoard's files into the run folder."""
+    """Put `TrackerLogs` before the callbacks of transformers, and TensorBoard's files into the run folder."""
     if not recipe.output.report_to:
         return
-    ours = ForTrackers(trainer.eval_dataset is not None)
+    ours = TrackerLogs(trainer.eval_dataset is not None)
     ours.trainer = trainer
     trainer.callback_handler.callbacks.insert(0, ours)
     for callback in trainer.callback_handler.callbacks:

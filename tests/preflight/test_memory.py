@@ -23,7 +23,7 @@ from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.kernels import packed_attention as packed
 from mla_tune.training.kernels.chunked_loss import use_chunked_loss
-from mla_tune.training.kernels.lora_linear import by_factors
+from mla_tune.training.kernels.lora_linear import use_lora_factors
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from mla_tune.training.kernels.rms_norm import use_lean_norms
 
@@ -76,7 +76,7 @@ def kept_by_autograd(config: dict[str, Any], recipe: Recipe, run: RunShape) -> i
     net: Any = attach(model, arch, place(arch, recipe.adapter), 0).train()
     model.set_attn_implementation(packed.NAME if run.attention == "packed" else run.attention)
     use_chunked_loss(model)
-    by_factors(net)
+    use_lora_factors(net)
     if run.activation_checkpointing == "mla":
         enable_mla_checkpointing(net)
     else:

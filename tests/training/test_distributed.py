@@ -153,7 +153,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from mla_tune.model.quantized_linear import Matrix
 from mla_tune.recipe.load import load_recipe
-from mla_tune.training.distributed.launch import end_worker, use
+from mla_tune.training.distributed.launch import apply_launch_config, exit_worker
 from mla_tune.training.run import train
 class Count(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -161,9 +161,9 @@ class Count(TrainerCallback):
         own = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in parts)
         Path(sys.argv[1] + os.environ.get("RANK", "")).write_text(json.dumps([own, sum(p.nbytes for p in parts)]))
 if "RANK" in os.environ:
-    use("fsdp2")
+    apply_launch_config("fsdp2")
 train(load_recipe("safe", sys.argv[2:]), callbacks=[Count()])
-end_worker()
+exit_worker()
 """
 
 
@@ -193,15 +193,15 @@ def test_fsdp2_shards_quantized_bases(kind: str, rows: Path, tmp_path: Path) -> 
 IN_ORDER = """
 import sys
 from mla_tune.recipe.load import load_recipe
-from mla_tune.training.distributed.launch import end_worker, use
+from mla_tune.training.distributed.launch import apply_launch_config, exit_worker
 from mla_tune.training.distributed.sampler import EvenSampler
 from mla_tune.training.run import train
 from mla_tune.training.trainer import RoleTrainer
 RoleTrainer._get_train_sampler = lambda self, rows=None: EvenSampler(len(self.train_dataset) - self.team.many, 2, None)
 if sys.argv[1] != "none":
-    use(sys.argv[1])
+    apply_launch_config(sys.argv[1])
 train(load_recipe("safe", sys.argv[2:]))
-end_worker()
+exit_worker()
 """
 
 

@@ -26,7 +26,7 @@ from mla_tune.errors import InputError, PlacementError
 from mla_tune.preflight.family_limits import apply_family_limits
 from mla_tune.recipe.load import load_recipe
 from mla_tune.training.kernels.chunked_loss import use_chunked_loss
-from mla_tune.training.kernels.lora_linear import by_factors
+from mla_tune.training.kernels.lora_linear import use_lora_factors
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from tests.helpers.families import checkpoint, rows
 from tests.helpers.family_adapters import IDS, LOST, adapted, logits, planned
@@ -131,7 +131,7 @@ def test_our_loss_and_recomputation_give_the_stock_gradients(name: str) -> None:
     want = stock.train()(input_ids=IDS, labels=IDS, use_cache=False).loss
     want.backward()
     use_chunked_loss(ours.get_base_model())
-    by_factors(ours)
+    use_lora_factors(ours)
     enable_mla_checkpointing(ours)
     loss = ours.train()(input_ids=IDS, labels=IDS, token_loss=True) / (IDS.numel() - 1)
     loss.backward()

@@ -26,7 +26,7 @@ from mla_tune.model.nf4 import Nf4Weight
 from mla_tune.model.quantized_linear import QuantizedLinear, QuantizedWeight, linear
 from mla_tune.recipe.schema import AdapterSection, ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
-from mla_tune.training.kernels.lora_linear import by_factors
+from mla_tune.training.kernels.lora_linear import use_lora_factors
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from tests.helpers.fp8 import dequantized, make_fp8
 from tests.helpers.merging import edit_json
@@ -112,7 +112,7 @@ def test_loss_and_gradients_above_fp8_equal_those_above_the_same_numbers(fmt: st
     """float32: only the order of sums differs."""
     fp8, full = fp8_pair(tmp_path, fmt=fmt)
     ours, theirs = both_adapted(load(fp8), plain(full))
-    assert by_factors(ours) > 0
+    assert use_lora_factors(ours) > 0
     assert_same(loss_and_gradients(ours, "deepseek_v3"), loss_and_gradients(theirs, "deepseek_v3"), 2e-5)
 
 
@@ -122,7 +122,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     fp8, full = fp8_pair(tmp_path, family)
     loaded = load(fp8)
     ours, theirs = both_adapted(loaded, plain(full))
-    by_factors(ours)
+    use_lora_factors(ours)
     assert_same(loss_and_gradients(ours, family), loss_and_gradients(theirs, family), 2e-5)
 
 
@@ -132,7 +132,7 @@ def test_ways_of_running_the_layers(way: str, tmp_path: Path) -> None:
     fp8, full = fp8_pair(tmp_path)
     ours, theirs = both_adapted(load(fp8), plain(full))
     if way != "PEFT's own forward":
-        by_factors(ours)
+        use_lora_factors(ours)
     if way == "mla":
         enable_mla_checkpointing(ours)
     if way == "full":
@@ -149,7 +149,7 @@ def test_bfloat16_is_as_near_to_float32_as_a_bfloat16_checkpoint_is(tmp_path: Pa
     with float32, because two orders of sums in bf16 differ from each other as much as from the truth."""
     fp8, full = fp8_pair(tmp_path)
     ours, theirs = both_adapted(load(fp8, dtype="bfloat16"), plain(full, torch.bfloat16))
-    by_factors(ours)
+    use_lora_factors(ours)
     truth = loss_and_gradients(both_adapted(load(fp8), plain(full))[1], "deepseek_v3")[1]
     errors = []
     for model in (ours, theirs):
@@ -230,7 +230,7 @@ def test_memory_is_a_byte_a_weight_and_one_matrix_in_numbers(tmp_path: Path) -> 
     assert largest.numbers <= max(one, table)
 
     net = attach(loaded.model, loaded.arch, place(loaded.arch, AdapterSection(**ADAPTER)), 0).train()
-    by_factors(net)
+    use_lora_factors(net)
     shapes = {m.shape[-2:] for m in matrices}
     kept = []
     stack = max(math.prod(m.shape) for m in matrices if len(m.shape) == 3)
@@ -292,7 +292,7 @@ def test_loss_and_gradients_above_nf4_equal_those_above_the_same_numbers(tmp_pat
     assert loaded.quantized["weights"] == quantized
     assert {n for n, m in loaded.model.named_modules() if type(m) is torch.nn.Linear} == {"lm_head"}
     ours, theirs = both_adapted(loaded, oracle)
-    by_factors(ours)
+    use_lora_factors(ours)
     assert_same(loss_and_gradients(ours, "deepseek_v3"), loss_and_gradients(theirs, "deepseek_v3"), 2e-5)
 
 

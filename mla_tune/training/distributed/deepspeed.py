@@ -1,6 +1,6 @@
-"""What DeepSpeed's ZeRO-3 does otherwise than torch: a parameter is a handle, its engine has the rest.
+"""Where DeepSpeed ZeRO-3 differs from torch: a parameter is a handle without numbers; DeepSpeed's engine has those.
 
-DeepSpeed is no dependency: it is imported where a launcher asked for it.
+DeepSpeed is an optional dependency, imported where a launcher asks for it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import torch
 
 
 def use_gloo_alone() -> None:
-    """On a CPU DeepSpeed would first compile a kernel for communication, and say so on standard output."""
+    """Keep DeepSpeed on a CPU from compiling a kernel for communication, which it reports on standard output."""
     from deepspeed import ops  # pyright: ignore[reportMissingImports]
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def gather_experts_whole(model: torch.nn.Module) -> None:
-    """ZeRO-3 learns in what order modules run, and all processes have to agree; but what a block of experts calls
-    depends on its tokens.  So such a block is gathered as one."""
+def gather_experts_as_unit(model: torch.nn.Module) -> None:
+    """Let ZeRO-3 gather each block of routed experts as one unit.
+
+    ZeRO-3 records in what order modules run, which has to be the same in all processes, and which experts run depends
+    on a process's tokens.
+    """
     from deepspeed.utils import set_z3_leaf_modules  # pyright: ignore[reportMissingImports]
 
     blocks = {type(module) for module in model.modules() if hasattr(module, "experts")}
@@ -28,9 +31,12 @@ def gather_experts_whole(model: torch.nn.Module) -> None:
         set_z3_leaf_modules(model, list(blocks))
 
 
-def step_apart(trainer: Any) -> None:
-    """accelerate's backward pass steps too.  Here it makes gradients only, and the step is done where the Trainer asks
-    for it, or left out where the gradients are a spike's."""
+def separate_optimizer_step(trainer: Any) -> None:
+    """Separate the optimizer's step from the backward pass, so that the step of a spike can be left out.
+
+    accelerate's backward pass under DeepSpeed does the step too; after this call the Trainer's own `optimizer.step()`
+    does it.
+    """
     wrapped, optimizer = trainer.accelerator.deepspeed_engine_wrapped, trainer.optimizer
     engine = wrapped.engine
 
@@ -51,19 +57,19 @@ def step_apart(trainer: Any) -> None:
 
 
 def local_gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """This process's shard of the gradient, float32."""
+    """Return this process's shard of the gradient of a handle, float32."""
     from deepspeed.utils import safe_get_local_grad  # pyright: ignore[reportMissingImports]
 
     return safe_get_local_grad(parameter)
 
 
 def gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """A parameter's gradient; of a handle, and of one that fully_shard has, the shard that is here."""
+    """Return a parameter's gradient; under ZeRO-3 and FSDP2 this process's shard of it."""
     return local_gradient(parameter) if is_handle(parameter) else parameter.grad
 
 
-def whole_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters, whole, float32, on the CPU.  All processes call it."""
+def gather_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the trained parameters by name, whole, float32, on the CPU.  All processes call it."""
     from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
 
     found = {}
@@ -75,4 +81,5 @@ def whole_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def is_handle(parameter: torch.Tensor) -> bool:
+    """Return whether ZeRO-3 holds the numbers of a parameter."""
     return hasattr(parameter, "ds_id")

@@ -1,8 +1,8 @@
-"""How a run comes to have many processes: what a launcher left in the environment, and a launcher of our own.
+"""How a run gets several processes: reads what a launcher put into the environment, and starts processes itself.
 
-`torchrun` and `accelerate launch` start the same command once for each GPU and say in the environment which one it is.
-What shards the model, accelerate reads from the environment too: `accelerate launch` puts it there from its
-configuration file, `--launch` from one of those that ship (`configs/launch`).
+`torchrun` and `accelerate launch` start the same command once for each GPU, and tell each process by environment
+variables which one it is.  accelerate reads from the environment too how the model is sharded: `accelerate launch` puts
+it there from its configuration file, and `--launch` from a shipped one (`configs/launch`).
 """
 
 from __future__ import annotations
@@ -21,30 +21,37 @@ from typing import Any
 from mla_tune.errors import InputError, Interrupted, WorkError
 from mla_tune.resources import CONFIGS
 
+#: Values of `--launch`.
 NAMES = ("ddp", "fsdp2", "zero3")
-#: Seconds that workers have for their checkpoint after SIGTERM, before the launcher ends them.
+#: Seconds that processes have to save a checkpoint after SIGTERM, before the launcher kills them.
 PATIENCE = 120
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """This process among those of its run.  `sharding`: what of the model each holds: `none` is all of it."""
+    """This process among those of its run."""
 
+    #: Number of this process among all, from 0.
     rank: int = 0
+    #: Number of this process among those of its machine, from 0.
     local_rank: int = 0
+    #: Processes of the run.
     world_size: int = 1
+    #: Processes on this machine.
     local_world_size: int = 1
+    #: Whether a launcher started this process.
     launched: bool = False
+    #: How the model lies in the processes: `none` (each holds all of it), `fsdp2` or `zero3` (each holds a shard).
     sharding: str = "none"
 
     @property
     def is_main_process(self) -> bool:
-        """The one that talks and writes."""
+        """Whether this process is the one that prints and writes files."""
         return self.rank == 0
 
 
-def worker() -> Worker:
-    """What the environment says; one process where it says nothing."""
+def current_worker() -> Worker:
+    """Return what the environment says of this process; without a launcher it is the only one."""
     env = os.environ
     on = {name: env.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1") for name in ("FSDP", "DEEPSPEED")}
     sharding = "fsdp2" if on["FSDP"] else "zero3" if on["DEEPSPEED"] else "none"
@@ -56,17 +63,17 @@ def worker() -> Worker:
 
 
 def launch_file(name: str) -> Path:
-    """The shipped configuration for `accelerate launch`."""
+    """Return the shipped configuration file for `accelerate launch`; `name` is a value of `--launch`."""
     return CONFIGS / "launch" / f"{name}.yaml"
 
 
-def use(name: str) -> None:
-    """Put a shipped configuration into the environment, as `accelerate launch` would."""
+def apply_launch_config(name: str) -> None:
+    """Put a shipped configuration into the environment, as `accelerate launch` would do."""
     os.environ.update(environment_of(name))
 
 
 def environment_of(name: str) -> dict[str, str]:
-    """What accelerate reads, from a shipped configuration."""
+    """Return the environment variables by which accelerate learns of a shipped configuration."""
     import yaml
 
     settings: dict[str, Any] = yaml.safe_load(launch_file(name).read_text(encoding="utf-8"))
@@ -87,10 +94,10 @@ def environment_of(name: str) -> dict[str, str]:
 
 
 def check_options(launch: str | None, processes: int | None) -> None:
-    """Raises `InputError` where `--launch` and `--processes` contradict each other or the launcher that is there."""
+    """Raise `InputError` if `--launch` and `--processes` contradict each other, or the launcher of this process."""
     if launch is not None and launch not in NAMES:
         raise InputError(f"--launch: unknown configuration '{launch}'. Allowed: {', '.join(NAMES)}")
-    here = worker()
+    here = current_worker()
     if processes is not None and here.launched:
         raise InputError(
             f"--processes is for a run without a launcher, and a launcher started {here.world_size} processes already: "
@@ -107,11 +114,11 @@ def check_options(launch: str | None, processes: int | None) -> None:
         )
 
 
-def start(arguments: list[str], launch: str | None, processes: int | None) -> None:
-    """Run `mla-tune ARGUMENTS` in `processes` processes (None: one a GPU) and wait for their end.
+def launch_processes(arguments: list[str], launch: str | None, processes: int | None) -> None:
+    """Run `mla-tune ARGUMENTS` in `processes` processes (None: one for each GPU) and wait until they end.
 
-    Raises `WorkError` if one was killed, `Interrupted` if this process was told to stop and the workers did, and
-    `SystemExit` with the code of the worker that failed first, which has said itself what is wrong.
+    Raises `WorkError` if one was killed; `Interrupted` if this process got a signal and the others stopped; and
+    `SystemExit` with the exit code of the process that failed first, which has printed its error itself.
     """
     count = processes if processes is not None else _gpus()
     extra = ["--launch", launch] if launch else []
@@ -122,7 +129,7 @@ def start(arguments: list[str], launch: str | None, processes: int | None) -> No
     options = ["--standalone", "--nproc-per-node", str(count), "--shutdown-timeout", str(PATIENCE)]
     command = get_args_parser().parse_args([*options, "-m", "mla_tune", *arguments, *extra])
     if not os.environ.get("MLA_TUNE_DEBUG"):
-        logging.disable(logging.ERROR)  # what torch says of workers that failed: they did so themselves
+        logging.disable(logging.ERROR)  # torch's words on a failed process, which has printed its error itself
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
         run(command)
@@ -141,8 +148,8 @@ def _gpus() -> int:
     count = torch.cuda.device_count()
     if count < 2:
         raise InputError(
-            f"--launch: one process a GPU, and there {'is one GPU' if count else 'are none'} here; "
-            "say how many with --processes"
+            f"--launch starts one process for each GPU, and there {'is one GPU' if count else 'are none'} here; "
+            "give the number of processes with --processes"
         )
     return count
 
@@ -154,25 +161,28 @@ def _what_failed(error: Any, count: int) -> BaseException:
         return SystemExit(first.exitcode if first.exitcode > 0 else 1)
     rank, failure = min(killed)
     name = signal.Signals(-failure.exitcode).name
-    why = " (by somebody, or by the system for want of memory)" if name == "SIGKILL" else ""
+    why = " (by a user, or by the system because memory ran out)" if name == "SIGKILL" else ""
     return WorkError(f"process {rank} of {count} was killed by {name}{why}; the others were stopped")
 
 
-def end_worker() -> None:
-    """End a launched process whose work went well, without the interpreter's own way out: there threads of
-    communication libraries that are still alive can abort it, and the launcher would call a finished run failed."""
-    if worker().launched:
+def exit_worker() -> None:
+    """End a launched process whose work is done, at once.
+
+    While the interpreter shuts down, threads of communication libraries that still run can abort the process, and the
+    launcher would take a finished run for a failed one.
+    """
+    if current_worker().launched:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 
 
 def is_first_to_say(text: str) -> bool:
-    """Whether no other process of this run has said `text` yet: what all of them find wrong is said once.
+    """Return whether no other process of this run has asked for `text` yet: an error that all find is printed once.
 
-    True where the launcher's store can't be asked.
+    True without a launcher, and where its store can't be asked.
     """
-    if not worker().launched or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not current_worker().launched or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -185,8 +195,8 @@ def is_first_to_say(text: str) -> bool:
 
 
 def silence_other_processes() -> None:
-    """Silence the two consoles of every other process; its errors still come through."""
+    """Silence standard output and standard error of all but the main process; errors are still printed."""
     from mla_tune import console
 
-    if not worker().is_main_process:
+    if not current_worker().is_main_process:
         console.out.quiet = console.err.quiet = True

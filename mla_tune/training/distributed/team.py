@@ -1,7 +1,7 @@
-"""A run of many processes from within: they join, decide together, and end together.
+"""`Team`: the processes of a run, seen from one of them; how they start, decide together, and end together.
 
-What one of them does for all (reading a checkpoint's hashes, timing kernels, writing) the first does, and the others
-get its result.  An error in one ends that process; the launcher sees it and ends the rest.
+Work that is done once for all (checking a checkpoint's hashes, timing kernels, writing files) is done by the main
+process, rank 0, and the others get its result.  An error ends its process; the launcher sees that and ends the rest.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mla_tune.errors import MlaTuneError, WorkError
 from mla_tune.model.load import pick_device
 from mla_tune.model.quantized_linear import prepare_for_fsdp
 from mla_tune.recipe.schema import Recipe
-from mla_tune.training.distributed.deepspeed import is_handle, use_gloo_alone, whole_parameters
-from mla_tune.training.distributed.launch import Worker, worker
+from mla_tune.training.distributed.deepspeed import gather_parameters, is_handle, use_gloo_alone
+from mla_tune.training.distributed.launch import Worker, current_worker
 
 T = TypeVar("T")
 #: Seconds that a process waits for the others before it gives up ($MLA_TUNE_TIMEOUT): reading a large base takes long.
@@ -44,32 +44,36 @@ _LOST = (
 class Team:
     """The processes of a run, seen from one of them."""
 
+    #: This process.
     here: Worker
 
     @property
     def is_main_process(self) -> bool:
+        """Whether this process is the one that prints and writes files (rank 0)."""
         return self.here.is_main_process
 
     @property
     def is_distributed(self) -> bool:
+        """Whether the run has several processes."""
         return self.here.world_size > 1
 
     @property
     def sharded(self) -> bool:
-        """Whether a process holds a part of the model only."""
+        """Whether each process holds a shard of the model only (FSDP2, ZeRO-3)."""
         return self.is_distributed and self.here.sharding != "none"
 
     @property
     def uses_zero3(self) -> bool:
+        """Whether DeepSpeed ZeRO-3 shards the model."""
         return self.is_distributed and self.here.sharding == "zero3"
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called it."""
         if self.is_distributed:
             dist.barrier()
 
     def broadcast(self, value: T) -> T:
-        """The first one's value."""
+        """Return the main process's `value`, in all processes.  All call it."""
         if not self.is_distributed:
             return value
         box = [value]
@@ -77,11 +81,18 @@ class Team:
         return box[0]
 
     def main_process_only(self, work: Callable[[], T]) -> T:
-        """The first does it, and all have the result.  Its error is told once; the others leave with its exit code."""
+        """Call `work` in the main process, and return its result in all processes.  All call it.
+
+        If it raises, the main process raises that error, and the others raise `SystemExit` with its exit code, so the
+        error is told once.
+        """
         return self.broadcast(self._main_process_alone(work)) if self.is_distributed else work()  # type: ignore[return-value]
 
     def main_process_first(self, work: Callable[[], T]) -> T:
-        """All do it, the first before the rest, who find on the disk what it left there."""
+        """Call `work` in the main process, then in the others, which find the files that the main process wrote.
+
+        Errors of the main process are raised as by `main_process_only`.
+        """
         if not self.is_distributed:
             return work()
         result = self._main_process_alone(work)
@@ -103,8 +114,8 @@ class Team:
 
 
 def init_distributed(recipe: Recipe) -> Team:
-    """Find the other processes, if a launcher started any."""
-    here = worker()
+    """Connect to the other processes, if a launcher started several, and return all of them as a `Team`."""
+    here = current_worker()
     if here.world_size > 1 and not dist.is_initialized():
         gpu = pick_device(recipe.model.device).type == "cuda"
         if gpu:
@@ -117,7 +128,7 @@ def init_distributed(recipe: Recipe) -> Team:
 
 
 def destroy_distributed() -> None:
-    """After a run that went well: wait for the others, then take the group apart."""
+    """At the end of a run that went well: wait for the other processes and disconnect."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -125,7 +136,10 @@ def destroy_distributed() -> None:
 
 @contextlib.contextmanager
 def explain_lost_processes(team: Team, advice: Callable[[], str]) -> Iterator[None]:
-    """Turns the error of a communication that broke into one that says so; `advice` how to go on."""
+    """Within this context a failed communication raises a `WorkError` that says that another process is gone.
+
+    `advice` returns the end of its sentence: how to go on.
+    """
     try:
         yield
     except MlaTuneError:
@@ -139,14 +153,17 @@ def explain_lost_processes(team: Team, advice: Callable[[], str]) -> Iterator[No
 
 
 def warn_about_idle_gpus(here: Worker, device: torch.device) -> None:
-    """A line where one process leaves GPUs idle."""
+    """Print a line if the run has one process and the machine has several GPUs."""
     if here.world_size == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
         n = torch.cuda.device_count()
         err.print(f"{n} GPUs are here and one is used; all of them: add --processes {n}")
 
 
 def set_up_sharding(accelerator: Any, full: bool) -> None:
-    """Once an `Accelerator` is made in a run with FSDP2: what it does not do by itself.  `full`: all weights train."""
+    """Do for FSDP2 what an `Accelerator` does not do by itself, right after it was made.
+
+    `full`: all weights are trained, not an adapter; they compute in the mixed precision's dtype.
+    """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -176,8 +193,11 @@ def set_up_sharding(accelerator: Any, full: bool) -> None:
 
 @contextlib.contextmanager
 def _buffers_of_the_first(model: torch.nn.Module) -> Iterator[None]:
-    """Give all processes the first one's buffers, and hide them from accelerate 1.15, which takes everything in a state
-    dict for sharded when it hands out weights that only the first process has read."""
+    """Give all processes the main process's buffers, and hide them from accelerate while it shards the weights.
+
+    accelerate 1.15 hands out weights that only the main process has read, and takes everything in a state dict for
+    sharded; buffers are not.
+    """
     hidden = []
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -196,10 +216,12 @@ def _buffers_of_the_first(model: torch.nn.Module) -> Iterator[None]:
 
 
 def gather_trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters of a sharded model, whole, on the CPU of the first process; elsewhere none (ZeRO-3: all the
-    same).  All call it."""
+    """Return the trained parameters of a sharded model by name, whole, on the CPU.  All processes call it.
+
+    Under FSDP2 only the main process gets them, and the others an empty dictionary; under ZeRO-3 all get them.
+    """
     if any(is_handle(p) for p in model.parameters()):
-        return whole_parameters(model)
+        return gather_parameters(model)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)

@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from mla_tune.model.quantized_linear import QuantizedLinear, quantized_weight_of
 
 
-def by_factors(model: torch.nn.Module, adapter: str = "default") -> int:
+def use_lora_factors(model: torch.nn.Module, adapter: str = "default") -> int:
     """Give every LoRA of `adapter` on a linear layer or on quantized experts the forward above; returns how many have
     it."""
     count = 0

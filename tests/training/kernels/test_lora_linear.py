@@ -12,7 +12,7 @@ from mla_tune.adapter.peft_config import peft_config
 from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
 from mla_tune.recipe.schema import AdapterSection
-from mla_tune.training.kernels.lora_linear import by_factors
+from mla_tune.training.kernels.lora_linear import use_lora_factors
 from tests.helpers.tiny_families import tiny, vocabulary
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "longcat_flash")
@@ -38,7 +38,7 @@ def pair(family: str, dtype: torch.dtype = torch.float32, **keys: Any) -> tuple[
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
                 values[name].copy_(p)
-    return ours.train(), theirs.train(), by_factors(ours)
+    return ours.train(), theirs.train(), use_lora_factors(ours)
 
 
 def ids(family: str) -> torch.Tensor:
