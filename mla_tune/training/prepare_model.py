@@ -1,4 +1,4 @@
-"""Everything that is done to a loaded, adapted model before the first step: which kernels, which loss, what is kept."""
+"""Prepare a loaded, adapted model for training: choose its kernels, and put them in the place of the stock parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mla_tune.model.auto import set_experts
 from mla_tune.model.load import DTYPES, Loaded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.kernels import packed_attention as packed
-from mla_tune.training.kernels.autotune import EXPERTS, FLAT, autotune_attention, autotune_experts
+from mla_tune.training.kernels.autotune import EXPERTS, PADDING_FREE, autotune_attention, autotune_experts
 from mla_tune.training.kernels.lora_linear import use_lora_factors
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from mla_tune.training.kernels.rms_norm import use_lean_norms
@@ -24,16 +24,19 @@ from mla_tune.training.objective import Objective
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """What was decided: `kernels` goes into run.json and is kept on resume, `lines` are for the log."""
+    """The kernels of a run."""
 
+    #: Name of the attention function, as transformers knows it.
     attention: str
+    #: `attention`, and `experts` where there are routed experts; for run.json, and kept on resume.
     kernels: dict[str, str]
+    #: What was measured; for the log.
     lines: list[str]
 
     def collator(self, recipe: Recipe, tokenizer: Any) -> Any:
-        """Rows → batches, laid out as the attention wants them."""
+        """Return the collator that lays batches out as the attention wants them."""
         t = recipe.train
-        if self.attention in FLAT:
+        if self.attention in PADDING_FREE:
             return PaddingFreeCollator()
         return Collator(tokenizer.pad_token_id, t.max_length, t.packing)
 
@@ -46,7 +49,10 @@ def prepare_model(
     objective: Objective,
     kernels: dict[str, str] | None = None,
 ) -> KernelConfig:
-    """Choose kernels, patch loss, norms and LoRA, set what is recomputed; `kernels`: what an interrupted run chose.
+    """Choose the kernels and replace the model's loss, norms, LoRA and attention by them; set up recomputation.
+
+    `model` may be wrapped by PEFT and is changed in place.  `kernels`: those of the run that is resumed, or of the main
+    process; they are used instead of a measurement.
 
     Raises `InputError` for an attention that this machine does not have.
     """
@@ -92,7 +98,7 @@ def _experts(base: Any, loaded: Loaded, recipe: Recipe, kernels: dict[str, str] 
         return now
     if kernels and "experts" in kernels:
         return kernels["experts"]
-    # grouped_mm's kernel can't take these sizes, or the weights are to be sharded and lie elsewhere as yet.
+    # Either grouped_mm's kernel can't take these sizes, or the weights are not on their device before they are sharded.
     if now == "eager" or next(loaded.model.parameters()).device.type != loaded.device.type:
         return now
     choice = autotune_experts(loaded.model, loaded.arch, EXPERTS, loaded.device)
@@ -101,6 +107,7 @@ def _experts(base: Any, loaded: Loaded, recipe: Recipe, kernels: dict[str, str] 
 
 
 def _first(rows: Any, count: int) -> list[dict[str, Any]]:
+    """Return the first rows of a list or a stream."""
     found = []
     for row in rows:
         found.append(row)
@@ -110,22 +117,22 @@ def _first(rows: Any, count: int) -> list[dict[str, Any]]:
 
 
 def _lengths(row: dict[str, Any]) -> list[int]:
-    """Tokens of each sample of a row."""
+    """Return the number of tokens of each sample of a row."""
     total = len(row["input_ids"])
     starts = [i for i, place in enumerate(row.get("position_ids", [0])) if place == 0]
     return [b - a for a, b in zip(starts, [*starts[1:], total], strict=True)]
 
 
 def _compile(base: Any, checkpointed: bool) -> None:
-    """Each decoder layer by itself: layers of one kind share what was compiled.
+    """Compile each decoder layer by itself; layers of one kind share what was compiled.
 
-    PEFT reaches fused experts by a parametrization that it puts on and takes off in every forward, a new class each
-    time: compiled, that is compiled again at every step, so they run as they are.
+    PEFT adapts fused experts by a parametrization that it adds and removes in every forward pass, a new class each
+    time.  It would have to be compiled again at every step, so these modules are left out.
     """
     for module in base.modules():
-        if isinstance(module, ParamWrapper) and "forward" not in vars(module):  # not by factors
+        if isinstance(module, ParamWrapper) and "forward" not in vars(module):  # without `use_lora_factors`
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in base.get_decoder().layers:
-        # A checkpointed layer is a graph of its own to autograd; what it holds can be compiled, itself not.
+        # A checkpointed layer can't be compiled itself, but the modules in it can.
         for module in layer.children() if checkpointed else [layer]:
             module.forward = torch.compile(module.forward, dynamic=True)

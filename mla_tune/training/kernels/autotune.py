@@ -1,9 +1,9 @@
-"""Which attention and which implementation of the routed experts a run uses, where the recipe says `auto`.
+"""Choose the attention and the implementation of the routed experts by measurement, where the recipe says `auto`.
 
-Candidates are timed, forward and backward, on the run's own shapes, dtype and device, once on a machine: what was
-found is kept ($MLA_TUNE_CACHE, else ~/.cache/mla-tune; `choices.json`), so that the same recipe runs on the same
-kernels tomorrow, bit for bit.  MLA's heads are unequal (keys P+R, values V), which some fused kernels take as they are,
-some after padding, and some not at all; a candidate that fails is out, and its reason is told.
+Candidates are timed, forward and backward, on the run's own shapes, dtype and device.  The result is kept for this
+machine in `choices.json` ($MLA_TUNE_CACHE, else ~/.cache/mla-tune), so that the same recipe uses the same kernels
+tomorrow and gives the same bits.  MLA's heads have two sizes (keys P+R, values V), which some fused kernels take, some
+take after padding, and some refuse; a candidate that fails is left out, and the log says why.
 """
 
 from __future__ import annotations
@@ -29,25 +29,30 @@ from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.training.kernels import packed_attention as packed
 
 #: Attention that takes a batch as one row with the samples' borders; the others take rows and a mask.
-FLAT = (packed.NAME, "flash_attention_2", "flash_attention_3")
+PADDING_FREE = (packed.NAME, "flash_attention_2", "flash_attention_3")
+#: Times that each candidate is measured; the median counts.
 ROUNDS = 3
-#: Routed experts are timed on so many tokens, which is enough to tell the ways apart.
+#: Tokens on which the experts are timed: enough to tell the implementations apart.
 TOKENS = 2048
-#: batched_mm is no candidate: it copies a weight for each token (8 M parameters: 17.5 GB).
+#: Candidates for the experts.  batched_mm is none: it copies a weight for each token (8 M parameters: 17.5 GB).
 EXPERTS = ("grouped_mm", "eager")
 
 
 @dataclass(frozen=True, slots=True)
 class AutotuneResult:
-    """What was chosen for `what`, and the milliseconds of each candidate (a text where it failed)."""
+    """The fastest candidate, and what was measured."""
 
+    #: What the candidates are for: `attention` or `experts`.
     what: str
+    #: The fastest candidate.
     name: str
+    #: Milliseconds of each candidate, forward and backward; for one that failed, why.
     tried: dict[str, float | str]
+    #: Whether it was measured by an earlier run.
     remembered: bool = False
 
     def line(self) -> str:
-        """One line for the log."""
+        """Return a line for the log."""
         found = ", ".join(f"{n} {t:.1f} ms" if isinstance(t, float) else f"{n}: {t}" for n, t in self.tried.items())
         return f"{self.what}: {self.name} ({found}{', measured earlier' if self.remembered else ''})"
 
@@ -55,7 +60,7 @@ class AutotuneResult:
 def autotune_attention(
     arch: Architecture, rows: list[list[int]], device: torch.device, dtype: torch.dtype
 ) -> AutotuneResult:
-    """The fastest attention for a batch of `rows`, each the lengths of its samples."""
+    """Find the fastest attention for a batch; `rows` holds for each of its rows the lengths of the row's samples."""
     packed.register()
     names = [packed.NAME, "sdpa"]
     if device.type == "cuda":
@@ -66,13 +71,13 @@ def autotune_attention(
     lengths = [n for row in rows for n in row]
     width = max(sum(row) for row in rows)
 
-    def one(name: str) -> Callable[[], None]:
-        B, T = (len(rows), width) if name not in FLAT else (1, sum(lengths))
+    def prepare(name: str) -> Callable[[], None]:
+        B, T = (len(rows), width) if name not in PADDING_FREE else (1, sum(lengths))
         generator = torch.Generator().manual_seed(0)
         sizes = (d.P + d.R, d.P + d.R, d.V)
         states = [torch.randn(B, d.H, T, n, generator=generator).to(device, dtype).requires_grad_() for n in sizes]
         mask, borders = None, {}
-        if name in FLAT:
+        if name in PADDING_FREE:
             ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
             borders = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
             borders |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
@@ -87,24 +92,27 @@ def autotune_attention(
         return run
 
     key = [arch.model_type, d.H, d.P, d.R, d.V, str(dtype), len(rows), _rounded(width), _rounded(len(lengths))]
-    return _choose("attention", names, one, key, device)
+    return _fastest("attention", names, prepare, key, device)
 
 
 def _block_diagonal(row: list[int], width: int) -> torch.Tensor:
-    """(width, width), true where a token may look: at its own sample's earlier ones; the rest of the row is padding."""
+    """Return a mask (width, width), true where a query may attend: to itself and earlier tokens of its sample.
+
+    `row` holds the lengths of the samples; the rest of the row is padding.
+    """
     lengths = [*row, width - sum(row)]
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     return (sample[:, None] == sample[None]) & torch.ones(width, width, dtype=torch.bool).tril()
 
 
 def autotune_experts(model: Any, arch: Architecture, names: tuple[str, ...], device: torch.device) -> AutotuneResult:
-    """The fastest implementation of the model's routed experts, timed on its first expert layer."""
+    """Find the fastest implementation of the routed experts among `names`, timed on the model's first expert layer."""
     module = next(m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "down_proj"))
     weight = module.gate_up_proj
     trained = [p for p in module.parameters() if p.requires_grad]
     E, D, k = weight.shape[0], weight.shape[2], arch.experts_per_token
 
-    def one(name: str) -> Callable[[], None]:
+    def prepare(name: str) -> Callable[[], None]:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(TOKENS, D, generator=generator).to(device, weight.dtype).requires_grad_()
         index = torch.rand(TOKENS, E, generator=generator).topk(k).indices.to(device)
@@ -121,11 +129,11 @@ def autotune_experts(model: Any, arch: Architecture, names: tuple[str, ...], dev
         return run
 
     key = [arch.model_type, *weight.shape, k, str(weight.dtype)]
-    return _choose("experts", list(names), one, key, device)
+    return _fastest("experts", list(names), prepare, key, device)
 
 
 class _Head(torch.nn.Module):
-    """As much of an attention module as attention functions look at."""
+    """Has the attributes of an attention module that attention functions read."""
 
     num_key_value_groups = 1
     is_causal = True
@@ -133,13 +141,17 @@ class _Head(torch.nn.Module):
 
 
 def _rounded(count: int) -> int:
-    """To a power of two: batches of about one size share a choice."""
+    """Round up to a power of two, so that batches of about one size share a result."""
     return 1 << max(0, count - 1).bit_length()
 
 
-def _choose(
-    what: str, names: list[str], one: Callable[[str], Callable[[], None]], key: list[Any], device: torch.device
+def _fastest(
+    what: str, names: list[str], prepare: Callable[[str], Callable[[], None]], key: list[Any], device: torch.device
 ) -> AutotuneResult:
+    """Time the candidates `names` in turn, or find what was measured before under `key` on this machine.
+
+    `prepare(name)` returns a function that runs the candidate once, forward and backward.
+    """
     if len(names) == 1:
         return AutotuneResult(what, names[0], {})
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
@@ -151,7 +163,7 @@ def _choose(
     runs: dict[str, Callable[[], None]] = {}
     for name in names:
         try:
-            run = one(name)
+            run = prepare(name)
             run()
             runs[name] = run
         except Exception as error:  # a kernel that can't take these sizes says so in whatever way it likes
@@ -191,7 +203,7 @@ def _read() -> dict[str, Any]:
 
 
 def _write(found: dict[str, Any]) -> None:
-    """A folder that can't be written costs a measurement at the next run, nothing else."""
+    """Keep the results.  Where they can't be written, the next run measures again."""
     with contextlib.suppress(OSError):
         _file().parent.mkdir(parents=True, exist_ok=True)
         write_json(_file(), found)

@@ -1,13 +1,13 @@
-"""The training loss without the logits of all tokens: only trained tokens are scored, a chunk at a time.
+"""The cross-entropy without the logits of all tokens: only trained tokens are scored, a chunk at a time.
 
 A frozen, unadapted output head gives its gradient in the forward pass already: with z = (W h + b)/d, capped to
 c·tanh(z/c) in some families, and p = softmax(z),
 
     loss = Σ log Σ exp z − z_target          ∂loss/∂h = Wᵀ (p − 1[target]) / d
 
-so that two products a chunk are all there is, one tile of logits is alive, and nothing of the head is kept for the
-backward pass (as Liger's fused linear cross entropy does, arXiv:2410.10989, section 3.2).  Any other head (trained,
-with an adapter, sharded) is called as a module, chunk by chunk, and called again in the backward pass.
+so a chunk takes two matrix products, one tile of logits is in memory at a time, and nothing of the head is kept for the
+backward pass (as in Liger's fused linear cross entropy, arXiv:2410.10989, section 3.2).  Any other head (trained, with
+an adapter, sharded) is called as a module, chunk by chunk, and called again in the backward pass.
 
     N  trained tokens      D  hidden size      K  vocabulary
 """
@@ -26,15 +26,15 @@ from mla_tune.data.encode import IGNORED
 from mla_tune.tiling import LOGITS_TILE, LOGITS_TILE_MIN_TOKENS
 from mla_tune.training.distributed.deepspeed import is_handle
 
-#: Keyword by which a patched model is asked for the loss instead of logits.
+#: Keyword argument that asks a patched model for the loss instead of logits.
 KEYWORD = "token_loss"
 
 
 def use_chunked_loss(model: Any) -> None:
-    """Let the causal LM `model` answer `model(…, labels=labels, token_loss=True)` with the summed loss of its trained
-    tokens, a float32 number, in nats.  Without the keyword its forward is what it was.
+    """Let `model(…, labels=labels, token_loss=True)` return the loss summed over the trained tokens, float32, in nats.
 
-    Patched rather than called from outside, so that the wrappers of data-parallel training see one ordinary forward.
+    `model` is a causal LM.  Without the keyword its forward does what it did.  The forward is patched, so that the
+    wrappers of data-parallel training see one ordinary forward pass.
     """
     original = model.forward
 
@@ -51,7 +51,7 @@ def use_chunked_loss(model: Any) -> None:
 
 
 def scale_and_cap(model: Any) -> tuple[float, float | None]:
-    """What the model divides the head's input by (MiniCPM3), and what it caps logits to (Mistral Large)."""
+    """Return the divisor of the head's input (MiniCPM3 has one) and the cap of the logits (Mistral Large), or None."""
     config = model.config.get_text_config()
     divisor = getattr(config, "logits_scaling", None)
     return 1.0 if divisor is None else float(divisor), getattr(config, "final_logit_softcapping", None)
@@ -94,7 +94,7 @@ def token_loss(
 
 
 def _most(count: int, device: torch.device) -> int:
-    """The largest `count` of all processes."""
+    """Return the largest `count` of all processes."""
     box = torch.tensor(count, device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return int(box)
@@ -108,7 +108,10 @@ def _through_module(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.
 
 
 def _is_frozen(head: Any) -> bool:
-    """A plain linear layer of which nothing is trained, with its weight here and no hooks that might bring it."""
+    """Return whether the head is a plain linear layer, not trained, with its weight in this process.
+
+    A layer with hooks is none: a hook may be what gathers its weight.
+    """
     return (
         type(head) is torch.nn.Linear
         and type(head.weight) is torch.nn.Parameter

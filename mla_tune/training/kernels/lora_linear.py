@@ -1,8 +1,8 @@
-"""LoRA in training: W x, then s·B(A x) added in place.
+"""LoRA in training: compute W x, then add s·B(A x) to it in place.
 
-PEFT's layer makes s·B A x as a tensor of its own and adds it in a second pass; for a matrix that it reaches as a
-parameter (`target_parameters`) it makes W + s·B A, and its gradient as large as W.  This is the same mathematics as
-(W + s·B·A) x for one linear layer, plain or with a quantized weight (Hu et al., arXiv:2106.09685, section 4.1); layers
+PEFT's layer makes s·B A x as a tensor of its own and adds it in a second pass; for a matrix that it adapts as a
+parameter (`target_parameters`) it makes W + s·B A, and a gradient as large as W.  Here the result is the same,
+(W + s·B·A) x (Hu et al., arXiv:2106.09685, section 4.1), for a linear layer with a plain or a quantized weight.  Layers
 of any other kind (DoRA, dropout, plain experts, a sharded base, several adapters) keep PEFT's forward.  Experts with
 quantized weights find A and B in `lora_factors` and add s·B(A x) themselves, an expert at a time.
 """
@@ -20,8 +20,7 @@ from mla_tune.model.quantized_linear import QuantizedLinear, quantized_weight_of
 
 
 def use_lora_factors(model: torch.nn.Module, adapter: str = "default") -> int:
-    """Give every LoRA of `adapter` on a linear layer or on quantized experts the forward above; returns how many have
-    it."""
+    """Replace the forward of every LoRA of `adapter` on a linear layer or on quantized experts; return how many."""
     count = 0
     for layer in model.modules():
         if type(layer) not in (Linear, ParamWrapper):
@@ -89,7 +88,7 @@ def _forward_of(layer: LoraLayer, adapter: str, original: Callable[..., torch.Te
             return original(x, *args, **kwargs)
         out = base(x)
         low = F.linear(x, a)
-        # Nothing keeps the output of a linear layer for its gradient, so it may be added to where it lies.
+        # No gradient needs the output of a linear layer, so it may be changed in place.
         flat = out.view(-1, out.shape[-1])
         flat.addmm_(low.reshape(-1, low.shape[-1]).to(out.dtype), b.t().to(out.dtype), alpha=layer.scaling[adapter])
         return out

@@ -1,12 +1,13 @@
-"""Attention of packed samples, one fused call a sample: no mask, no padding, no scores between samples.
+"""Attention of packed samples, one fused call for each sample: no mask, no padding, no scores between samples.
 
-A batch is one row (1, N) of samples laid end to end, with `cu_seq_lens_q` (their borders, as flash attention wants
-them) passed through the model to its attention function.  transformers' sdpa would get rows of `max_length` with a mask
-each, and computes what the mask then throws away: with samples of a third of a row two thirds of all scores.
+A batch is one row (1, N) of samples laid end to end.  `cu_seq_lens_q`, their borders as flash attention wants them, is
+passed through the model to its attention function.  transformers' sdpa would get rows of `max_length`, each with a
+mask, and would compute scores that the mask throws away: with samples of a third of a row, two thirds of all scores.
 
-On a CPU values are padded to the P+R of keys, because torch's fused kernel there takes one size for both (without it
-all scores are kept in memory), and one autograd node holds the whole batch: its output is the tensor that W_O reads,
-kept once, and a recomputed forward (`train.recompute`) takes it instead of computing it again.
+On a CPU, values are padded to the size P+R of keys, because torch's fused kernel there takes one size for both, and
+without that kernel all scores would be kept in memory.  One autograd node holds the whole batch: its output is the
+tensor that W_O reads and is kept once, and a recomputed forward pass (`mla_checkpointing`) takes it instead of
+computing it again.
 
     H  heads      N  tokens of a batch      n  tokens of a sample      P+R, V  sizes of keys and values
 """
@@ -23,12 +24,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 NAME = "mla_tune_packed"
 #: What the attention of the module under recomputation gave the first time, if it ran: [output, log-sum-exps].
 ATTENTION_CACHE: ContextVar[list[Any] | None] = ContextVar("attention_memo", default=None)
-#: Arguments that some families hand to their attention, and that this one does not know.
+#: Arguments that some families pass to their attention, and that this one does not implement.
 UNKNOWN = ("s_aux", "indices", "sliding_window", "softcap", "position_bias")
 
 
 def register() -> str:
-    """Make the attention and its (absent) mask known to transformers; returns the name."""
+    """Register the attention, and that it takes no mask, with transformers.  Returns its name."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
     return NAME
@@ -41,6 +42,7 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
@@ -48,7 +50,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """query, key (1, H, N, P+R), value (1, H, N, V), cu_seq_lens_q (samples + 1) → output (1, N, H, V).
 
-    Raises `NotImplementedError` for what this attention does not know: a mask, sinks, a window, an indexer's choice.
+    Raises `NotImplementedError` for what it does not implement: a mask, sinks, a window, a choice of an indexer.
     """
     odd = [k for k in UNKNOWN if kwargs.get(k) is not None]
     if cu_seq_lens_q is None or attention_mask is not None or odd or query.shape[0] != 1:
@@ -73,11 +75,11 @@ def packed_attention(
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Borders say all that a mask would."""
+    """Make no mask: the samples' borders replace it."""
 
 
 class _Packed(torch.autograd.Function):
-    """torch's fused attention for CPUs, sample by sample: (1, H, N, d) three times → (1, N, H, d)."""
+    """torch's fused attention for CPUs, sample by sample: query, key, value (1, H, N, d) → output (1, N, H, d)."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, lengths: list[int], scale: float) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""RMSNorm that keeps one number a token besides its input, with its gradient written out.
+"""RMSNorm with its gradient written out, which keeps one number a token besides its input.
 
     ρ = 1/√(mean(x²) + ε)      x̂ = ρ x      y = w ⊙ x̂                         (Zhang and Sennrich, arXiv:1910.07467)
     ∂x = ρ (g w − x̂ · mean(g w x̂))          ∂w = Σ g x̂
 
-Autograd's own way keeps a second copy of the input in float32 where the model is in bfloat16, and takes twice the time.
-The forward pass is the module's own, operation by operation, so that its bits are too.
+With autograd's own gradient a model in bfloat16 keeps a second copy of the input in float32 and takes twice the time.
+The forward pass does the module's own operations in their order, so that outputs are equal bit for bit.
 """
 
 from __future__ import annotations
