@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent.
 
-The Trainer writes one into `checkpoints/.partial`; a list of its files with their sizes and hashes is added last, all
-is synced, and the folder gets its name by a rename.  A folder without the list, or one that does not fit it, is
-damaged.
+The Trainer writes a checkpoint into `checkpoints/.partial`.  Then a list of its files with sizes and hashes is added,
+all is synced to the disk, and a rename gives the folder its name.  A folder without the list, or with other files than
+the list says, is damaged.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ PARTIAL = ".partial"
 
 
 def number_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint was made after."""
+    """Return the optimizer step after which a checkpoint was made."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All that lie there under a checkpoint's name, newest first."""
+    """Return the folders with a checkpoint's name, whole or damaged, newest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=number_of, reverse=True)
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None: each file has the size and hash it was written with."""
+    """Return what is wrong with a checkpoint, in a few words; None: all files are as they were written."""
     if not (checkpoint / FILES).exists():
         return f"{FILES} is missing, so it was never whole"
     try:
@@ -57,7 +57,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a line for each newer one that is not."""
+    """Return the newest whole checkpoint (None: there is none) and a line for each newer one that is damaged."""
     lines: list[str] = []
     for checkpoint in checkpoints(folder):
         wrong = damage(checkpoint)
@@ -69,23 +69,24 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 @contextmanager
 def whole_or_absent(
-    folder: Path, step: int, first: bool = True, wait: Callable[[], None] = lambda: None
+    folder: Path, step: int, is_main_process: bool = True, wait: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
-    """A staging folder to write into; on leaving it is sealed and becomes `checkpoint-STEP` of `folder`.
+    """Within this context a staging folder is there to write `checkpoint-STEP` into; at its end that moves to `folder`.
 
-    Of many processes all write into it, and the `first` makes and seals it; `wait` is until all are there.
-    Raises `WorkError` where it can't be written; what was written of it is gone then, older checkpoints are untouched.
+    In a run of several processes all write into it, and the main process makes and seals it; `wait` waits until all
+    processes have called it.  Raises `WorkError` where it can't be written; the new checkpoint is deleted then, and
+    older ones are untouched.
     """
     staging = folder / PARTIAL
     target = folder / f"checkpoint-{step}"
     try:
-        if first:
+        if is_main_process:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         wait()
         yield staging
         wait()
-        if first:
+        if is_main_process:
             made = staging / target.name
             _seal(made)
             shutil.rmtree(target, ignore_errors=True)
@@ -100,12 +101,12 @@ def whole_or_absent(
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WorkError(f"the checkpoint of step {step} can't be written to {folder} ({what}); {rest}") from error
     finally:
-        if first:
+        if is_main_process:
             shutil.rmtree(staging, ignore_errors=True)
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest `count`."""
+    """Delete all checkpoints but the newest `count`."""
     for old in checkpoints(folder)[count:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -135,7 +136,7 @@ def _sync(path: Path) -> None:
 
 
 def _is_about_writing(error: Exception) -> bool:
-    """torch and safetensors say in errors of their own what the system said."""
+    """Return whether the disk caused an error; torch and safetensors raise errors of their own then."""
     words = ("No space left", "File too large", "quota", "I/O error", "PytorchStreamWriter", "enforce fail", "write")
     known = type(error).__name__ in ("SafetensorError", "RuntimeError") and any(w in str(error) for w in words)
     return isinstance(error, OSError) or known

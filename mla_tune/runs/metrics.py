@@ -1,4 +1,4 @@
-"""metrics.jsonl → curves: what plot, report and `runs` show."""
+"""metrics.jsonl → the curves that plot, report and `mla-tune runs` show."""
 
 from __future__ import annotations
 
@@ -14,36 +14,40 @@ Points = list[tuple[int, float]]
 
 @dataclass
 class Curves:
-    """Points (step, value) in the order of the steps.  `rates` and `norms` by role; with LoRA+ a role has two rates,
-    `W_O.A` and `W_O.B`."""
+    """The figures of a run as points (step, value), in the order of the steps."""
 
+    #: Loss of each logged step that was not skipped.
     train: Points = field(default_factory=list)
-    """Loss of each logged step that was not skipped."""
+    #: Loss on the held-out rows.
     held_out: Points = field(default_factory=list)
+    #: Learning rate by role; with LoRA+ a role has two, `W_O.A` and `W_O.B`.
     rates: dict[str, Points] = field(default_factory=dict)
+    #: Gradient norm by role.
     norms: dict[str, Points] = field(default_factory=dict)
+    #: Norm of all gradients together.
     norm: Points = field(default_factory=list)
-    """Norm of all gradients together."""
+    #: Skipped steps (step, loss, gradient norm); None for what was no finite number.  A line that covers several steps
+    #: shows the last one that was skipped.
     spikes: list[tuple[int, float | None, float | None]] = field(default_factory=list)
-    """Skipped steps: (step, loss, gradient norm); None where it was no finite number.  A line of several steps shows
-    the last one that was skipped."""
+    #: Cuts: (step, factor on every learning rate).
     cuts: Points = field(default_factory=list)
-    """(step, factor on every learning rate)"""
+    #: The last logged step.
     steps: int = 0
-    """The last step that was logged."""
+    #: Steps skipped so far.
     skipped: int = 0
+    #: Real tokens a second, from the last line.
     tokens_per_s: float | None = None
+    #: Lines that can't be read, such as one that was cut off when the process was killed.
     broken: int = 0
-    """Lines that are no JSON object with a step, such as one cut off when the process was killed."""
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """(step, loss) of the lowest held-out loss."""
+        """Step and loss of the lowest held-out loss; None without one."""
         return min(self.held_out, key=lambda point: (point[1], point[0]), default=None)
 
 
 def read_curves(file: Path) -> Curves:
-    """The curves of a run; empty where there is no file yet."""
+    """Read metrics.jsonl; the curves are empty where there is no file yet."""
     curves = Curves()
     if not file.exists():
         return curves
@@ -85,7 +89,7 @@ def _finite(x: Any) -> float | None:
 
 
 def grouped(curves: dict[str, Points]) -> dict[str, list[str]]:
-    """Label → names whose curves are equal, in their order: `all roles`, `all roles, A` (LoRA+), or the names."""
+    """Group names whose curves are equal, by a label: `all roles`, `all roles, A` (LoRA+), or the names."""
     same: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for name, points in curves.items():
         same.setdefault(tuple(points), []).append(name)
@@ -104,7 +108,7 @@ def grouped(curves: dict[str, Points]) -> dict[str, list[str]]:
 
 
 def thinned(points: Points, most: int = 1500) -> Points:
-    """At most about `most` points: of each run of neighbors the lowest and the highest, so that no peak is lost."""
+    """Return about `most` points at most: the lowest and the highest of each stretch, so that no peak is lost."""
     if len(points) <= most:
         return points
     width = math.ceil(2 * len(points) / most)

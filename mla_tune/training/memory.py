@@ -1,4 +1,4 @@
-"""Memory of a run: how much it took, and what to lower where it was too much."""
+"""Memory of a run: how much it takes, and what to lower where it is too much."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from mla_tune.runs.record import MemoryUse
 
 
 def memory_now() -> int:
-    """Resident bytes of this process."""
+    """Return the resident bytes of this process."""
     return psutil.Process().memory_info().rss
 
 
 def memory_peak() -> int:
-    """Highest resident bytes so far.  Not getrusage's on Linux: that begins with the memory of the parent process."""
+    """Return the highest resident bytes of this process so far.
+
+    Not from getrusage on Linux, whose figure includes the memory of the parent process at the fork.
+    """
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
@@ -39,7 +42,7 @@ def memory_report(device: torch.device, start: int) -> MemoryUse:
 
 @contextlib.contextmanager
 def memory_advice(recipe: Recipe) -> Iterator[None]:
-    """Turns torch's out-of-memory errors into one that says what to lower."""
+    """Within this context, running out of memory raises a `WorkError` that says what to lower in the recipe."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The learning rate of each role: recipe keys → optimizer parameter groups."""
+"""A recipe → parameter groups for AdamW, with the learning rate of each role."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mla_tune.recipe.schema import Recipe
 
 
 def param_groups(model: torch.nn.Module, placement: Placement, recipe: Recipe) -> list[dict[str, Any]]:
-    """Groups for AdamW, one a role and kind of decay, each with its peak `lr` and its `role`.
+    """Return AdamW's groups, one for each role and kind of decay, each with its peak `lr` and its `role`.
 
     With LoRA+ (Hayou et al., arXiv:2402.12354) a role is two groups, `W_O.A` and `W_O.B`, and B's rate is
     `optimizer.lora_plus_ratio` times A's; DoRA's magnitudes go with A.  Matrices get `weight_decay`, vectors (norms,

@@ -1,8 +1,8 @@
-"""What the model answers to a few held-out prompts, before and after training: for report.html.
+"""Let the model answer a few held-out prompts, before and after training, for report.html.
 
-Greedy, one prompt at a time.  Nothing of the training changes by it: no random number is drawn, modes and attention are
-put back, and a run with samples is bit-equal to one without.  All processes of a run must call it, since a sharded
-model gathers its weights in every forward.
+Decoding is greedy, one prompt at a time.  The training does not change: no random number is drawn, modes and attention
+are restored, and a run with samples is bit-equal to one without.  All processes of a run have to take part, since a
+sharded model gathers its weights in every forward pass.
 """
 
 from __future__ import annotations
@@ -22,23 +22,29 @@ from mla_tune.errors import InputError
 from mla_tune.model.load import DTYPES, Loaded
 from mla_tune.recipe.schema import Recipe
 
-#: Tokens of an answer at most.
+#: The most tokens of an answer.
 NEW_TOKENS = 64
-#: Longer prompts are passed over: the report should not cost much of a short run.
+#: The most tokens of a prompt; longer ones are passed over, so that answers take little time of a short run.
 LONGEST = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class SamplePrompt:
-    """A held-out prompt as the model sees it, and what the row says comes next."""
+    """A held-out prompt."""
 
+    #: The tokens that the model gets.
     ids: list[int]
+    #: The prompt as text, for the report.
     prompt: str
+    #: What the row says comes next.
     reference: str
 
 
 def sample_prompts(recipe: Recipe, rows: list[Row], tokenizer: Any, window: int | None) -> list[SamplePrompt]:
-    """The first `output.samples` rows whose prompt is short enough for an answer to fit."""
+    """Return the prompts of the first `output.samples` rows that leave room for an answer.
+
+    `window` is the number of positions that the model has; None: no bound.
+    """
     room = min(LONGEST, (window or LONGEST + NEW_TOKENS) - NEW_TOKENS)
     found: list[SamplePrompt] = []
     for row in rows:
@@ -51,10 +57,10 @@ def sample_prompts(recipe: Recipe, rows: list[Row], tokenizer: Any, window: int 
 
 
 def prompt_of_row(row: Row, tokenizer: Any, template: str) -> SamplePrompt | None:
-    """A row's prompt up to the answer: of a chat up to the assistant's last turn, of a text its first half, of
-    tokens those before the first that is trained.
+    """Return the prompt of a row: a chat up to the assistant's last turn, the first half of a text, or the tokens
+    before the first trained one.
 
-    None where there is nothing to ask: a chat without an assistant's turn, a text of one token.
+    None for a row without a prompt: a chat without an assistant's turn, or a text of one token.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if "messages" in row:
@@ -93,7 +99,7 @@ def _rendered(
 
 
 def answer_prompts(model: Any, loaded: Loaded, tokenizer: Any, asked: list[SamplePrompt]) -> tuple[list[str], float]:
-    """An answer of at most `NEW_TOKENS` tokens to each question, and the seconds that all took."""
+    """Return an answer of at most `NEW_TOKENS` tokens to each prompt, and the seconds that all took."""
     began = time.monotonic()
     ends = _ends(loaded.model, tokenizer)
     with _as_for_reading(model):
@@ -122,7 +128,10 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
 
 @contextmanager
 def _as_for_reading(model: Any) -> Iterator[None]:
-    """Eval mode, attention that takes a cache (the packed one needs borders), nothing compiled, no gradient."""
+    """Within this context the model generates: eval mode, no gradient, nothing compiled, attention with a cache.
+
+    The packed attention has none: it needs the borders of samples.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modes = {module: module.training for module in model.modules()}
     attention = base.config.get_text_config()._attn_implementation

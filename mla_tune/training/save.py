@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter (or the model, where every weight was trained), and the base it belongs to."""
+"""Write the result of a run: the adapter (or the model, where every weight was trained), and a preset's base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from mla_tune.runs.folder import RunFolder
 
 
 def save_base(loaded: Loaded, tokenizer: Any, recipe: Recipe, folder: RunFolder) -> str:
-    """What the adapter's base is, for run.json.  A preset's random weights are kept: the adapter fits nothing else."""
+    """Return what run.json names as the base: a folder, a hub id, `embedded`, or `preset NAME`.
+
+    The random weights of a preset are saved into `base/` of the run folder, since an adapter fits no other weights.
+    """
     if loaded.base is not None:
         folder_of_base = Path(loaded.base)
         if folder_of_base == EMBEDDED_MODEL:
@@ -41,8 +44,10 @@ def save_result(
     readme: str | None = None,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write adapter/ (or model/) beside its place, then rename.  `readme` replaces PEFT's card, which says nothing;
-    `weights`: of a sharded model, what was gathered."""
+    """Write adapter/ (or model/) of a run folder, whole or not at all.
+
+    `readme`: text of the model card, instead of PEFT's.  `weights`: the gathered parameters of a sharded model.
+    """
     target = folder.model if placement.method == "none" else folder.adapter
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)

@@ -1,10 +1,10 @@
 """The spike guard: a step whose loss or gradient norm leaves its running band is skipped.
 
-The band of each is the median of the last `window` accepted steps plus `width` robust standard deviations (1.4826 times
-the median absolute deviation, which is σ for a normal distribution); a spike is above it, or no finite number.  A
-skipped step leaves weights and the optimizer's moments as they were, and its figures stay out of the band.  `patience`
-skipped steps in a row multiply every learning rate by `cut` for the rest of the run, and the band begins anew: a loss
-that stays on another level is a new level, not a spike.
+The upper end of a band is the median of the last `window` accepted steps plus `width` robust standard deviations
+(1.4826 times the median absolute deviation, which is σ for a normal distribution).  A spike lies above it, or is no
+finite number.  A skipped step changes neither weights nor the optimizer's moments, and its figures stay out of the
+band.  After `patience` skipped steps in a row every learning rate is multiplied by `cut` for the rest of the run, and
+the band begins anew: a loss that stays on another level is a new level, not a spike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mla_tune.recipe.schema import SpikeSection
 SIGMA = 1.4826
 #: The band's σ is at least this share of the median: a loss that hardly moves is no reason to skip.
 LEAST = 0.02
-#: Steps that a band needs: of fewer the deviation says little, and gradients grow while B leaves 0.
+#: Steps that a band needs at least: the deviation of fewer says little, and gradients grow while B leaves 0.
 FEWEST = 8
 
 

@@ -1,7 +1,7 @@
 """`output.report_to`: TensorBoard, W&B, MLflow and trackio through transformers' own callbacks.
 
-Theirs is the transport; ours is what they would not get: rates, gradient norms by role and spikes, the recipe as the
-run's configuration, a name, and the held-out loss of the last step before they close.
+transformers sends; this module adds what it does not know of: learning rates and gradient norms by role, spikes, the
+recipe as the run's configuration, the run's name, and the held-out loss of the last step before the trackers close.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from transformers import TrainerCallback
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.callbacks import rates_now
 
-#: Under which experiments, projects and spaces collect runs, unless the user says otherwise.
+#: Name of the project (W&B, trackio) or experiment (MLflow) that runs go to, unless the user names another.
 PROJECT = "mla-tune"
 
 
 def name_projects() -> None:
-    """Where runs go, as transformers' callbacks read it; what the user has set stays."""
+    """Set the environment variables by which transformers' callbacks name the project, where the user has not."""
     os.environ.setdefault("WANDB_PROJECT", PROJECT)
     os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", PROJECT)
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """`recipe.train.max_steps: 20`, …: trackers take one level, and MLflow no long values."""
+def flatten_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as one flat dictionary, `recipe.train.max_steps: 20` and so on: trackers take no nested ones."""
     found: dict[str, Any] = {}
 
     def walk(name: str, value: Any) -> None:
@@ -41,7 +41,10 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 
 
 class TrackerLogs(TrainerCallback):
-    """Has to come before the trackers' callbacks: it adds to the logs that they get."""
+    """Adds to the logs that the trackers get.  It has to come before their callbacks.
+
+    `evaluates`: the run has held-out rows, so they are evaluated once more at the last step.
+    """
 
     def __init__(self, evaluates: bool) -> None:
         self.evaluates = evaluates
@@ -49,12 +52,14 @@ class TrackerLogs(TrainerCallback):
         self.spikes = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count spikes, and let the Trainer evaluate at the last step."""
         self.spikes += self.trainer.spike is not None
         # Trackers close at the end of training: an evaluation after it would open a second run.
         if self.evaluates and state.global_step >= state.max_steps:
             control.should_evaluate = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add to the figures of a step."""
         if logs is None or "loss" not in logs:
             return
         logs |= {f"lr/{role}": rate for role, rate in rates_now(kwargs.get("optimizer")).items()}
@@ -66,7 +71,7 @@ class TrackerLogs(TrainerCallback):
 
 
 def add_trackers(trainer: Any, recipe: Recipe, root: Path) -> None:
-    """Put `TrackerLogs` before the callbacks of transformers, and TensorBoard's files into the run folder."""
+    """Add `TrackerLogs` before the trackers' callbacks, and let TensorBoard write into the run folder `root`."""
     if not recipe.output.report_to:
         return
     ours = TrackerLogs(trainer.eval_dataset is not None)

@@ -10,23 +10,28 @@ from transformers import TrainingArguments
 from mla_tune.model.load import Loaded
 from mla_tune.recipe.schema import Recipe
 from mla_tune.runs.folder import RunFolder
-from mla_tune.training.trackers import PROJECT, flat
+from mla_tune.training.trackers import PROJECT, flatten_recipe
 
+#: `optimizer.schedule` of the recipe → transformers' name.
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 class RecipeTrainingArguments(TrainingArguments):
-    """Gives the trackers the recipe beside what transformers made of it."""
+    """TrainingArguments that also give the trackers the recipe."""
+
+    #: Set where a tracker is used.
 
     recipe: Recipe | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | (flat(self.recipe) if self.recipe is not None else {})
+        """Return the arguments and the flattened recipe; trackers log this as the run's configuration."""
+        return super().to_dict() | (flatten_recipe(self.recipe) if self.recipe is not None else {})
 
 
 def training_arguments(
     recipe: Recipe, folder: RunFolder, loaded: Loaded, steps: int, has_eval: bool
 ) -> TrainingArguments:
+    """Return the Trainer's arguments.  `steps`: optimizer steps of the run; `has_eval`: there are held-out rows."""
     t, o = recipe.train, recipe.optimizer
     warmup = o.warmup_steps if o.warmup_steps is not None else round(o.warmup_ratio * steps)
     gpu = loaded.device.type == "cuda"

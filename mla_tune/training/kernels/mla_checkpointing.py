@@ -1,16 +1,15 @@
-"""`train.activation_checkpointing: mla`: norms, MLA up-projections and what they make are
-computed again in the backward pass.
+"""`train.activation_checkpointing: mla`: the backward pass computes norms and MLA up-projections again.
 
 DeepSeek-V3's report (arXiv:2412.19437, section 3.2.3) recomputes "all RMSNorm operations and MLA up-projections during
-back-propagation", so that their outputs are not kept.  Kept are the latents (W_DQ's and W_DKV's outputs, C + R + L
-numbers a token) and the attention's output; computed again are the norms, queries, keys and values of all heads
-(H(2(P+R) + V) numbers a token) with their rotary part.  Attention itself, the dear part, is not computed again.
+back-propagation", so that their outputs are not kept.  The latents (outputs of W_DQ and W_DKV, C + R + L numbers a
+token) and the attention's output are kept.  The norms, and the queries, keys and values of all heads (H(2(P+R) + V)
+numbers a token) with their rotary part, are computed again.  Attention itself, which costs most, is not.
 
-Three small pieces, whatever the family's own forward looks like:
+Three parts, which work with any family's own forward:
 
-- Norms are the lean ones of `train.norms`, which keep their input.
-- A norm's output that something wants to keep (the A of a LoRA, the router) is kept as a note how to make it.
-- An attention module runs inside torch's checkpoint with W_O taken out and the down-projections' results put in.
+- Norms are those of `rms_norm`, which keep their input.
+- Where something keeps a norm's output (the A of a LoRA, the router), a recipe for computing it again is kept instead.
+- An attention module runs inside torch's checkpoint, with W_O taken out and the down-projections' results put in.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ def enable_mla_checkpointing(model: torch.nn.Module) -> None:
 
     Call it after adapters are attached: modules are looked up when they run.
     """
-    notes = _Notes()
-    use_lean_norms(model, notes.add)
+    outputs = _NormOutputs()
+    use_lean_norms(model, outputs.add)
     for module in model.modules():
         if hasattr(module, "kv_b_proj") and hasattr(module, "expand_kv"):
             _recompute_attention(module)
@@ -55,55 +54,62 @@ def enable_mla_checkpointing(model: torch.nn.Module) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(notes.pack, notes.unpack):
+        with torch.autograd.graph.saved_tensors_hooks(outputs.pack, outputs.unpack):
             return inner(*args, **kwargs)
 
     model.forward = forward
 
 
-class _Notes:
-    """Norm outputs of the forward pass under way, by their storage, and how to make each again."""
+class _NormOutputs:
+    """Norm outputs of the forward pass under way, found by their storage; each can be computed again.
+
+    `pack` and `unpack` are autograd's hooks for saved tensors: where a norm's output is to be saved, how to compute it
+    is saved instead.
+    """
 
     def __init__(self) -> None:
-        self.made: dict[tuple[int, torch.dtype, int], _Note] = {}
+        self.known: dict[tuple[int, torch.dtype, int], _Recomputable] = {}
 
-    def add(self, output: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
+    def add(self, output: torch.Tensor, recompute: Callable[[], torch.Tensor]) -> None:
+        """Remember how to compute `output` again, as long as it exists."""
         key = self._key(output)
-        self.made[key] = _Note(make)
-        # Before another tensor can come to lie in its place.
-        weakref.finalize(output, self.made.pop, key, None)
+        self.known[key] = _Recomputable(recompute)
+        # Before another tensor can get the same storage.
+        weakref.finalize(output, self.known.pop, key, None)
 
     @staticmethod
     def _key(t: torch.Tensor) -> tuple[int, torch.dtype, int]:
         return t.untyped_storage().data_ptr(), t.dtype, t.numel()
 
     def pack(self, t: torch.Tensor) -> Any:
-        note = self.made.get(self._key(t)) if t.is_contiguous() else None
-        return t if note is None else (note, t.shape)
+        """Return what is saved in the place of `t`."""
+        found = self.known.get(self._key(t)) if t.is_contiguous() else None
+        return t if found is None else (found, t.shape)
 
     @staticmethod
-    def unpack(kept: Any) -> torch.Tensor:
-        return kept if isinstance(kept, torch.Tensor) else kept[0]().view(kept[1])
+    def unpack(saved: Any) -> torch.Tensor:
+        """Return the tensor that `pack` was given."""
+        return saved if isinstance(saved, torch.Tensor) else saved[0]().view(saved[1])
 
 
-class _Note:
-    """How to make a norm's output again; the tensor made is shared while somebody holds it."""
+class _Recomputable:
+    """Computes a norm's output again when called; while the result is in use, further calls return the same tensor."""
 
-    def __init__(self, make: Callable[[], torch.Tensor]) -> None:
-        self.make = make
+    def __init__(self, recompute: Callable[[], torch.Tensor]) -> None:
+        self.recompute = recompute
         self.last: weakref.ref[torch.Tensor] | None = None
 
     def __call__(self) -> torch.Tensor:
         found = self.last() if self.last is not None else None
         if found is None:
             with torch.no_grad():
-                found = self.make()
+                found = self.recompute()
             self.last = weakref.ref(found)
         return found
 
 
-class _Given(torch.nn.Module):
-    """Stands for a module whose result is there already."""
+class _Constant(torch.nn.Module):
+    """Stands in for a module whose result is known; without a result it returns its input."""
 
     def __init__(self, result: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -114,7 +120,8 @@ class _Given(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def _swapped(module: torch.nn.Module, others: dict[str, torch.nn.Module]) -> Iterator[None]:
+def _replaced_submodules(module: torch.nn.Module, others: dict[str, torch.nn.Module]) -> Iterator[None]:
+    """Within this context `others` stand in the place of the submodules of the same names."""
     kept = {name: module._modules[name] for name in others}
     module._modules.update(others)
     try:
@@ -124,16 +131,17 @@ def _swapped(module: torch.nn.Module, others: dict[str, torch.nn.Module]) -> Ite
 
 
 def _recompute_attention(attention: Any) -> None:
+    """Let an MLA module keep its latents and the attention's output, and compute the rest again."""
     original = attention.forward
     down = [name for name in DOWN if isinstance(attention._modules.get(name), torch.nn.Module)]
     dropouts = [m for m in attention.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
     draws = bool(getattr(attention, "attention_dropout", 0)) or bool(dropouts)
 
-    def core(hidden: torch.Tensor, given: dict[str, torch.Tensor], memo: list[Any], kwargs: dict[str, Any]) -> Any:
-        others = {name: _Given(result) for name, result in given.items()}
-        token = ATTENTION_CACHE.set(memo)
+    def core(hidden: torch.Tensor, given: dict[str, torch.Tensor], cache: list[Any], kwargs: dict[str, Any]) -> Any:
+        others = {name: _Constant(result) for name, result in given.items()}
+        token = ATTENTION_CACHE.set(cache)
         try:
-            with _swapped(attention, {**others, "o_proj": _Given()}):
+            with _replaced_submodules(attention, {**others, "o_proj": _Constant()}):
                 return original(hidden, **kwargs)
         finally:
             ATTENTION_CACHE.reset(token)
@@ -150,12 +158,12 @@ def _recompute_attention(attention: Any) -> None:
             kwargs,
             use_reentrant=False,
             preserve_rng_state=attention.training and draws,
-            # The packed attention remembers its own result; a dispatcher takes microseconds for each operation.
+            # The packed attention keeps its result in the cache; a dispatcher would cost microseconds an operation.
             context_fn=noop_context_fn if attention.config._attn_implementation == NAME else _contexts,
         )
         return (attention.o_proj(out), *rest)
 
-    attention.forward = torch.compiler.disable(forward)  # a compiled region plans for itself what it keeps
+    attention.forward = torch.compiler.disable(forward)  # a compiled region decides itself what it keeps
 
 
 def _contexts() -> tuple[Any, Any]:

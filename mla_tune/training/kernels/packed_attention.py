@@ -83,9 +83,9 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, lengths: list[int], scale: float) -> torch.Tensor:
-        memo = ATTENTION_CACHE.get()
-        if memo:
-            out, lse = memo
+        cache = ATTENTION_CACHE.get()
+        if cache:
+            out, lse = cache
         else:
             out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
             lse = []
@@ -95,8 +95,8 @@ class _Packed(torch.autograd.Function):
                 part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
                 o.copy_(part.transpose(1, 2))
                 lse.append(sums)
-            if memo is not None:
-                memo[:] = [out.detach(), lse]
+            if cache is not None:
+                cache[:] = [out.detach(), lse]
         ctx.save_for_backward(query, key, value, out, *lse)
         ctx.lengths, ctx.scale = lengths, scale
         return out

@@ -14,24 +14,25 @@ from typing import Any
 
 import torch
 
+#: Called with an output and a function that computes it again.
+OnOutput = Callable[[torch.Tensor, Callable[[], torch.Tensor]], None]
 
-def use_lean_norms(
-    model: torch.nn.Module, made: Callable[[torch.Tensor, Callable[[], torch.Tensor]], None] | None
-) -> int:
-    """Replace the forward of every RMSNorm that is the formula above; returns how many.
 
-    `made(output, again)` hears of each output in training and how to compute it once more.  A module that computes
-    anything else (found by comparing outputs) stays as it is.
+def use_lean_norms(model: torch.nn.Module, on_output: OnOutput | None) -> int:
+    """Replace the forward of every RMSNorm that computes the formula above, and return how many there are.
+
+    `on_output(output, recompute)` is called for each output in training; `recompute()` computes it again.  A module
+    that computes anything else, which is found by comparing outputs, keeps its forward.
     """
     found = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _is_plain(m)]
     for norm in found:
-        forward = _forward_of(norm, made)
-        # What hears of each output is no part of a compiled graph.
-        norm.forward = torch.compiler.disable(forward) if made is not None else forward  # type: ignore
+        forward = _forward_of(norm, on_output)
+        # A call of `on_output` can't be part of a compiled graph.
+        norm.forward = torch.compiler.disable(forward) if on_output is not None else forward  # type: ignore
     return len(found)
 
 
-def _forward_of(norm: Any, made: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _forward_of(norm: Any, on_output: OnOutput | None) -> Callable[[torch.Tensor], torch.Tensor]:
     original = norm.forward
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -39,20 +40,20 @@ def _forward_of(norm: Any, made: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
             return original(x)
         out = _Norm.apply(x, weight, norm.variance_epsilon)
-        if made is not None:
+        if on_output is not None:
             source = x.detach()
-            made(out, lambda: original(source))
+            on_output(out, lambda: original(source))
         return out
 
     return forward
 
 
 def _is_plain(norm: Any) -> bool:
-    """Whether the module's output is the formula's, bit for bit, in float32 and bfloat16."""
+    """Return whether the module's output equals the formula's, bit for bit, in float32 and bfloat16."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if type(weight) is not torch.nn.Parameter or not isinstance(eps, float):
         return False
-    if weight.is_meta:  # another process has the numbers: any will do
+    if weight.is_meta:  # another process has the numbers; any numbers will do
         weight = torch.linspace(0.5, 2, weight.numel(), dtype=weight.dtype)
     x = torch.linspace(-2, 3, 3 * weight.numel(), dtype=torch.float32, device=weight.device).view(3, -1)
     with torch.no_grad():
@@ -64,7 +65,7 @@ def _is_plain(norm: Any) -> bool:
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, ρ), in the steps of transformers' modules."""
+    """Return (y, ρ), computed by the operations of transformers' modules."""
     wide = x.float()
     rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (wide * rho).to(x.dtype), rho
