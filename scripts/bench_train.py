@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=240, help="rows of GSM8K that every contender trains on, once")
+    parser.add_argument("--rows", type=int, default=240, help="rows of GSM8K that every case trains on, once")
     parser.add_argument("--steps", type=int, default=20_000, help="of the part `flat`")
     parser.add_argument("--out", type=Path, help="write all figures there, as JSON")
     arguments = parser.parse_args()

@@ -1,8 +1,7 @@
-"""`bench train`: contenders take turns on the same data, each in a process of its own.
+"""`bench train`: cases take turns on the same data, each in a process of its own (`train_worker`).
 
-A process trains until it has seen its share of the tokens, then waits while the others train theirs; so all of them
-meet the same noise of the machine, and each has a memory peak of its own.  Nothing is imported here that the processes
-need: they start with nothing but their recipe.
+A process trains its share of the tokens, then waits while the others train theirs, so all meet the same noise of the
+machine, and each has a memory peak of its own.  This module imports no torch: only the processes need it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mla_tune.recipe.load import dump
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.resolve import resolve
 
-#: Every contender sees each row once, and does nothing else.
+#: Overrides of the recipe: each case sees each row once, and neither evaluates nor saves.
 ONE_EPOCH = (
     "train.epochs=1",
     "train.max_steps=null",
@@ -38,71 +37,81 @@ ONE_EPOCH = (
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One contender: seconds, real tokens and optimizer steps of each round; bytes; the held-out loss at the end.
+    """The figures of one case."""
 
-    `activations`: what a forward pass of the first batch leaves for the backward pass.  `peak`: of the process (on a
-    GPU: allocated); `run_peak`: without what it had before the model was loaded.
-    """
-
+    #: Name of the case.
     name: str
+    #: Seconds of each round.
     seconds: list[float]
+    #: Real tokens of each round.
     tokens: list[int]
+    #: Optimizer steps of the run.
     steps: int
+    #: Bytes that a forward pass of the first batch keeps for the backward pass.
     activations: int
+    #: Highest bytes of the process; on a GPU those allocated there.
     peak: int
+    #: The same without what the process had before the model was loaded.
     run_peak: int
+    #: Held-out loss at the end, nats a token; None without held-out rows.
     loss: float | None
 
     @property
     def rates(self) -> list[float]:
-        """Real tokens a second, of each round."""
+        """Real tokens a second of each round."""
         return [t / s for t, s in zip(self.tokens, self.seconds, strict=True)]
 
     @property
     def rate(self) -> float:
+        """Real tokens a second, the median of the rounds."""
         return statistics.median(self.rates)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBench:
-    """All contenders, in the order asked for."""
+    """The figures of all cases."""
 
+    #: One entry a case, in the order asked for.
     measured: list[Measured]
+    #: Real tokens of the training rows.
     tokens: int
+    #: Training rows, one sample each.
     rows: int
+    #: Operating system and machine.
     platform: str
 
     def ratios(self, name: str, to: str) -> list[float]:
-        """Tokens a second of `name` over those of `to`, one a round."""
+        """Return the tokens a second of case `name` divided by those of case `to`, for each round."""
         a, b = (next(m for m in self.measured if m.name == n) for n in (name, to))
         return [x / y for x, y in zip(a.rates, b.rates, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the document of `--json`."""
         found = [asdict(m) | {"tokens_per_s": m.rate} for m in self.measured]
         return {"cases": found, "tokens": self.tokens, "rows": self.rows, "platform": self.platform}
 
 
 def bench(recipe: Recipe, names: Sequence[str], rounds: int, say: Callable[[str], None]) -> TrainBench:
-    """Train `recipe` once with each of the contenders, in `rounds` turns.
+    """Train `recipe` once with each of the cases `names`, in `rounds` turns, and return the figures.
 
-    Raises `InputError` for a recipe that can't be trained, for an unknown contender, or for TRL's where it isn't
-    installed, and `WorkError` if one fails.
+    `say` gets a line after each turn.  Raises `InputError` for a recipe that can't be trained, for an unknown case, or
+    for one of TRL's where TRL isn't installed, and `WorkError` if a case fails.
     """
     unknown = [n for n in names if n not in CASES]
     if unknown or not names:
         raise InputError(f"--cases: unknown {', '.join(unknown) or 'and empty'}; allowed: {', '.join(CASES)}")
     if any(CASES[n].trl for n in names):
-        _has_trl()
-    resolve(recipe)  # what is wrong with the recipe is said here, once, and not by a process that fails
+        _check_trl()
+    resolve(recipe)  # raises here, once, what is wrong with the recipe, and not in each process
     seconds: dict[str, list[float]] = {n: [] for n in names}
     tokens: dict[str, list[int]] = {n: [] for n in names}
     last: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mla-tune-bench-") as folder, contextlib.ExitStack() as stack:
         workers: dict[str, _Worker] = {}
         for name in names:
-            # One after the other: they choose kernels by measurement, and would disturb each other.
+            # One after the other: they choose kernels by measurement, and would disturb each other's.
             workers[name] = stack.enter_context(_worker(name, recipe, rounds, Path(folder)))
-            workers[name].read()  # it is ready: warm, and waiting
+            workers[name].read()  # it is warm and waits
         for turn in range(rounds):
             for name, worker in workers.items():
                 found = worker.turn()
@@ -121,20 +130,25 @@ def bench(recipe: Recipe, names: Sequence[str], rounds: int, say: Callable[[str]
 
 
 class _Worker:
+    """A process that trains one case, and the lines to and from it."""
+
     def __init__(self, name: str, process: subprocess.Popen[str], log: IO[str]) -> None:
         self.name, self.process, self.log = name, process, log
 
     def send(self, line: str) -> None:
+        """Write a line to its standard input."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead, and the next read says so
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and the next `read` says so
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
     def turn(self) -> dict[str, Any]:
+        """Let it train its next share (after the last: finish), and return what it reports."""
         self.send("go")
         return self.read()
 
     def read(self) -> dict[str, Any]:
+        """Return the next JSON line that it writes.  Raises `WorkError` with the end of its log if it has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if line:
@@ -146,6 +160,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _worker(name: str, recipe: Recipe, rounds: int, folder: Path) -> Iterator[_Worker]:
+    """Start the process of a case; it is killed at the end of the context."""
     own = folder / name
     own.mkdir()
     case = CASES[name]
@@ -164,6 +179,7 @@ def _worker(name: str, recipe: Recipe, rounds: int, folder: Path) -> Iterator[_W
 
 
 def _with_sets(recipe: Recipe, sets: list[str], folder: Path) -> Path:
+    """Write the recipe with overrides into `folder`, and return the file."""
     from mla_tune.recipe.load import load_recipe
 
     first, second = folder / "given.yaml", folder / "recipe.yaml"
@@ -172,7 +188,8 @@ def _with_sets(recipe: Recipe, sets: list[str], folder: Path) -> Path:
     return second
 
 
-def _has_trl() -> None:
+def _check_trl() -> None:
+    """Raise `InputError` where TRL is not installed."""
     from importlib.util import find_spec
 
     if find_spec("trl") is None:

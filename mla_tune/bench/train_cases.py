@@ -1,4 +1,4 @@
-"""What `bench train` compares: mla-tune with each kind of checkpointing, and TRL's SFTTrainer."""
+"""The cases that `bench train` compares: mla-tune with each kind of checkpointing, and TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One contender.  `sets`: keys of the recipe (mla-tune); `keys`: what differs from SFTConfig's defaults (TRL)."""
+class TrainCase:
+    """One case of the comparison."""
 
+    #: Its name in `--cases` and in the table.
     name: str
+    #: Whether TRL trains, not mla-tune.
     trl: bool = False
+    #: mla-tune: overrides of the recipe, as for `--set`.
     sets: tuple[str, ...] = ()
-    keys: dict[str, Any] = field(default_factory=dict)
+    #: TRL: arguments of SFTConfig that differ from its defaults.
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 #: TRL's defaults in 1.16: gradient checkpointing and bfloat16 autocast on.  `fastest` turns both off.
 _PLAIN = {"gradient_checkpointing": False, "bf16": False}
-CASES: dict[str, Case] = {
+#: All cases by name.
+CASES: dict[str, TrainCase] = {
     c.name: c
     for c in (
-        Case("none", sets=("train.activation_checkpointing=none",)),
-        Case("unpacked", sets=("train.activation_checkpointing=none", "train.packing=false")),
-        Case("mla", sets=("train.activation_checkpointing=mla",)),
-        Case("full", sets=("train.activation_checkpointing=full",)),
-        Case("compiled", sets=("train.activation_checkpointing=none", "train.compile=true")),
-        Case("trl", trl=True, keys={"packing": False}),
-        Case("trl-packed", trl=True, keys={"packing": True}),
-        Case("trl-plain", trl=True, keys={"packing": False, **_PLAIN}),
-        Case("trl-plain-packed", trl=True, keys={"packing": True, **_PLAIN}),
+        TrainCase("none", sets=("train.activation_checkpointing=none",)),
+        TrainCase("unpacked", sets=("train.activation_checkpointing=none", "train.packing=false")),
+        TrainCase("mla", sets=("train.activation_checkpointing=mla",)),
+        TrainCase("full", sets=("train.activation_checkpointing=full",)),
+        TrainCase("compiled", sets=("train.activation_checkpointing=none", "train.compile=true")),
+        TrainCase("trl", trl=True, config={"packing": False}),
+        TrainCase("trl-packed", trl=True, config={"packing": True}),
+        TrainCase("trl-plain", trl=True, config={"packing": False, **_PLAIN}),
+        TrainCase("trl-plain-packed", trl=True, config={"packing": True, **_PLAIN}),
     )
 }

@@ -1,7 +1,8 @@
-"""One contender of `bench train`, in a process of its own: trains a share of the data whenever it is told to.
+"""One case of `bench train`, in a process of its own, which trains a share of the data whenever it is told to.
 
-Standard input: a JSON line that says what to do, then a line for each round.  Standard output: a JSON line for each
-round, and one at the end.
+`bench.train` starts it as `python -m mla_tune.bench.train_worker`.  Standard input: a JSON line with the recipe's file,
+the case and the number of rounds, then a line for each round.  Standard output: a JSON line when it is warm, one for
+each round, and one with the figures of the whole run.  All else goes to standard error.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 import torch
 from transformers import TrainerCallback
 
-from mla_tune.bench.train_cases import CASES, Case
+from mla_tune.bench.train_cases import CASES, TrainCase
 from mla_tune.data.prepare import prepare
 from mla_tune.model.load import load_model, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
@@ -25,37 +26,42 @@ from mla_tune.recipe.schema import Recipe
 from mla_tune.training.memory import memory_now, memory_peak
 from mla_tune.training.resolve import resolve
 
-#: Optimizer steps before the clock runs: allocators fill, kernels are chosen and compiled.
-WARM = 2
+#: Optimizer steps before the clock starts, in which allocators fill and kernels are chosen and compiled.
+WARM_UP = 2
 
 
 class Rounds(TrainerCallback):
-    """Stops after each share of the tokens, says how long it took, and waits for the next line."""
+    """Waits after each share of the tokens: writes how long the share took to `report`, and reads a line to go on.
 
-    def __init__(self, total: int, rounds: int, say: TextIO) -> None:
-        self.total, self.rounds, self.say = total, rounds, say
+    `total` are the real tokens of all rounds.
+    """
+
+    def __init__(self, total: int, rounds: int, report: TextIO) -> None:
+        self.total, self.rounds, self.report = total, rounds, report
         self.trainer: Any = None
         self.done = self.steps = self.tokens_before = self.warm = 0
         self.began = self.seconds = 0.0
         self.tokens_now = 0
 
     def tokens(self) -> int:
-        """Real tokens trained on so far."""
+        """Return the real tokens trained on so far."""
         return int(self.trainer.real_tokens)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == WARM:
-            _finish()
-            _print(self.say, {"ready": True})
+        """After the warm-up, say that it is over and wait."""
+        if state.global_step == WARM_UP:
+            _synchronize()
+            _print(self.report, {"ready": True})
             self.warm = self.tokens()
             self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step <= WARM:
+        """Measure; at the end of a round report and wait."""
+        if state.global_step <= WARM_UP:
             return
         self.steps += 1
         # What comes after the last step (callbacks, the end of the loader) belongs to no round.
-        _finish()
+        _synchronize()
         self.seconds, self.tokens_now = time.perf_counter() - self.began, self.tokens()
         share = (self.total - self.warm) * (self.done + 1) / self.rounds
         if self.done < self.rounds - 1 and self.tokens() - self.warm >= share:
@@ -63,8 +69,9 @@ class Rounds(TrainerCallback):
             self._wait()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the last round and wait."""
         self._report()
-        sys.stdin.readline()  # until the others have trained too: what comes now is work, and would disturb them
+        sys.stdin.readline()  # until the others have trained too: what comes now would disturb them
 
     def _wait(self) -> None:
         sys.stdin.readline()
@@ -72,13 +79,15 @@ class Rounds(TrainerCallback):
         self.began = time.perf_counter()
 
     def _report(self) -> None:
-        _print(self.say, {"seconds": self.seconds, "tokens": self.tokens_now - self.tokens_before, "steps": self.steps})
+        _print(
+            self.report, {"seconds": self.seconds, "tokens": self.tokens_now - self.tokens_before, "steps": self.steps}
+        )
         self.done += 1
 
 
 def main() -> None:
-    """Everything but the reports goes to standard error."""
-    say = os.fdopen(os.dup(1), "w")
+    """Do what standard input says (see above)."""
+    report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     quiet()
     task = json.loads(sys.stdin.readline())
@@ -87,13 +96,13 @@ def main() -> None:
     total = sum(len(r["input_ids"]) for r in rows["train"])
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    rounds = Rounds(total, task["rounds"], say)
+    rounds = Rounds(total, task["rounds"], report)
     before = memory_now()
     trainer = _with_trl(recipe, case, rows["train"], rounds) if case.trl else _with_mla_tune(recipe, rounds)
     gpu = torch.cuda.is_available() and recipe.model.device != "cpu"
     peak = torch.cuda.max_memory_allocated() if gpu else memory_peak()
     _print(
-        say,
+        report,
         {
             "peak": peak,
             "run_peak": peak if gpu else peak - before,
@@ -107,7 +116,7 @@ def main() -> None:
 
 
 def _rows(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
-    """One row a sample, of both sides."""
+    """Return the training rows and the held-out rows, one sample a row."""
     section = recipe.model
     loose = recipe.model_copy(update={"train": recipe.train.model_copy(update={"packing": False})})
     tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
@@ -122,8 +131,8 @@ def _with_mla_tune(recipe: Recipe, rounds: Rounds) -> Any:
     return rounds.trainer
 
 
-def _with_trl(recipe: Recipe, case: Case, rows: list[dict[str, Any]], rounds: Rounds) -> Any:
-    """SFTTrainer on the same tokens, with the same model, adapter, batch, rates and schedule."""
+def _with_trl(recipe: Recipe, case: TrainCase, rows: list[dict[str, Any]], rounds: Rounds) -> Any:
+    """Train with SFTTrainer on the same tokens, with the same model, adapter, batches, rates and schedule."""
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -161,7 +170,7 @@ def _with_trl(recipe: Recipe, case: Case, rows: list[dict[str, Any]], rounds: Ro
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **case.keys,
+        **case.config,
     )
     columns = {"input_ids": [r["input_ids"] for r in rows], "labels": [r["labels"] for r in rows]}
     trainer: Any = Counting(
@@ -174,7 +183,7 @@ def _with_trl(recipe: Recipe, case: Case, rows: list[dict[str, Any]], rounds: Ro
 
 
 def activations(trainer: Any) -> int:
-    """Bytes that one forward pass of the trainer's first batch leaves for the backward pass."""
+    """Return the bytes that a forward pass of the trainer's first batch keeps for the backward pass."""
     model = trainer.model_wrapped if trainer.model_wrapped is not None else trainer.model
     model.train()
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -198,7 +207,7 @@ def activations(trainer: Any) -> int:
 
 @torch.no_grad()
 def held_out_loss(trainer: Any, rows: list[dict[str, Any]]) -> float | None:
-    """Mean over the trained tokens of the held-out rows, each alone, by stock logits."""
+    """Return the mean loss over the trained tokens of the held-out rows, one row at a time, by stock logits."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.set_attn_implementation("sdpa")
@@ -213,7 +222,7 @@ def held_out_loss(trainer: Any, rows: list[dict[str, Any]]) -> float | None:
     return total / count if count else None
 
 
-def _finish() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""The table of `mla-tune bench train`: speed, memory and loss of each contender, in 80 columns."""
+"""The table of `mla-tune bench train`: speed, memory and loss of each case, in 80 columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mla_tune.recipe.schema import Recipe
 
 
 def print_train(recipe: Recipe, found: Any) -> None:
-    """`found`: `train.bench.TrainBench`."""
+    """Print the table of `found`, a `bench.train.TrainBench`."""
     t = recipe.train
     out.print(
         f"{recipe.model.source}, {recipe.adapter.method} on {recipe.adapter.targets}; {found.rows} rows, "
