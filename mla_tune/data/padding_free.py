@@ -1,7 +1,7 @@
 """Trainer rows → one row of samples end to end, without a token of padding, with the borders beside it.
 
-Attention that knows borders (`train.packed`, flash attention) then works on each sample alone.  Rows of one sample and
-packed rows are the same to it.
+Attention that knows borders (`kernels.packed_attention` of training, flash attention) then works on each sample alone.
+Rows of one sample and packed rows are the same to it.
 
     N  tokens of the batch      S  samples in it
 """

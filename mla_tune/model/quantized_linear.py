@@ -140,8 +140,8 @@ def quantized_experts(
 ) -> torch.Tensor:
     """transformers' routed experts with quantized weights, an expert at a time.
 
-    `hidden_states` (T, D), `top_k_index` and `top_k_weights` (T, K) → (T, D).  LoRA factors that `train.factors` left
-    in `self.lora_factors` are applied as s·B(A x), so that no ΔW of all experts is made.
+    `hidden_states` (T, D), `top_k_index` and `top_k_weights` (T, K) → (T, D).  LoRA factors that training's
+    `kernels.lora_linear` left in `self.lora_factors` are applied as s·B(A x), so that no ΔW of all experts is made.
     """
     tokens, top_k = top_k_index.shape
     ids, order = top_k_index.reshape(-1).sort(stable=True)

@@ -151,13 +151,13 @@ COUNTED = """
 import json, os, sys
 from pathlib import Path
 from transformers import TrainerCallback
-from mla_tune.model.quantized_linear import Matrix
+from mla_tune.model.quantized_linear import QuantizedWeight
 from mla_tune.recipe.load import load_recipe
 from mla_tune.training.distributed.launch import apply_launch_config, exit_worker
 from mla_tune.training.run import train
 class Count(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        parts = [getattr(m, name) for m in model.modules() if isinstance(m, Matrix) for name in m.large]
+        parts = [getattr(m, name) for m in model.modules() if isinstance(m, QuantizedWeight) for name in m.large]
         own = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in parts)
         Path(sys.argv[1] + os.environ.get("RANK", "")).write_text(json.dumps([own, sum(p.nbytes for p in parts)]))
 if "RANK" in os.environ:
@@ -194,10 +194,11 @@ IN_ORDER = """
 import sys
 from mla_tune.recipe.load import load_recipe
 from mla_tune.training.distributed.launch import apply_launch_config, exit_worker
-from mla_tune.training.distributed.sampler import EvenSampler
+from mla_tune.training.distributed.sampler import PaddedDistributedSampler as Sampler
 from mla_tune.training.run import train
 from mla_tune.training.trainer import RoleTrainer
-RoleTrainer._get_train_sampler = lambda self, rows=None: EvenSampler(len(self.train_dataset) - self.team.many, 2, None)
+RoleTrainer._get_train_sampler = lambda self, rows=None: Sampler(
+    len(self.train_dataset) - self.team.is_distributed, 2, None)
 if sys.argv[1] != "none":
     apply_launch_config(sys.argv[1])
 train(load_recipe("safe", sys.argv[2:]))
