@@ -18,9 +18,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.marks import mark_cases
 from tests.helpers.runs import WORDS
 
 atexit.register(shutil.rmtree, os.environ["MLA_TUNE_CACHE"], ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` takes its choice
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what `fast_cases` leaves to the slow set, and skip what needs a GPU where there is none."""
+    mark_cases(items, complete=not any("::" in argument for argument in config.args))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU that CUDA can use; torch sees none here"))
 
 
 @dataclass

@@ -14,6 +14,7 @@ import pytest
 from mla_tune.errors import FileError
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.user_files import decode, parse_json, read_bytes, read_json, read_json_object, read_text
+from tests.helpers.marks import fast_cases
 
 BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n".encode() for i in range(9)
@@ -181,6 +182,7 @@ CASES.remove(("generation_config.json", "an escaped NUL"))
 CASES.remove(("chat_template.jinja", "empty"))  # a model without a template
 
 
+@fast_cases("*-arbitrary bytes", "recipe", "safetensors header")
 @pytest.mark.parametrize("kind, bytes_", CASES)
 def test_awful_bytes_are_an_error_with_a_name(cli, tmp_path: Path, kind: str, bytes_: str) -> None:
     done = cli(*KINDS[kind](tmp_path, AWFUL[bytes_]))

@@ -26,6 +26,7 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.pickles import convert_command
 from mla_tune.errors import FileError, InputError
 from mla_tune.sockets import ADAPTER_METHODS
+from tests.helpers.marks import fast_cases
 from tests.helpers.merging import edit_json, edit_tensors, load, make_adapter, make_base
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -290,6 +291,7 @@ def test_files_that_are_missing(adapter: Path, base: Path) -> None:
         opened(adapter, base)
 
 
+@fast_cases("adapter_model.bin")
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
 def test_a_pickle_is_refused_with_the_command_that_converts_it(name: str, adapter: Path, base: Path) -> None:
     folder = adapter.rename(adapter.with_name("it's mine"))

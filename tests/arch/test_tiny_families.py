@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tests.helpers.marks import fast_families
 from tests.helpers.tiny_families import FAMILIES, TOPK, WINDOW, mla_modules, text_model, tiny, vocabulary
 
 LENGTH = 16
@@ -105,6 +106,7 @@ def test_sizes_of_a_module_differ(name: str) -> None:
         assert len(set(sizes)) == len(sizes), sizes
 
 
+@fast_families()
 @every
 def test_logits_depend_on_every_mla_module(name: str) -> None:
     before = logits(name)
@@ -117,6 +119,7 @@ def test_logits_depend_on_every_mla_module(name: str) -> None:
     torch.testing.assert_close(logits(name), before, rtol=0, atol=0)
 
 
+@fast_families()
 @every
 def test_every_weight_matters(name: str) -> None:
     """All weights of the decoder have a gradient but those that only select: indexers, and routers' corrections.
@@ -143,6 +146,7 @@ def test_every_weight_matters(name: str) -> None:
             assert difference(logits(name, ids), before.detach()) > 100 * SMALL, path
 
 
+@fast_families()
 @every
 def test_cached_steps_are_a_full_forward(name: str) -> None:
     ids, network = tokens(name), model(name)
@@ -170,6 +174,7 @@ def test_the_cache_is_latent(name: str) -> None:
             assert layer.values.shape[1::2] == (1, module.qk_rope_head_dim)
 
 
+@fast_families()
 @every
 def test_generate_is_greedy(name: str) -> None:
     ids = tokens(name)
@@ -178,6 +183,7 @@ def test_generate_is_greedy(name: str) -> None:
     assert new.equal(logits(name, torch.cat([ids, new[:, :-1]], 1))[:, LENGTH - 1 :].argmax(-1))
 
 
+@fast_families()
 @every
 def test_left_padding(name: str) -> None:
     long = tokens(name)
@@ -218,6 +224,7 @@ def test_sliding_windows_cut_keys_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference(wide[:, WINDOW:], narrow[:, WINDOW:]) > 100 * SMALL
 
 
+@fast_families()
 @every
 def test_seed_and_dtype(name: str) -> None:
     weights, again = model(name).state_dict(), tiny(name).state_dict()

@@ -15,6 +15,7 @@ def options(rows: Path, cases: str, rounds: int = 2) -> list[str]:
     return ["bench", "train", "--cases", cases, "--rounds", str(rounds), *sets]
 
 
+@pytest.mark.slow
 def test_contenders_do_the_same_work(cli, rows_file: Path, tmp_path: Path) -> None:
     done = cli(*options(rows_file, "none,mla,trl"), "--json", "--out", tmp_path)
     assert done.code == 0, done.err
@@ -45,6 +46,7 @@ def test_an_unknown_contender(cli, rows_file: Path, cases: str, words: str) -> N
     assert "allowed: none, unpacked, mla, full" in done.err
 
 
+@pytest.mark.slow
 def test_a_contender_that_fails_says_why(cli, rows_file: Path) -> None:
     done = cli(*options(rows_file, "none"), "--set", "data.prompt=question")
     assert done.code == 1

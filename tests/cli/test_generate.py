@@ -63,6 +63,7 @@ def test_run_folder_adapter_and_merged_agree(cli, rows_file: Path, tmp_path: Pat
     assert by_run == by_adapter == explicit == by_merged != base
 
 
+@pytest.mark.slow
 def test_merged_logits_equal_base_and_adapter(cli, rows_file: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -79,6 +80,7 @@ def test_merged_logits_equal_base_and_adapter(cli, rows_file: Path, tmp_path: Pa
     assert (merged - tuned).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_truncated_model_and_an_adapter_of_another_model_are_named(cli, rows_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert cli("train", "--recipe", "safe", *options(rows_file, run, "train.max_steps=1")).code == 0

@@ -140,6 +140,7 @@ def test_a_short_record_of_a_csv_is_left_out(tmp_path: Path) -> None:
     assert "line 3: 1 cells, but the header has 2" in table.faults[0]
 
 
+@pytest.mark.slow
 def test_one_sample_of_ten_megabytes(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", GOOD, {"prompt": "q", "completion": "the cat sat " * 850_000})
     found = prepared(f"data.path={path}").summary()["train"]

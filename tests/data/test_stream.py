@@ -145,6 +145,7 @@ def test_processes_share_global_batches(tmp_path: Path) -> None:
     assert batches == [wanted[i : i + 4] for i in range(0, 24, 4)]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_equal_in_its_second_pass(cli: Callable[..., Any], tmp_path: Path) -> None:
     import shutil
 
@@ -169,6 +170,7 @@ def test_a_run_resumes_bit_equal_in_its_second_pass(cli: Callable[..., Any], tmp
         assert metrics(again) == metrics(straight)
 
 
+@pytest.mark.slow
 def test_bad_rows_are_counted_or_stop(cli: Callable[..., Any], tmp_path: Path) -> None:
     rows = texts("a")
     lines = [json.dumps(r) for r in rows]

@@ -35,6 +35,7 @@ from tests.helpers.inference import (
     near,
     stepped,
 )
+from tests.helpers.marks import fast_cases, fast_families
 from tests.helpers.merging import FAMILIES
 from tests.helpers.tiny_families import tiny
 
@@ -51,6 +52,7 @@ def test_float64(family: str) -> None:
     assert 0 < (ours - stock).abs().max() <= 1e-12 * stock.abs().max()
 
 
+@fast_cases("deepseek_v3-auto", "kimi_linear-absorbed", "longcat_flash-absorbed")
 @pytest.mark.parametrize("mode", ["auto", "absorbed", "expanded"])
 @pytest.mark.parametrize("family", NAMES)
 def test_logits_and_tokens(family: str, mode: str) -> None:
@@ -65,6 +67,7 @@ def test_logits_and_tokens(family: str, mode: str) -> None:
         assert torch.equal(generate(model, ids(), 12, num_beams=3), beams)
 
 
+@fast_families()
 @pytest.mark.parametrize("family", NAMES)
 def test_left_padding(family: str) -> None:
     model = tiny(family)
@@ -105,6 +108,7 @@ def test_sixteen_bits(dtype: torch.dtype, tolerance: float, implementation: str)
     assert error <= 2 * (stock - exact).abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [(), ("x", "y")])
 def test_compiled(adapters: tuple[str, ...]) -> None:
     """One graph: nothing falls out of it."""
@@ -228,6 +232,7 @@ def test_what_is_refused() -> None:
         mla_tune.absorb(build(), "fast")
 
 
+@pytest.mark.slow
 def test_no_torch_before_it_is_asked_for() -> None:
     import subprocess
     import sys
@@ -251,6 +256,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@fast_families()
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", NAMES)
 def test_one_adapter_on_every_family(family: str, method: str) -> None:
@@ -276,6 +282,7 @@ def test_one_adapter(method: str) -> None:
         assert torch.equal(generate(model, ids()), generate(right, ids()))
 
 
+@fast_cases("auto-lora", "auto-dora")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", ["auto", "absorbed"])
 def test_rows_of_a_batch(mode: str, method: str) -> None:
@@ -302,6 +309,7 @@ def test_rows_with_beams() -> None:
     assert torch.equal(found, torch.cat(right))
 
 
+@fast_families()
 @pytest.mark.parametrize("family", [name for name in NAMES if name not in ("minicpm3", "youtu")])
 def test_routed_experts_by_their_factors(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As PEFT computes them, which makes W + s·B A of all experts for every token."""
@@ -373,6 +381,7 @@ def test_switching_is_bitwise_reproducible(dora: bool) -> None:
         assert torch.equal(logits(unloaded, ids()), base)
 
 
+@fast_cases("False-None", "True-names1")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("names", [None, ["x", "y"]])
 @pytest.mark.parametrize("dora", [False, True])

@@ -22,6 +22,7 @@ from mla_tune.inference.batched_lora import drop_stale_adapter_names
 from mla_tune.inference.lora_tensors import BASE
 from tests.helpers import tiny_families
 from tests.helpers.inference import CHANGES, adapt, build, generate, ids, logits, merged, near, stepped
+from tests.helpers.marks import fast_cases
 from tests.helpers.tiny_families import tiny
 
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
@@ -43,6 +44,7 @@ def by_row(model: Any, names: list[str], tokens: torch.Tensor, ask: Any = logits
 # Each row its own -----------------------------------------------------------------------------------------------------
 
 
+@fast_cases("deepseek_v3", "kimi_linear", "longcat_flash")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str) -> None:
     """Ranks 3 and 4 on both parameters; a prompt, steps, and a row that begins with padding."""

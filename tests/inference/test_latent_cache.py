@@ -16,6 +16,7 @@ from mla_tune.inference.absorb import mla_modules
 from mla_tune.inference.latent_cache import LatentCache, PreallocatedLayer, side_by_side
 from mla_tune.inference.lora_tensors import BASE
 from tests.helpers.inference import NAMES, adapt, build, generate, ids, logits, merged, near, stepped
+from tests.helpers.marks import fast_families
 from tests.helpers.tiny_families import tiny
 
 
@@ -110,6 +111,7 @@ def test_reset_and_use_again() -> None:
     assert torch.equal(keys, tokens(3, 1, rows=4)[0])
 
 
+@fast_families()
 @pytest.mark.parametrize("family", NAMES)
 def test_decoding(family: str) -> None:
     """Cached steps, greedy text, beams; in families that cache something else as well."""

@@ -28,6 +28,7 @@ from mla_tune.inference.lora_tensors import BASE
 from mla_tune.model.attach import attach, attached_loras
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import AdapterSection
+from tests.helpers.marks import fast_cases
 from tests.helpers.merging import TOKENS, edit_json, load, make_adapter, make_base
 
 WEIGHTS = "adapter_model.safetensors"
@@ -117,6 +118,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return base, folders, {name: logits(alone(base, path)) for name, path in folders.items()}
 
 
+@fast_cases("deepseek_v3-False")
 @pytest.mark.parametrize("turned", [False, True])
 def test_all_placements_in_one_model(made: Any, turned: bool) -> None:
     """In both orders of loading; nobody is warned of anything, and no file is written to."""
@@ -146,6 +148,7 @@ def test_all_placements_in_one_model(made: Any, turned: bool) -> None:
     assert {name: digest(path) for name, path in folders.items()} == before
 
 
+@fast_cases("deepseek_v3")
 def test_placement_is_that_of_the_files(made: Any) -> None:
     """Matrices, ranks and scales are those that PEFT gives the adapter alone, and the numbers are the file's."""
     base, folders, _ = made

@@ -95,10 +95,12 @@ def ask(session: Session, *names: str | None, settings: Settings = SHORT) -> lis
     return session.answer([Request(PROMPTS[i % 4], adapter=n) for i, n in enumerate(names)], settings)
 
 
+@pytest.mark.slow
 def test_adapters_differ(oracle: dict[str, list[str]]) -> None:
     assert len({tuple(texts) for texts in oracle.values()}) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "one", "two.b", "mlp", "experts"])
 def test_one_adapter(session: Session, oracle: dict[str, list[str]], name: str | None) -> None:
     answers = ask(session, name, name, name, name)
@@ -106,6 +108,7 @@ def test_one_adapter(session: Session, oracle: dict[str, list[str]], name: str |
     assert {(a.adapter, a.batch) for a in answers} == {(name, 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_mixed_batch(adapters: dict[str, str], oracle: dict[str, list[str]], turned: bool) -> None:
     """LoRA, DoRA, shared and routed experts, which PEFT reaches as parameters, and the base; loaded in both orders."""
@@ -116,6 +119,7 @@ def test_a_mixed_batch(adapters: dict[str, str], oracle: dict[str, list[str]], t
     assert {a.batch for a in answers} == {8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"modules_to_save": ["model.norm"]}, {"modules_to_save": ["lm_head"]}, {"target_parameters": ["gate.weight"]}],
@@ -156,6 +160,7 @@ def test_nothing_is_warned_of(tmp_path: Path) -> None:
     assert [str(w.message) for w in caught if not issubclass(w.category, (FutureWarning, DeprecationWarning))] == []
 
 
+@pytest.mark.slow
 def test_acceptance_of_unmerged_adapters(session: Session, oracle: dict[str, list[str]]) -> None:
     """Base, A, B, A, base, and a mixed batch between them: nothing is left behind."""
     for name in (None, "one", "two.b", "one", None):
@@ -170,6 +175,7 @@ def test_batches(session: Session) -> None:
     assert [a.batch for a in answers] == [4, 4, 4, 4, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["absorbed", "expanded"])
 def test_attention(adapters: dict[str, str], oracle: dict[str, list[str]], attention: str) -> None:
     session = Session("embedded", {"one": adapters["one"]}, attention)
@@ -285,6 +291,7 @@ def test_a_file_of_requests(tmp_path: Path) -> None:
 # The commands ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generate_command(cli: Any, adapters: dict[str, str], oracle: dict[str, list[str]], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": PROMPTS[0], "adapter": "one"}, {"prompt": PROMPTS[1]}, {"prompt": PROMPTS[2], "adapter": "d"}]
@@ -320,6 +327,7 @@ def test_wrong_arguments(cli: Any, args: tuple[str, ...], words: str) -> None:
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_chat(adapters: dict[str, str], oracle: dict[str, list[str]]) -> None:
     lines = [PROMPTS[0], "/adapter two", "/reset", "/adapter base", PROMPTS[0], "/adapter nobody", "/what", "", "/help"]
     program = str(Path(sys.executable).parent / "mla-tune")
@@ -337,6 +345,7 @@ def test_chat(adapters: dict[str, str], oracle: dict[str, list[str]]) -> None:
         assert words in done.stderr
 
 
+@pytest.mark.slow
 def test_chat_remembers(adapters: dict[str, str], session: Session) -> None:
     program = str(Path(sys.executable).parent / "mla-tune")
     said = "Say red.\nAgain.\n"
@@ -350,6 +359,7 @@ def test_chat_remembers(adapters: dict[str, str], session: Session) -> None:
     assert done.stdout.strip() == f"{first.text}\n{second.text}".strip()
 
 
+@pytest.mark.slow
 def test_a_base_of_the_hub(adapters: dict[str, str], oracle: dict[str, list[str]], tmp_path: Path) -> None:
     """No folder of weights to compare an adapter with: from the hub's cache, without a network."""
     cache = tmp_path / "models--me--tiny"

@@ -20,6 +20,7 @@ import mla_tune.merge.run as run_module
 from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import CheckError, FileError, InputError, NotMLAError, WorkError
 from mla_tune.merge.run import merge_absorb
+from tests.helpers.marks import fast_cases
 from tests.helpers.merging import edit_json, edit_tensors, make_adapter, make_base, names
 
 KEY = "model.layers.0.self_attn.kv_b_proj.weight"
@@ -119,6 +120,7 @@ def test_a_damaged_base_and_a_missing_one(place: Path) -> None:
     refused(place, FileError, "--base: the base model is '.*gone', and there is no such folder", base=place / "gone")
 
 
+@fast_cases("1")
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_pickled_base_names_the_command_that_converts_it(shards: int, place: Path) -> None:
     base, tensors = place / "base", load_file(place / "base" / "model.safetensors")

@@ -23,6 +23,7 @@ from mla_tune.arch.build import architecture
 from tests.helpers.expert_tree import Tree
 from tests.helpers.family_adapters import LOST, adapted, logits, planned
 from tests.helpers.fp8 import make_fp8
+from tests.helpers.marks import fast_cases, fast_families
 from tests.helpers.tiny_families import FAMILIES, auto_class, tiny
 
 WEIGHTS = "model.safetensors"
@@ -45,6 +46,7 @@ def loaded(folder: Path, name: str) -> Any:
     return model.eval()
 
 
+@fast_families()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merged_is_base_and_adapter_in_the_familys_own_layout(cli, name: str, tmp_path: Path) -> None:
     model, placement = trained(name, tmp_path)
@@ -86,6 +88,7 @@ def test_merged_is_base_and_adapter_in_the_familys_own_layout(cli, name: str, tm
     assert json.loads(checked.out)["holds"]
 
 
+@fast_families()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_verify_sees_one_number(cli, name: str, tmp_path: Path) -> None:
     """A wrong number in the family's own names, in what was merged and in what was not."""
@@ -105,6 +108,7 @@ def test_verify_sees_one_number(cli, name: str, tmp_path: Path) -> None:
         assert key in done.out
 
 
+@fast_families()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fold_is_exact_or_refused(cli, name: str, tmp_path: Path) -> None:
     trained(name, tmp_path)
@@ -165,6 +169,7 @@ LAYOUTS = {
 }
 
 
+@fast_cases("kimi_linear*")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_names_of_the_same_family(cli, layout: str, tmp_path: Path) -> None:
     name, pairs, expected = LAYOUTS[layout]
@@ -181,6 +186,7 @@ def test_other_names_of_the_same_family(cli, layout: str, tmp_path: Path) -> Non
     assert json.loads(done.out)["probe"]["merged"]["max_error"] < 5e-5
 
 
+@fast_cases("deepseek_v3", "longcat_flash")
 @pytest.mark.parametrize("name", ["deepseek_v3", "axk1", "longcat_flash", "kimi_k25"])
 def test_experts_as_one_tensor_on_disk(cli, name: str, tmp_path: Path) -> None:
     """Files that hold the fused stacks, as transformers has them in memory."""
@@ -256,6 +262,7 @@ def test_the_config_of_a_wrapper_stays(cli, tmp_path: Path) -> None:
     assert next(again.parameters()).dtype == torch.bfloat16
 
 
+@fast_families()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapters_trained_on_the_checkpoints_own_code(cli, name: str, tmp_path: Path) -> None:
     """`trust_remote_code` models and the tools around them (LLaMA-Factory, ms-swift, axolotl) have a Linear for each
@@ -299,6 +306,7 @@ def test_an_unknown_type_that_is_read_as_a_relative(cli, tmp_path: Path) -> None
         assert (logits(loaded(out, "deepseek_v2")) - logits(model)).abs().max() < 5e-5
 
 
+@fast_cases("deepseek_v32-bf16", "kimi_linear-keep")
 @pytest.mark.parametrize("fp8", ["bf16", "keep"])
 @pytest.mark.parametrize(
     "name", ["deepseek_v32", "glm_moe_dsa", "bailing_hybrid", "kimi_linear", "kimi_k25", "dots3_note", "axk1"]

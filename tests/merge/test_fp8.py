@@ -16,6 +16,7 @@ from mla_tune.adapter.merge_options import Options
 from mla_tune.errors import InputError
 from mla_tune.merge.run import merge_absorb
 from tests.helpers.fp8 import FORMATS, dequantized, make_fp8
+from tests.helpers.marks import fast_cases
 from tests.helpers.merging import edit_json, load, make_adapter, make_base
 
 ATTENTION = ["q_a_proj", "kv_b_proj", "o_proj"]
@@ -59,6 +60,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
+@fast_cases("scales in another shard", "tensor")
 @pytest.mark.parametrize("name", FORMATS)
 def test_to_bf16(name: str, tmp_path: Path) -> None:
     fp8, adapter, full = make(
@@ -96,6 +98,7 @@ def test_to_bf16(name: str, tmp_path: Path) -> None:
     assert json.loads(index.read_text())["metadata"]["total_size"] == sum(t.nbytes for t in out.values())
 
 
+@fast_cases("deepseek", "channel")
 @pytest.mark.parametrize("name", FORMATS)
 def test_keep_writes_fp8_with_fresh_scales(name: str, tmp_path: Path) -> None:
     fp8, adapter, full = make(tmp_path, FORMATS[name], {"target_modules": ATTENTION, "target_parameters": EXPERTS})

@@ -332,6 +332,7 @@ def test_an_index_that_points_outside(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
     """A 400 MB embedding is copied, a 130 MB matrix merged, in less memory than either."""
     base = make_base(tmp_path / "base", "minicpm3")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mla_tune.arch.build import architecture
 from tests.helpers.family_adapters import adapted, planned
+from tests.helpers.marks import fast_cases
 from tests.helpers.tiny_families import FAMILIES, tiny
 
 WEIGHTS, CONFIG, PREFIX = "model.safetensors", "config.json", "base_model.model."
@@ -57,6 +58,7 @@ def on_mtp(base: Path, adapter: Path) -> dict[str, tuple[str, torch.Tensor, torc
     return added
 
 
+@fast_cases("deepseek_v3", "bailing_hybrid")
 def test_without_the_option_they_stay(cli, base: Path, tmp_path: Path) -> None:
     done = cli("merge-absorb", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
     assert done.code == 0, done.err
@@ -69,6 +71,7 @@ def test_without_the_option_they_stay(cli, base: Path, tmp_path: Path) -> None:
     assert cli("inspect", base, "--check-weights", base).code == 0
 
 
+@fast_cases("deepseek_v3", "bailing_hybrid")
 def test_with_the_option_they_are_merged(cli, base: Path, tmp_path: Path) -> None:
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     added = on_mtp(base, adapter)
@@ -98,6 +101,7 @@ def test_with_the_option_they_are_merged(cli, base: Path, tmp_path: Path) -> Non
     assert cli("verify", out, "--no-probe").code == 1
 
 
+@fast_cases("*deepseek*")
 def test_the_option_without_such_keys_says_so(cli, base: Path, tmp_path: Path) -> None:
     done = cli("merge-absorb", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out", "--mtp", "--no-probe")
     assert done.code == 0, done.err

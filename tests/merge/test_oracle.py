@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mla_tune.merge.run import merge_absorb
+from tests.helpers.marks import fast_cases
 from tests.helpers.merge_cases import ATTENTION, CASES, EXPERTS
 from tests.helpers.merging import edit_tensors, load, logits_of, make_adapter, make_base, peft_merge
 
@@ -20,6 +21,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {f: make_base(root / f, f) for f in ("deepseek_v3", "deepseek_v2", "minicpm3", "longcat_flash")}
 
 
+@fast_cases("rslora", "dora", "patterns", "longcat")
 @pytest.mark.parametrize("case", CASES)
 def test_equals_pefts_merge_and_the_unmerged_logits(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
     family, settings = CASES[case]

@@ -60,6 +60,7 @@ def command(base: Path, adapter: Path, out: Path) -> list[str]:
     return [sys.executable, "-c", code, "merge-absorb", *arguments]
 
 
+@pytest.mark.slow
 def test_killed_at_thirty_random_moments_ends_in_the_same_bytes(base: Path, adapter: Path, tmp_path: Path) -> None:
     before = inputs_digest(base, adapter)
     began = time.monotonic()
@@ -198,6 +199,7 @@ def test_what_another_merge_renames_meanwhile_takes_no_room(tmp_path: Path, monk
     check_output(tmp_path / "out", False, (), 1)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(base: Path, adapter: Path, tmp_path: Path) -> None:
     """Whoever comes second is refused by name, whatever the first one is doing, and one whole output is there."""
     runs = [subprocess.Popen(command(base, adapter, tmp_path / "out"), stderr=subprocess.PIPE) for _ in range(3)]

@@ -22,6 +22,7 @@ from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.training.gradients import gradient_problems
 from mla_tune.training.optimizer import param_groups
 from tests.helpers.arch_configs import TINY
+from tests.helpers.marks import fast_cases
 from tests.helpers.placements import BY_HAND
 
 ADAPTER_RECIPES = ["safe", "all-linear", "W_UKV-priority", "attention-only", "bottleneck"]
@@ -45,6 +46,7 @@ def planned(name: str, **adapter: Any) -> tuple[Any, Any, Placement]:
 IDS = torch.tensor([[5, 9, 33, 2, 71, 8], [4, 4, 90, 17, 3, 1]])
 
 
+@fast_cases("deepseek_v3", "minicpm3-all-linear")
 @pytest.mark.parametrize("recipe", ADAPTER_RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_attached_is_planned_and_survives_save_and_load(name: str, recipe: str, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.training import loop as train_loop
 from mla_tune.training.optimizer import param_groups
+from tests.helpers.marks import fast_cases
 from tests.helpers.runs import hash_of, metrics, options
 
 IDS = torch.randint(5, 4000, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -37,6 +38,7 @@ def recipe_of(method: str, init: str, targets: str, plus: float) -> Any:
     return load_recipe("safe", [*sets, "adapter.alpha=6", f"optimizer.lora_plus_ratio={plus}"])
 
 
+@fast_cases("lora-default-safe-16", "rslora-pissa-attention-only-1")
 @pytest.mark.parametrize("method, init, targets, plus", CELLS)
 def test_trains_reloads_and_merges_or_is_refused(
     cli,
@@ -139,6 +141,7 @@ def test_the_trained_half_begins_where_pefts_own_does(init: str, method: str) ->
     torch.testing.assert_close(weight - lora.scale * b[:, :4] @ a[:4], theirs.base_layer.weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_frozen_half_stays(cli, rows_file: Path, tmp_path: Path, init: str) -> None:
     sets = [f"adapter.init={init}", "adapter.rank=4", "model.attention=sdpa"]
@@ -155,6 +158,7 @@ def test_the_frozen_half_stays(cli, rows_file: Path, tmp_path: Path, init: str) 
     assert json.loads((tmp_path / "5" / "adapter" / "adapter_config.json").read_text())["r"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [["adapter.init=pissa", "adapter.dropout=0.1"], ["optimizer.lora_plus_ratio=8"]])
 def test_resume_ends_bit_equal(cli, rows_file: Path, tmp_path: Path, keys: list[str]) -> None:
     from tests.helpers.runs import cut_back

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mla_tune.arch.build import architecture
 from mla_tune.recipe.load import load_recipe
+from tests.helpers.marks import fast_cases
 from tests.helpers.runs import metrics, options
 
 IDS = torch.arange(5, 30)[None]
@@ -36,6 +37,7 @@ def base_of(out: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32).state_dict())
 
 
+@fast_cases("[[]embed_tokens*")
 @pytest.mark.parametrize("modules, trained", [
     ("[embed_tokens, lm_head]", ["lm_head", "model.embed_tokens"]),
     ("[model.norm]", ["model.norm"]),
@@ -122,6 +124,7 @@ def test_the_trained_head_takes_part_in_the_loss(
     assert total / count == pytest.approx(run["held_out_loss"]["after"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_bases_keep_their_dtype_between_layers(
     cli: Callable[..., Any],
     rows_file: Path,
@@ -144,6 +147,7 @@ def test_bfloat16_bases_keep_their_dtype_between_layers(
     assert net.get_base_model().model.embed_tokens(IDS).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal(cli: Callable[..., Any], rows_file: Path, tmp_path: Path) -> None:
     import shutil
 

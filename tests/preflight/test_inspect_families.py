@@ -18,6 +18,7 @@ from mla_tune.arch.families import FAMILIES as TABLE
 from mla_tune.arch.multimodal import WRAPPERS
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.arch.site import Site
+from tests.helpers.marks import fast_families
 from tests.helpers.tiny_families import FAMILIES, MLA, build, mla_modules, text_model
 
 BARRED = {r for r in Role if r not in ADAPTABLE}
@@ -179,6 +180,7 @@ def test_an_unknown_type_with_peculiar_keys_is_refused(cli, tmp_path: Path, name
     assert key in done.err or "wrapper" in done.err
 
 
+@fast_families()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_of_the_family_is_what_its_config_says(cli, tmp_path: Path, name: str) -> None:
     build(name, torch.float32, 0).save_pretrained(tmp_path)

@@ -26,6 +26,7 @@ from mla_tune.training.kernels.chunked_loss import use_chunked_loss
 from mla_tune.training.kernels.lora_linear import use_lora_factors
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from mla_tune.training.kernels.rms_norm import use_lean_norms
+from tests.helpers.marks import fast_cases
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3",
@@ -94,6 +95,7 @@ def kept_by_autograd(config: dict[str, Any], recipe: Recipe, run: RunShape) -> i
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
+@fast_cases("--safe", "-mla-all-linear")
 @pytest.mark.parametrize("recipe", ["safe", "all-linear", "W_UKV-priority", "attention-only", "bottleneck"])
 @pytest.mark.parametrize(
     "changes, keys",
@@ -122,6 +124,7 @@ def test_activations_are_those_that_autograd_keeps(recipe: str, changes: dict, k
     assert guess.activations == pytest.approx(kept_by_autograd(config, loaded, run), rel=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["safe", "all-linear"])
 def test_the_total_is_within_a_quarter_of_a_measured_run(recipe: str, tmp_path: Path) -> None:
     """Resident memory, so in a process of its own; the small preset, so that tensors and not libraries decide."""

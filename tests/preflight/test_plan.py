@@ -24,6 +24,7 @@ def planned(recipe: str, sets: list[str]) -> dict:
     return plan(r.recipe, r.arch, r.placement, r.quantized, data=None, steps=None, gpu=False, dtype="float32")
 
 
+@pytest.mark.slow
 def test_plan_and_run_agree(cli, rows_file: Path, tmp_path: Path) -> None:
     sets = options(rows_file, tmp_path / "run", "adapter.roles={W_O: {rank: 4, lr_scale: 0.5}}")[2:]
     planned = document(cli, "--recipe", "all-linear", *sets)
@@ -41,6 +42,7 @@ def test_plan_and_run_agree(cli, rows_file: Path, tmp_path: Path) -> None:
     assert json.loads(last)["tokens"] == pytest.approx(planned["tokens"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_epochs_become_steps(cli, rows_file: Path, tmp_path: Path) -> None:
     sets = options(rows_file, tmp_path / "run", "train.packing=false", "train.max_steps=null", "train.epochs=2")[2:]
     planned = document(cli, "--recipe", "safe", *sets)

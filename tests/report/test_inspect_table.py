@@ -20,6 +20,7 @@ from mla_tune.recipe.schema import AdapterSection
 from mla_tune.report.inspect_table import WIDE, Depth, render
 from mla_tune.resources import model_names
 from tests.helpers.arch_configs import TINY
+from tests.helpers.marks import fast_cases
 
 DEPTHS = get_args(Depth)
 
@@ -36,6 +37,7 @@ def show(doc: dict[str, Any], depth: Depth = "roles", width: int = 80) -> str:
     return stream.getvalue()
 
 
+@fast_cases("deepseek-v3", "dots3-note-preview")
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("model", model_names())

@@ -220,6 +220,7 @@ def options(out: str, *sets: str) -> list[str]:
     return ["train", "--recipe", "safe", "--output", out, *(x for s in [*base, *sets] for x in ("--set", s))]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_report_reproduce_the_run_and_merge_it(
     cli, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +259,7 @@ def test_the_commands_of_the_report_reproduce_the_run_and_merge_it(
         assert f"| {role} |" in found.text
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_has_plot_and_report_and_goes_on_by_its_command(
     cli, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +288,7 @@ def test_an_interrupted_run_has_plot_and_report_and_goes_on_by_its_command(
     assert None not in [a["after"] for a in after]
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_fails_no_run(cli, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mla_tune.report import run_report
 

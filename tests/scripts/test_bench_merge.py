@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import Role
+from tests.helpers.marks import fast_cases
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 DOCS = SCRIPTS.parent / "docs"
@@ -149,6 +150,7 @@ def test_transformers_opens_the_model(tiny: dict[str, Path]) -> None:
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
+@fast_cases("all")
 @pytest.mark.parametrize("name", ["attention", "experts", "all"])
 def test_peft_loads_the_adapter_and_saves_the_same(tiny: dict[str, Path], name: str, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny["base"], dtype=torch.float32)
@@ -208,6 +210,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], st
     return json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_every_command(result: tuple[dict[str, Any], str]) -> None:
     document, text = result
     assert {part: list(document[part]["runs"]) for part in ("peft", "cp", "flat")} == {
@@ -229,6 +232,7 @@ def test_the_benchmark_measures_every_command(result: tuple[dict[str, Any], str]
     assert len(re.findall("held|MISSED", text)) == 4 + 2 + 1
 
 
+@pytest.mark.slow
 def test_the_ratios_are_those_of_each_round(result: tuple[dict[str, Any], str]) -> None:
     document, _ = result
     runs = document["peft"]["runs"]
@@ -270,6 +274,7 @@ def test_the_paper_figures_by_hand() -> None:
     assert as_fp8.touched == 160, "the MTP layer fills the last three files"
 
 
+@pytest.mark.slow
 def test_the_paper_figures_are_those_of_the_dry_run(fake: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     folders = ["--base", str(fake / "model"), "--out", str(tmp_path / "out")]
     ran = cli("merge-absorb", str(fake / "attention"), *folders, "--dry-run", "--json")
@@ -280,5 +285,6 @@ def test_the_paper_figures_are_those_of_the_dry_run(fake: Path, tmp_path: Path, 
     assert (plan["bytes_written"], plan["bytes_total"]) == (bill.written, bill.output)
 
 
+@pytest.mark.slow
 def test_the_docs_have_the_paper_table() -> None:
     assert merge_paper.table() in (DOCS / "merge-cost.md").read_text(encoding="utf-8")

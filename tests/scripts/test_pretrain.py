@@ -56,6 +56,7 @@ def run(text: Path, work: Path, *extra: str) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_resumed_equals_straight_and_the_result_opens(text: Path, tmp_path: Path) -> None:
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     done = run(text, straight)
@@ -82,6 +83,7 @@ def test_resumed_equals_straight_and_the_result_opens(text: Path, tmp_path: Path
     assert all(bool(t.any()) for t in bias), "the routing bias has to move"
 
 
+@pytest.mark.slow
 def test_another_length_of_run_does_not_mix_in(text: Path, tmp_path: Path) -> None:
     assert run(text, tmp_path, "--max-steps-now", "2").returncode == 0
     again = run(text, tmp_path, "--tokens", "4096")

@@ -103,6 +103,7 @@ def one(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_as_one_does_and_resume(way: str, rows: Path, one: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -167,6 +168,7 @@ exit_worker()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
 def test_fsdp2_shards_quantized_bases(kind: str, rows: Path, tmp_path: Path) -> None:
     """Losses and adapter as in one process; each of two holds half of the codes."""
@@ -206,6 +208,7 @@ exit_worker()
 """
 
 
+@pytest.mark.slow
 def test_all_processes_skip_the_same_spikes(tmp_path: Path) -> None:
     """Planted bad batches: skipped, counted, and the rate cut, as in one process; the adapter is the same too."""
     single = rows_with_bad_batches(tmp_path / "single.jsonl").read_text().splitlines(keepends=True)
@@ -280,6 +283,7 @@ def long_run(rows: Path, tmp_path: Path) -> tuple[subprocess.Popen[str], Path, l
     return process, out, arguments
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_job_and_resume_goes_on(
     long_run: tuple[subprocess.Popen[str], Path, list[str]],
 ) -> None:
@@ -327,6 +331,7 @@ def test_a_launched_process_leaves_without_the_interpreters_way_out(
     assert ("the usual way" in done.stdout) == (leaves == "the usual way")
 
 
+@pytest.mark.slow
 def test_what_all_find_wrong_is_said_once(rows: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text(rows.read_text() + '{"prompt": \n')

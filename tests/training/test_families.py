@@ -30,6 +30,7 @@ from mla_tune.training.kernels.lora_linear import use_lora_factors
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from tests.helpers.families import checkpoint, rows
 from tests.helpers.family_adapters import IDS, LOST, adapted, logits, planned
+from tests.helpers.marks import fast_cases, fast_families
 from tests.helpers.tiny_families import FAMILIES, VOCABULARY, build, tiny
 
 KDA = ("bailing_hybrid", "glm5_next", "kimi_linear")
@@ -46,6 +47,7 @@ def lora_layers(model: Any) -> dict[str, LoraLayer]:
     return found
 
 
+@fast_cases("deepseek_v3", "kimi_linear-all-linear", "longcat_flash-all-linear")
 @pytest.mark.parametrize(("name", "preset"), CELLS)
 def test_attaches_learns_and_is_there_after_save_and_load(name: str, preset: str, tmp_path: Path) -> None:
     if preset in LOST.get(name, ()):
@@ -124,6 +126,7 @@ def test_names_for_peft_mean_nothing_else(name: str) -> None:
     assert hit <= {p.site.path for p in placement.sites}
 
 
+@fast_families()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_our_loss_and_recomputation_give_the_stock_gradients(name: str) -> None:
     placement = planned(name, "attention-only" if name in LOST else "all-linear")
@@ -187,6 +190,7 @@ def test_attention_that_a_family_cant_have_is_refused_by_name(name: str) -> None
     assert auto == ("eager" if name == "hy_v4" else "sdpa")
 
 
+@fast_cases("deepseek_v3", "kimi_linear")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_whole_command(cli, name: str, tmp_path: Path) -> None:
     base, run = checkpoint(name, tmp_path / "base"), tmp_path / "run"
@@ -207,6 +211,7 @@ def test_the_whole_command(cli, name: str, tmp_path: Path) -> None:
     assert all(float(f.detach().abs().max()) > 0 for f in factors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kimi_k25", "hy_v4", "mistral_large4", "kimi_linear"])
 def test_all_weights_but_those_that_text_does_not_reach(cli, name: str, tmp_path: Path) -> None:
     base, run = checkpoint(name, tmp_path / "base"), tmp_path / "run"

@@ -332,6 +332,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=torch.arange(5, 30)[None]).logits
 
 
+@pytest.mark.slow
 def test_a_run_above_fp8_equals_one_above_its_numbers_and_merges_into_it(
     cli: Callable[..., Any], rows: Path, embedded_fp8: tuple[Path, Path], tmp_path: Path
 ) -> None:

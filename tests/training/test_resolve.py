@@ -16,6 +16,7 @@ from mla_tune.recipe.load import load_recipe
 from mla_tune.training.distributed.launch import Worker
 from mla_tune.training.resolve import resolve
 from tests.helpers.families import checkpoint, rows
+from tests.helpers.marks import fast_cases
 from tests.helpers.tiny_families import FAMILIES
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 8]}
@@ -160,6 +161,7 @@ def test_what_was_not_tried_sharded_is_refused_before_processes_start(
     )
 
 
+@fast_cases("kimi_linear")
 @pytest.mark.parametrize("family", ["kimi_linear", "bailing_hybrid", "deepseek_v3"])
 def test_packing_is_off_for_linear_attention_in_every_verb(cli, family: str, tmp_path: Path) -> None:
     base, data = checkpoint(family, tmp_path / "base"), rows(tmp_path / "rows.jsonl")

@@ -22,6 +22,7 @@ from tests.helpers.spikes import BAD, rows_with_bad_batches, run_in_order
 LONG = ["train.max_steps=12", "train.packing=false", "output.samples=0"]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resume_with_dropout_ends_bit_equal(cli, rows_file: Path, tmp_path: Path) -> None:
     """As a scheduler sends it.  Dropout: the random numbers go on where they were."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -80,6 +81,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_it(cli, rows_file: Path, tmp_path: Path) -> None:
     straight, full = tmp_path / "straight", tmp_path / "full"
     sets = [*LONG, "train.save_every=4"]
@@ -99,6 +101,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(cli, rows_file: Path, tmp_p
     assert metrics(full) == metrics(straight)
 
 
+@pytest.mark.slow
 def test_a_full_disk_that_takes_no_line_more(
     cli,
     rows_file: Path,
@@ -128,6 +131,7 @@ def test_a_full_disk_that_takes_no_line_more(
     assert metrics(full) == metrics(straight)
 
 
+@pytest.mark.slow
 def test_the_spike_guard_goes_on_where_it_was(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between two bad steps in a row: the second one still cuts the learning rate, and the bits are equal."""
     data = rows_with_bad_batches(tmp_path / "rows.jsonl")
@@ -144,6 +148,7 @@ def test_the_spike_guard_goes_on_where_it_was(cli: Any, tmp_path: Path, monkeypa
     assert [[x.get(k) for k in figures] for x in again] == [[x.get(k) for k in figures] for x in lines]
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_shown_and_goes_on_only_when_allowed(cli, rows_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sets = [*LONG, "train.save_every=6"]

@@ -41,6 +41,7 @@ def losses(out: Path) -> list[Any]:
     return [(x["step"], x.get("loss"), x.get("eval_loss"), x.get("grad_norms")) for x in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sets",
     [

@@ -104,6 +104,7 @@ def test_state_comes_back() -> None:
 # ---- in a run ----
 
 
+@pytest.mark.slow
 def test_a_planted_bad_batch_is_skipped_and_counted(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = rows_with_bad_batches(tmp_path / "rows.jsonl")
     lines = run_in_order(cli, monkeypatch, data, tmp_path / "run", "train.spike.patience=3")
@@ -128,6 +129,7 @@ def test_patience_cuts_the_rate_of_a_run(cli: Any, tmp_path: Path, monkeypatch: 
         assert steps[STEPS]["learning_rate"][role] == pytest.approx(rate / 4)
 
 
+@pytest.mark.slow
 def test_the_key_turns_it_off(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = rows_with_bad_batches(tmp_path / "rows.jsonl")
     lines = run_in_order(cli, monkeypatch, data, tmp_path / "run", "train.spike.guard=false")

@@ -101,6 +101,7 @@ def test_a_registered_objective_trains_and_is_evaluated(cli, rows_file: Path, tm
         assert evaluated[step]["eval_metrics"] == {"accuracy": pytest.approx(accuracy)}
 
 
+@pytest.mark.slow
 def test_loss_and_metric_are_means_over_the_whole_step(cli, rows_file: Path, tmp_path: Path) -> None:
     """However a global batch is cut into micro-batches; float32 sums in another order differ by 1e-6."""
     found = []

@@ -75,6 +75,7 @@ def test_a_tracker_is_told_name_recipe_rates_norms_and_losses(cli, tmp_path: Pat
     assert os.environ["WANDB_PROJECT"] == os.environ["MLFLOW_EXPERIMENT_NAME"] == "mla-tune"
 
 
+@pytest.mark.slow
 def test_spikes_reach_a_tracker(cli, tmp_path: Path, told: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpikeGuard, "limit", lambda self, what: 0.0 if self.values[what] else math.inf)
     assert cli(*options(tmp_path, "train.max_steps=4", "data.eval_fraction=0")).code == 0
@@ -82,6 +83,7 @@ def test_spikes_reach_a_tracker(cli, tmp_path: Path, told: list[Any], monkeypatc
     assert [(log["spike"], log["spikes"], log["cuts"]) for log in logs] == [(0, 0, 0), (1, 1, 0), (1, 2, 0), (1, 3, 1)]
 
 
+@pytest.mark.slow
 def test_without_report_to_no_log_is_changed(cli, tmp_path: Path, told: list[Any]) -> None:
     assert cli(*options(tmp_path, "output.report_to=[]")).code == 0
     assert told == []

@@ -17,6 +17,7 @@ from mla_tune.errors import CheckError, WorkError
 from mla_tune.recipe.load import load_recipe
 from mla_tune.runs.folder import RunFolder
 from mla_tune.training import loop as train_loop
+from tests.helpers.marks import fast_cases
 from tests.helpers.runs import WORDS, hash_of, metrics, options, signaled
 
 
@@ -79,6 +80,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_trained_loss(cli, rows_file:
     assert loss_of(tuned) == pytest.approx(run["held_out_loss"]["after"], rel=1e-5)
 
 
+@fast_cases("all-linear")
 @pytest.mark.parametrize("recipe", ["safe", "all-linear", "W_UKV-priority"])
 def test_plain_peft_gives_the_logits_of_training(
     cli, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
@@ -111,6 +113,7 @@ def test_json_is_all_that_standard_output_holds(cli, rows_file: Path, tmp_path: 
     assert "step 1/1" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["all-linear", "W_UKV-priority", "attention-only", "bottleneck"])
 def test_every_adapter_recipe_trains(cli, rows_file: Path, tmp_path: Path, recipe: str) -> None:
     out = tmp_path / "run"
@@ -135,6 +138,7 @@ def test_full_trains_every_weight_and_writes_a_model(cli, rows_file: Path, tmp_p
     assert run["held_out_loss"]["after"] < run["held_out_loss"]["before"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_ends_bit_equal(rows_file: Path, tmp_path: Path, cli) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     sets = ["train.max_steps=12", "train.epochs=9", "train.packing=false"]
@@ -172,6 +176,7 @@ def test_ctrl_c_saves_and_resume_ends_bit_equal(rows_file: Path, tmp_path: Path,
     assert before == after
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_does_not_move_with_batch_size_and_packing(cli, tmp_path: Path) -> None:
     """A mean over tokens; a mean of batch means would differ, for completions of such different lengths."""
     rows = [{"prompt": f"Say {w}.", "completion": " ".join([w] * (1 + 9 * (i % 3)))} for i, w in enumerate(WORDS * 3)]
@@ -186,6 +191,7 @@ def test_the_held_out_loss_does_not_move_with_batch_size_and_packing(cli, tmp_pa
     assert losses[2] == pytest.approx(losses[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint_bit_equal(rows_file: Path, tmp_path: Path, cli) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     sets = ["train.max_steps=12", "train.epochs=9", "train.packing=false", "train.save_every=3", "train.eval_every=4"]
@@ -206,6 +212,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_bit_equal(rows_file: Path, tmp
     assert len([s for s in steps if s == 5]) == 1
 
 
+@pytest.mark.slow
 def test_early_stopping_stops_where_nothing_gets_better(cli, rows_file: Path, tmp_path: Path) -> None:
     sets = ["optimizer.learning_rate=1e-12", "train.max_steps=30", "train.eval_every=2", "train.early_stopping=2"]
     done = cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run", *sets))
@@ -219,6 +226,7 @@ def test_early_stopping_stops_where_nothing_gets_better(cli, rows_file: Path, tm
     assert json.loads((tmp_path / "second" / "run.json").read_text())["steps"]["done"] == 8
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_unasked(cli, rows_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
@@ -238,6 +246,7 @@ def test_nothing_is_overwritten_unasked(cli, rows_file: Path, tmp_path: Path) ->
     assert json.loads((out / "run.json").read_text())["steps"]["done"] == 2
 
 
+@pytest.mark.slow
 def test_dead_gradients_stop_the_run(cli, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = train_loop.attach
 
@@ -268,6 +277,7 @@ def test_out_of_memory_says_what_to_lower(
     assert "checkpointing: full" in done.err
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops(cli, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = train_loop.RoleTrainer.compute_loss
 
@@ -284,6 +294,7 @@ def test_a_loss_that_is_no_number_stops(cli, rows_file: Path, tmp_path: Path, mo
     assert "step 4: the loss is nan, for 2 steps in a row; lower optimizer.learning_rate" in done.err
 
 
+@pytest.mark.slow
 def test_a_broken_base_is_found_before_training(cli, rows_file: Path, tmp_path: Path) -> None:
     assert cli("train", "--recipe", "safe", *options(rows_file, tmp_path / "run", "train.max_steps=1")).code == 0
     base = tmp_path / "run" / "base"

@@ -72,6 +72,7 @@ def test_here_where_torch_is_loaded() -> None:
     assert isinstance(start(probe=True), _Here)
 
 
+@pytest.mark.slow
 def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
     here = _Here(probe=True)
     here.begin(inputs, Options(), 2, None)
@@ -157,6 +158,7 @@ assert not {{"torch", "transformers", "peft"}} & set(sys.modules)
     assert "model.safetensors" in manifest["files"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)])
 def test_no_worker_is_left(merged: Path, stop: signal.Signals, code: int) -> None:
     process = subprocess.Popen(command(merged), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -170,6 +172,7 @@ def test_no_worker_is_left(merged: Path, stop: signal.Signals, code: int) -> Non
     assert not (merged / "new").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_both(merged: Path) -> None:
     """A terminal sends it to the whole group: only one of them speaks of it."""
     process = subprocess.Popen(

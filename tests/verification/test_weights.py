@@ -28,6 +28,7 @@ from mla_tune.merge.run import merge_absorb
 from mla_tune.verification.dequantize import same_bytes
 from mla_tune.verification.verify import VerifyResult, verify
 from tests.helpers.fp8 import FORMATS, dequantized, make_fp8, quantize, spread
+from tests.helpers.marks import fast_cases
 from tests.helpers.merge_cases import CASES
 from tests.helpers.merging import edit_json, edit_tensors, load, make_adapter, make_base, save_trained
 
@@ -233,6 +234,7 @@ def bases(root: Path) -> Callable[[str, str], Path]:
     return get
 
 
+@fast_cases("rslora-bfloat16", "patterns-float32", "dora-bfloat16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("case", CASES)
 def test_pefts_merges_hold_and_so_do_ours(
@@ -252,6 +254,7 @@ def test_pefts_merges_hold_and_so_do_ours(
     assert ours.absorbed == (4 if family == "longcat_flash" else 3 if family != "minicpm3" else 2)
 
 
+@fast_cases("once-0", "all_bfloat16-1")
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("rule", [once, delta_first, all_bfloat16])
 def test_no_tool_is_accused_for_how_it_rounds(
@@ -271,6 +274,7 @@ def test_no_tool_is_accused_for_dequantizing_to_bfloat16_first(fp8: Path, adapte
             holds(raised(fp8, tmp_path / f"out-{seed}-{size}", this, values), fp8, this)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [once, all_bfloat16])
 def test_no_dora_is_accused_for_how_it_rounds(
     rule: Callable[..., torch.Tensor], root: Path, base: Path, tmp_path: Path
@@ -311,6 +315,7 @@ def test_ours_hold_strictly(name: str, base: Path, adapter: Path, tmp_path: Path
         assert not holds(tmp_path / "out", base, adapter).proof.strict
 
 
+@fast_cases("deepseek-keep exact", "tensor-keep", "channel-bf16")
 @pytest.mark.parametrize("how", ["bf16", "keep", "keep exact", "keep stochastic", "float32"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_ours_on_fp8_hold_strictly(name: str, how: str, base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.merge.run import merge_absorb
 from mla_tune.verification.weights import prove
 from tests.helpers.fp8 import make_fp8
+from tests.helpers.marks import fast_cases
 from tests.helpers.merging import load, make_adapter, make_base
 
 KEY = "model.layers.1.self_attn.o_proj.weight"
@@ -80,6 +81,7 @@ def test_a_cast_is_exact_whoever_made_it(tmp_path: Path) -> None:
     assert "1 of 2,160 numbers is wrong" in proven(base, [adapter], tmp_path / "out", strict=False)[KEY]
 
 
+@fast_cases("bfloat16-0")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_two_adapters_that_peft_merges_one_after_the_other(dtype: str, seed: int, tmp_path: Path) -> None:

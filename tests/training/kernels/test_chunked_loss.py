@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from mla_tune.training.kernels import chunked_loss as token_loss_module
 from mla_tune.training.kernels.chunked_loss import token_loss, use_chunked_loss
+from tests.helpers.marks import fast_families
 from tests.helpers.tiny_families import FAMILIES, tiny, vocabulary
 
 
@@ -33,6 +34,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_loss_module, "LOGITS_TILE_MIN_TOKENS", 13)
 
 
+@fast_families()
 @pytest.mark.parametrize("head", ["frozen", "trained", "adapted"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_the_stock_ones(name: str, head: str) -> None:

@@ -19,6 +19,7 @@ from mla_tune.training.kernels import packed_attention as packed
 from mla_tune.training.kernels.chunked_loss import use_chunked_loss
 from mla_tune.training.kernels.mla_checkpointing import enable_mla_checkpointing
 from mla_tune.training.kernels.rms_norm import use_lean_norms
+from tests.helpers.marks import fast_cases
 from tests.helpers.packing import PAIRS, batch_for, rows_of
 from tests.helpers.tiny_families import FAMILIES, MLA, mla_modules, tiny
 
@@ -55,6 +56,7 @@ def kept_bytes(net: Any, batch: dict[str, Any]) -> int:
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
+@fast_cases("deepseek_v3", "longcat_flash")
 @pytest.mark.parametrize(("name", "attention"), PAIRS)
 def test_gradients_of_recomputed_mla_are_the_stock_ones(name: str, attention: str) -> None:
     batch = batch_for(attention, rows_of(name))
@@ -123,6 +125,7 @@ def test_attention_itself_runs_once(attention: str, monkeypatch: pytest.MonkeyPa
     assert Counting.calls == layers * samples
 
 
+@pytest.mark.slow
 def test_mla_keeps_less_than_none_and_full_least() -> None:
     """Bytes kept for the backward pass on the preset `small`."""
     packed.register()

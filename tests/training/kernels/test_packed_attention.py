@@ -9,6 +9,7 @@ import torch
 
 from mla_tune.data.padding_free import PaddingFreeCollator
 from mla_tune.training.kernels import packed_attention as packed
+from tests.helpers.marks import fast_cases
 from tests.helpers.packing import LENGTHS, PAIRS, batch_for, rows_of
 from tests.helpers.tiny_families import tiny
 
@@ -30,6 +31,7 @@ def of_samples(attention: str, logits: torch.Tensor) -> list[torch.Tensor]:
     return [part for row, lengths in zip(logits, LENGTHS, strict=True) for part in row[: sum(lengths)].split(lengths)]
 
 
+@fast_cases("deepseek_v3", "longcat_flash", "llava")
 @pytest.mark.parametrize(("name", "attention"), PAIRS)
 def test_a_packed_sample_has_the_logits_of_the_sample_alone(name: str, attention: str) -> None:
     packed.register()
@@ -44,6 +46,7 @@ def test_a_packed_sample_has_the_logits_of_the_sample_alone(name: str, attention
         torch.testing.assert_close(here, one, rtol=1e-4, atol=1e-4)
 
 
+@fast_cases("deepseek_v3", "longcat_flash")
 @pytest.mark.parametrize(("name", "attention"), [(n, a) for n, a in PAIRS if a != "eager" or n == "hy_v4"])
 def test_gradients_are_those_of_the_samples_alone(name: str, attention: str) -> None:
     packed.register()

@@ -32,6 +32,7 @@ from tests.helpers.logits import (
     without_absorbed,
     wrong,
 )
+from tests.helpers.marks import fast_cases
 from tests.helpers.merging import MLA, MOE, edit_tensors, load, make_adapter, make_base
 
 FAMILIES = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "longcat_flash"]
@@ -42,6 +43,7 @@ def _families(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(merge_helpers.FAMILIES, "glm4_moe_lite", MLA | MOE)
 
 
+@fast_cases("deepseek_v3", "longcat_flash-split")
 @pytest.mark.parametrize("absorb", ["split", "fold"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_right_merge(tmp_path: Path, family: str, absorb: str) -> None:
@@ -145,6 +147,7 @@ def test_several_adapters_with_weights(tmp_path: Path, parameters: list[str]) ->
     wrong(run(tmp_path, [(one, 0.7), (two, 0.4)], merged).merged)
 
 
+@fast_cases("bf16-deepseek", "keep-compressed-tensors")
 @pytest.mark.parametrize("style", ["deepseek", "compressed-tensors"])
 @pytest.mark.parametrize("fp8", ["bf16", "keep"])
 def test_fp8(tmp_path: Path, style: str, fp8: str) -> None:

@@ -190,6 +190,7 @@ def test_a_missing_absorbed_tensor_is_named(tmp_path: Path) -> None:
         run(tmp_path, adapter, merged)
 
 
+@pytest.mark.slow
 def test_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a linear layer computes, no more weights of the base are in memory than those of the largest layer."""
     monkeypatch.setitem(merge_helpers.FAMILIES, "deepseek_v3", MLA | MOE | {"num_hidden_layers": 9})

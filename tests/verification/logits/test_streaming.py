@@ -33,6 +33,7 @@ from tests.helpers.logits import (
     tokens,
     wrong,
 )
+from tests.helpers.marks import fast_cases
 from tests.helpers.merging import MLA, MOE, edit_tensors, load, make_adapter, make_base
 
 #: As many experts as make several chunks, and a prime, so that none is full.
@@ -48,6 +49,7 @@ def many(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(merge_helpers.FAMILIES, name, settings | known)
 
 
+@fast_cases("deepseek_v3", "longcat_flash-1")
 @pytest.mark.parametrize("readers", [1, 3])
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash"])
 def test_one_expert_at_a_time(
@@ -223,6 +225,7 @@ def test_an_adapter_that_peft_takes_up_in_part(tmp_path: Path) -> None:
     assert "trained numbers PEFT takes up" in report.reason
 
 
+@pytest.mark.slow
 def test_threads_are_as_before(tmp_path: Path) -> None:
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["o_proj"])
