@@ -81,10 +81,10 @@ class Nf4Weight(QuantizedWeight):
         return dequantize_4bit(self.codes.view(count, -1)[i].unsqueeze(1), state)
 
 
-def _sizes(dequantize: int) -> tuple[torch.Tensor, ...]:
+def _sizes(numbers: int) -> tuple[torch.Tensor, ...]:
     """What `quantize_4bit` makes of so many numbers, on `meta`."""
-    blocks = -(-dequantize // BLOCK)
-    sizes = ((-(-dequantize // 2),), (blocks,), (-(-blocks // OUTER),), ())
+    blocks = -(-numbers // BLOCK)
+    sizes = ((-(-numbers // 2),), (blocks,), (-(-blocks // OUTER),), ())
     kinds = (torch.uint8, torch.uint8, torch.float32, torch.float32)
     return tuple(torch.empty(s, dtype=k, device="meta") for s, k in zip(sizes, kinds, strict=True))
 

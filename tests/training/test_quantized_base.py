@@ -270,7 +270,7 @@ def test_nf4_codes_are_the_nearest_of_the_papers_table() -> None:
         scales = matrix.outer_table[matrix.scales[expert].long()] * matrix.outer[expert, 0] + matrix.mean[expert]
         scale = scales.repeat_interleave(64)[: 11 * 26]
         numbers = table[codes] * scale
-        torch.testing.assert_close(matrix.numbers(torch.float32, expert).flatten(), numbers)
+        torch.testing.assert_close(matrix.dequantize(torch.float32, expert).flatten(), numbers)
         exact = torch.stack([p.abs().max() for p in weight[expert].flatten().split(64)])
         torch.testing.assert_close(scales, exact, rtol=0.02, atol=0.02)
         unit = weight[expert].flatten() / exact.repeat_interleave(64)[: 11 * 26]
@@ -285,8 +285,8 @@ def test_loss_and_gradients_above_nf4_equal_those_above_the_same_numbers(tmp_pat
     for name, module in loaded.model.named_modules():
         if isinstance(module, QuantizedWeight):
             weight = oracle.get_parameter(name.removesuffix("_matrix"))
-            numbers = [module.numbers(torch.float32, e) for e in range(len(weight))] if weight.ndim == 3 else None
-            weight.data = torch.stack(numbers) if numbers else module.numbers(torch.float32)
+            numbers = [module.dequantize(torch.float32, e) for e in range(len(weight))] if weight.ndim == 3 else None
+            weight.data = torch.stack(numbers) if numbers else module.dequantize(torch.float32)
             quantized += weight.numel()
     assert loaded.quantized is not None
     assert loaded.quantized["weights"] == quantized

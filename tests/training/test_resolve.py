@@ -123,7 +123,7 @@ def test_every_verb_refuses_with_the_same_words(
     if "tracker" in case:
         monkeypatch.setattr("mla_tune.training.resolve.find_spec", lambda name: None)
     # What follows the checks in `train` must not be reached.
-    monkeypatch.setattr(run, "join", lambda recipe: pytest.fail("train went on"))
+    monkeypatch.setattr(run, "init_distributed", lambda recipe: pytest.fail("train went on"))
     said = failure(lambda: resolve(load_recipe("safe", sets)))
     assert words in said
     assert failure(lambda: run.train(load_recipe("safe", sets))) == said
