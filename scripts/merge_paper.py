@@ -39,8 +39,8 @@ def adapted_keys(groups: Iterable[str]) -> set[str]:
     return keys
 
 
-def bill(groups: Iterable[str], fp8: str) -> Bill:
-    """`fp8` is 'bf16' (adapted weights become bfloat16, their scales go) or 'keep' (codes and scales anew).
+def bill(groups: Iterable[str], quantized: str) -> Bill:
+    """`quantized` is 'dequantize' (adapted weights become bfloat16, their scales go) or 'keep' (codes and scales anew).
 
     q_a + kv_a and gate + up are fused by engines and must have one precision; these groups always hold both.
     """
@@ -58,7 +58,7 @@ def bill(groups: Iterable[str], fp8: str) -> Bill:
             linked += size
             continue
         touched, merged, old = touched + 1, merged + len(hits), old + size
-        new += sum(_after(t, adapted) for t in shard) if fp8 == "bf16" else size
+        new += sum(_after(t, adapted) for t in shard) if quantized == "dequantize" else size
         largest = max(largest, *(prod(t.shape) * 4 for t in hits))
         flop += sum(2.0 * fake_v3.RANK * prod(t.shape) for t in hits)
     assert merged == len(adapted)
@@ -75,7 +75,7 @@ def bill(groups: Iterable[str], fp8: str) -> Bill:
 
 
 def _after(tensor: Tensor, adapted: set[str]) -> int:
-    """Bytes of a base tensor in the output of `--fp8 bf16`."""
+    """Bytes of a base tensor in the output of `--quantized dequantize`."""
     if tensor.key in adapted:
         return prod(tensor.shape) * 2
     if tensor.key.removesuffix("_scale_inv") in adapted:
@@ -85,8 +85,9 @@ def _after(tensor: Tensor, adapted: set[str]) -> int:
 
 def table() -> str:
     """The figures as a Markdown table."""
-    bills = [(name, fp8, bill(groups, fp8)) for name, groups in fake_v3.ADAPTERS.items() for fp8 in ("bf16", "keep")]
-    heads = [f"{name}, `--fp8 {fp8}`" for name, fp8, _ in bills]
+    ways = ("dequantize", "keep")
+    bills = [(name, way, bill(groups, way)) for name, groups in fake_v3.ADAPTERS.items() for way in ways]
+    heads = [f"{name}, `--quantized {way}`" for name, way, _ in bills]
     rows = [
         ("shards rewritten, of 163", lambda b: f"{b.touched}"),
         ("tensors merged", lambda b: f"{b.merged:,}"),

@@ -128,7 +128,7 @@ def run_record_for_its_base(tmp_path: Path, data: bytes) -> list[str]:
 def manifest(tmp_path: Path, data: bytes) -> list[str]:
     out = copy_of_embedded(tmp_path / "out")
     (out / "mla_tune_merge.json").write_bytes(data)
-    return ["verify", str(out), "--no-probe"]
+    return ["verify", str(out), "--no-logits"]
 
 
 def prompts(tmp_path: Path, data: bytes) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a user may choose about a merge."""
+"""What a user may choose about a merge: the options of `merge-absorb`, and which values they can have."""
 
 from __future__ import annotations
 
@@ -7,42 +7,47 @@ from typing import Any
 
 from mla_tune.errors import InputError
 
-#: `--dtype` → the format's name.
+#: Value of `dtype` → the name of the dtype in safetensors files.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CHOICES = {
     "absorb": ("split", "fold", "none"),
     "dtype": ("keep", *DTYPES),
-    "fp8": ("bf16", "keep"),
+    "quantized": ("dequantize", "keep"),
     "round": ("nearest", "stochastic"),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """`absorb`: split | fold | none.  `dtype`: keep | float32 | bfloat16 | float16 of the merged weights.  `fp8`: write
-    changed FP8 weights as bf16, or keep them FP8 with fresh scales.  `exact`: compute in float64.  `round`: nearest |
-    stochastic, from `seed`.  `untie_embeddings`: an output head tied to the embedding becomes a tensor of its own.
-    `link`: files that don't change are reflinked or hard-linked where the disk can.  `mtp`: adapters on MTP layers,
-    which transformers does not load, are merged too."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """The options that decide what a merge writes."""
 
+    #: Absorbed tensors beside the checkpoint: `split` (W_UK and W_UV), `fold` (W_QK and W_VO), or `none`.
     absorb: str = "split"
+    #: Dtype of the merged weights: float32, bfloat16, float16, or `keep`, that of the base.
     dtype: str = "keep"
-    fp8: str = "bf16"
+    #: Changed weights that the base holds quantized: `dequantize` writes them in bfloat16, `keep` quantizes them again.
+    quantized: str = "dequantize"
+    #: Compute W + ΔW in float64 instead of float32.
     exact: bool = False
+    #: How sums are rounded to the dtype that is written: to the `nearest` number, or `stochastic` from `seed`.
     round: str = "nearest"
     seed: int = 0
+    #: Write an output head that is tied to the embedding as a tensor of its own.
     untie_embeddings: bool = False
+    #: Share files that don't change with the base (as reflinks or hard links) where the disk can.
     link: bool = True
+    #: Merge adapters on MTP layers too, which transformers does not load.
     mtp: bool = False
 
     def check(self) -> None:
-        """Raises `InputError` for a value that is not allowed."""
+        """Raise `InputError` for a value that is not allowed, and for two that contradict each other."""
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise InputError(f"--{name} {value}: allowed are {', '.join(allowed)}")
-        if self.dtype != "keep" and self.fp8 == "keep":
-            raise InputError(f"--dtype {self.dtype} writes every weight in {self.dtype}: leave --fp8 keep out")
+        if self.dtype != "keep" and self.quantized == "keep":
+            raise InputError(f"--dtype {self.dtype} writes every weight in {self.dtype}: leave --quantized keep out")
 
     def to_json(self) -> dict[str, Any]:
+        """The options as the manifest keeps them."""
         return asdict(self)

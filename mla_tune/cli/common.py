@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 from mla_tune.errors import InputError
 
+#: `--workers N` of the commands that merge and verify.
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, metavar="N", help="Number of threads. Default: one a core, at most 4.")
+]
+#: `--json` of every command that has a document to print.
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
+
 #: Option as it was called → what it is called now.
 OLD_OPTIONS: dict[str, str] = {
     "--min-survival": "--min-retained",
+    "--probe": "--logits",
+    "--no-probe": "--no-logits",
     "--untie": "--untie-embeddings",
 }
 
@@ -82,3 +94,56 @@ def without_aliases(args: Iterable[str], known: set[str]) -> Iterator[str]:
         yield values.get(argument, argument)
         values = {}
         literal = literal or argument == "--"
+
+
+def weighted_adapters(adapter: Path | None, named: list[str]) -> list[tuple[Path, float]]:
+    """Return path and weight of every adapter that a command was given, in order.
+
+    `adapter` is the argument, `named` are the values of `--adapter DIR[=WEIGHT]`.  Where one of them names the
+    argument's folder, it gives that adapter its weight.  Raises `InputError` for a weight that is not finite, and where
+    no adapter is named at all.
+    """
+    from mla_tune.errors import InputError
+
+    parsed: list[tuple[Path, float]] = []
+    for text in named:
+        name, sign, number = text.rpartition("=")
+        try:
+            path, weight = (Path(name), float(number)) if sign else (Path(text), 1.0)
+        except ValueError:
+            path, weight = Path(text), 1.0  # a folder with '=' in its name
+        if sign and not path.exists() and Path(text).exists():
+            path, weight = Path(text), 1.0
+        if weight != weight or weight in (float("inf"), float("-inf")):
+            raise InputError(f"--adapter {text}: the weight must be a finite number")
+        parsed.append((path, weight))
+    if adapter is not None and all(path.absolute() != adapter.absolute() for path, _ in parsed):
+        parsed.insert(0, (adapter, 1.0))
+    if not parsed:
+        raise InputError("no adapter: name a run folder or an adapter folder, or one or more with --adapter DIR=WEIGHT")
+    return parsed
+
+
+@contextmanager
+def progress_bars(stages: list[str]) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar in bytes with the time left for each stage, if standard error is a terminal.
+
+    The block gets the function to call with (stage, bytes done, bytes in all).
+    """
+    from mla_tune.console import err
+
+    if not err.is_terminal:
+        yield lambda stage, done, total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        tasks = {stage: progress.add_task(stage, total=None, start=False) for stage in stages}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if not progress.tasks[tasks[stage]].started:
+                progress.start_task(tasks[stage])
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield show

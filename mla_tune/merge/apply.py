@@ -59,7 +59,7 @@ class DeltaRetention:
         return (self.delta2 / self.weight2) ** 0.5 if self.weight2 else None
 
     @property
-    def kept(self) -> float | None:
+    def retained(self) -> float | None:
         """⟨Q(W+Δ)-W, Δ⟩/‖Δ‖²: 1 where nothing is lost; None where Δ is zero."""
         return self.inner / self.delta2 if self.delta2 else None
 

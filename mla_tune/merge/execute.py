@@ -195,7 +195,7 @@ class _Executor:
     def _check_retention(self, sums: dict[str, DeltaRetention]) -> None:
         if self.min_retained is None:
             return
-        poor = {key: s.kept for key, s in sums.items() if s.kept is not None and s.kept < self.min_retained}
+        poor = {key: s.retained for key, s in sums.items() if s.retained is not None and s.retained < self.min_retained}
         if poor:
             self.staging.keep = True
             worst = sorted(poor.items(), key=lambda item: item[1])
@@ -204,7 +204,7 @@ class _Executor:
             raise CheckError(
                 f"--min-retained {self.min_retained:g}: rounding leaves less of the adapter's change in {len(poor)} "
                 f"tensors; nothing was published:{lines}{more}\n"
-                "Write them in a wider dtype (--dtype float32, --fp8 bf16) or lower the limit"
+                "Write them in a wider dtype (--dtype float32, --quantized dequantize) or lower the limit"
             )
 
 

@@ -13,13 +13,13 @@ from mla_tune.absorption.fold import LAYOUTS
 from mla_tune.adapter.methods import title_of
 from mla_tune.checkpoint.atomic_files import copy_file, sha256_of, write_json
 from mla_tune.checkpoint.index import INDEX_FILE
+from mla_tune.checkpoint.manifest import MANIFEST_FILE
 from mla_tune.checkpoint.quantized.config import edit_config
 from mla_tune.errors import FileError, InputError
 from mla_tune.merge.plan import MergePlan
 from mla_tune.merge.staging import JOURNAL_FILE, STATE_FILE, Staging, partial_folder
 
 REPORT_FILE = "merge_report.json"
-MANIFEST_FILE = "mla_tune_manifest.json"
 #: Weights: those of the checkpoint are written by the merge, any other would still be the base's.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 #: The one subfolder that belongs to a model: transformers' named chat templates.
@@ -158,7 +158,7 @@ def write_manifest(plan: MergePlan, staging: Staging, hashes: Mapping[str, str |
         "roles": sorted({str(out.site.role) for out in changed if out.site is not None}),
         "dtypes": dict(Counter(out.dtype for shard in plan.shards for out in shard.tensors)),
         "replaced": sorted(plan.replaced),
-        "raised_from_fp8": sorted(plan.dequantized),
+        "dequantized": sorted(plan.dequantized),
         "absorbed": None
         if plan.absorbed is None
         else {"mode": plan.absorbed.mode, "layout": LAYOUTS[plan.absorbed.mode], "files": list(plan.absorbed.shards)},

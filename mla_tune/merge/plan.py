@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mla_tune.adapter.files import Adapter, LoraDelta
-from mla_tune.adapter.merge_options import DTYPES, Options
+from mla_tune.adapter.merge_options import DTYPES, MergeOptions
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.dtypes import FLOATS
@@ -100,7 +100,7 @@ class MergePlan:
     checkpoint: Checkpoint
     architecture: Architecture
     adapters: tuple[tuple[Adapter, float], ...]
-    options: Options
+    options: MergeOptions
     shards: tuple[OutShard, ...]
     quantized: Mapping[str, Quantized]
     dequantized: frozenset[str]
@@ -132,7 +132,7 @@ class MergePlan:
 
 
 def plan_merge(
-    checkpoint: Checkpoint, arch: Architecture, adapters: Sequence[tuple[Adapter, float]], options: Options
+    checkpoint: Checkpoint, arch: Architecture, adapters: Sequence[tuple[Adapter, float]], options: MergeOptions
 ) -> MergePlan:
     """Find every tensor that the adapters change in `checkpoint`, and check the shape and dtype of each.
 
@@ -149,7 +149,7 @@ def plan_merge(
     dequantized: set[str] = set()
     if options.dtype != "keep":
         dequantized = set(quantized)
-    elif options.fp8 == "bf16":
+    elif options.quantized == "dequantize":
         dequantized = touched | dequantize_fused_group(arch, checkpoint, touched) if touched else set()
     dequantized |= {key for key in changes.replaced if key in quantized}
     shards = tuple(_shards(checkpoint, changes, options, quantized, dequantized))
@@ -180,7 +180,7 @@ class _Changes:
 
     checkpoint: Checkpoint
     arch: Architecture
-    options: Options
+    options: MergeOptions
     outs: dict[str, OutTensor] = field(default_factory=dict)
     replaced: dict[str, Adapter] = field(default_factory=dict)
     untied: bool = False
@@ -297,7 +297,7 @@ def _site_shape(out: OutTensor) -> tuple[int, ...]:
 def _shards(
     checkpoint: Checkpoint,
     changes: _Changes,
-    options: Options,
+    options: MergeOptions,
     quantized: Mapping[str, Quantized],
     dequantized: set[str],
 ) -> Iterator[OutShard]:
@@ -314,7 +314,7 @@ def _outs(
     checkpoint: Checkpoint,
     shard: Shard,
     changes: _Changes,
-    options: Options,
+    options: MergeOptions,
     quantized: Mapping[str, Quantized],
     dequantized: set[str],
     scales: Mapping[str, str],
@@ -343,7 +343,7 @@ def _outs(
 def _finish(
     out: OutTensor,
     checkpoint: Checkpoint,
-    options: Options,
+    options: MergeOptions,
     quantized: Mapping[str, Quantized],
     dequantized: set[str],
     keeps: tuple[str, ...],

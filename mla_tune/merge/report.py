@@ -27,9 +27,9 @@ _CONTEXT = 4096
 class RoleReport:
     """One role: `matrices` merged (each expert's gate, up and down count), in `tensors` on disk of `bytes` as written.
 
-    `relative` is ‖Δ‖/‖W‖, `kept` ⟨Q(W+Δ)-W, Δ⟩/‖Δ‖² and `cosine` the cosine between Q(W+Δ)-W and Δ, with Q the
+    `relative` is ‖Δ‖/‖W‖, `retained` ⟨Q(W+Δ)-W, Δ⟩/‖Δ‖² and `cosine` the cosine between Q(W+Δ)-W and Δ, with Q the
     rounding to the dtype written, over all matrices of the role; None where they are not defined (Δ is zero).  `least`
-    is the smallest `kept` of a single tensor.
+    is the smallest `retained` of a single tensor.
     """
 
     role: str
@@ -37,7 +37,7 @@ class RoleReport:
     tensors: int
     bytes: int
     relative: float | None
-    kept: float | None
+    retained: float | None
     cosine: float | None
     least: float | None
 
@@ -86,9 +86,9 @@ class PlanReport:
 class MergeResult:
     """A finished merge.
 
-    `retention` gives (‖Δ‖/‖W‖, share retained, cosine) of each changed tensor.  `proof` and `probe` are None where they
-    were not asked for.  `carried` are the other files of the base that were copied, `left_behind` those that were not
-    (weights in other formats, folders, leftovers of an earlier merge).
+    `retention` gives (‖Δ‖/‖W‖, share retained, cosine) of each changed tensor.  `proof` and `logits` are None where
+    they were not asked for.  `carried` are the other files of the base that were copied, `left_behind` those that were
+    not (weights in other formats, folders, leftovers of an earlier merge).
     """
 
     output: str
@@ -107,7 +107,7 @@ class MergeResult:
     roles: list[RoleReport]
     absorbed: dict[str, Any] | None
     proof: dict[str, Any] | None
-    probe: dict[str, Any] | None
+    logits: dict[str, Any] | None
     retention: dict[str, tuple[float | None, float | None, float | None]]
     notes: list[str]
     carried: list[str]
@@ -132,7 +132,7 @@ def role_reports(plan: MergePlan, retention: Mapping[str, DeltaRetention]) -> li
         total = DeltaRetention()
         for out in outs:
             total.add(retention[out.key])
-        kept = [k for out in outs if (k := retention[out.key].kept) is not None]
+        retained = [k for out in outs if (k := retention[out.key].retained) is not None]
         rows.append(
             RoleReport(
                 role=role.value,
@@ -140,9 +140,9 @@ def role_reports(plan: MergePlan, retention: Mapping[str, DeltaRetention]) -> li
                 tensors=len(outs),
                 bytes=sum(out.nbytes for out in outs),
                 relative=total.relative,
-                kept=total.kept,
+                retained=total.retained,
                 cosine=total.cosine,
-                least=min(kept, default=None),
+                least=min(retained, default=None),
             )
         )
     return rows
@@ -161,11 +161,11 @@ def notes(plan: MergePlan) -> list[str]:
         fused = f", {beside} of them only because engines fuse them with changed ones" if beside else ""
         lines.append(
             f"{len(plan.dequantized):,} FP8 weights are written as bfloat16{fused}; config.json tells engines. "
-            "--fp8 keep writes FP8 again, which erases small changes"
+            "--quantized keep writes FP8 again, which erases small changes"
         )
     requantized = sum(out.requantize is not None and out.scale_of is None for s in plan.shards for out in s.tensors)
     if requantized:
-        lines.append(f"{requantized:,} FP8 weights are quantized anew: look at 'kept', FP8 erases small changes")
+        lines.append(f"{requantized:,} FP8 weights are quantized anew: look at 'retained', FP8 erases small changes")
     if plan.options.mtp:
         count = len({out.key for out in plan.changed if out.site is not None and out.site.mtp})
         lines.append(

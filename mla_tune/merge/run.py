@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mla_tune.adapter.files import WEIGHTS_FILE
 from mla_tune.adapter.inputs import MergePaths, open_inputs
-from mla_tune.adapter.merge_options import DTYPES, Options
+from mla_tune.adapter.merge_options import DTYPES, MergeOptions
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
 from mla_tune.checkpoint.quantized.fp8 import quantized_weights
@@ -40,13 +40,13 @@ def plan_only(
     base: Path | str | None = None,
     out: Path | None = None,
     *,
-    options: Options | None = None,
+    options: MergeOptions | None = None,
     verify: bool = True,
     workers: int | None = None,
 ) -> PlanReport:
     """What `merge_absorb` would do with these arguments, from headers alone.  Raises what it would raise before it
     writes, but for an output that is in the way."""
-    options = options or Options()
+    options = options or MergeOptions()
     inputs = open_inputs(adapters, base, out, options.mtp)
     places, plan = inputs.places, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
     return plan_report(plan, str(places.out.absolute()), workers or default_workers(), verify=verify)
@@ -57,10 +57,10 @@ def merge_absorb(
     base: Path | str | None = None,
     out: Path | None = None,
     *,
-    options: Options | None = None,
+    options: MergeOptions | None = None,
     min_retained: float | None = None,
     verify: bool = True,
-    probe: bool = True,
+    logits: bool = True,
     overwrite: bool = False,
     workers: int | None = None,
     prover: Prover | None = None,
@@ -71,7 +71,7 @@ def merge_absorb(
 
     `base` and `out` are found as `find_paths` says where they are None; the base `embedded` is the model that ships
     with mla-tune.  `min_retained` is the share of its delta that every tensor must keep through the rounding.  `verify`
-    reopens the output and proves it; `probe` compares logits too.  `overwrite` replaces the output of an earlier merge.
+    reopens the output and proves it; `logits`: compares logits too.  `overwrite`: replaces an earlier output.
     `prover` is one that was started earlier, to save time.  `note` is told what a user should know while it runs.  The
     output appears whole and proven, or not at all; what was finished of a merge that was killed is taken up again.
 
@@ -82,8 +82,8 @@ def merge_absorb(
         raise InputError(f"--min-retained {min_retained:g}: a share from 0 to 1 was expected")
     workers = workers or default_workers()
     weighted = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
-    options = options or Options()
-    prover = (prover or start(probe)) if verify else None
+    options = options or MergeOptions()
+    prover = (prover or start(logits)) if verify else None
     try:
         inputs = open_inputs(weighted, base, out, options.mtp)
         plan = plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
@@ -161,8 +161,8 @@ def _merge(
                 roles=role_reports(plan, retention),
                 absorbed=asdict(absorbed) if absorbed is not None else None,
                 proof=proven.proof if proven else None,
-                probe=proven.probe if proven else None,
-                retention={key: (s.relative, s.kept, s.cosine) for key, s in retention.items()},
+                logits=proven.logits if proven else None,
+                retention={key: (s.relative, s.retained, s.cosine) for key, s in retention.items()},
                 notes=notes(plan),
                 carried=carried,
                 left_behind=left,

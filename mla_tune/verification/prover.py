@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -23,22 +22,13 @@ import mla_tune
 from mla_tune import errors
 from mla_tune.errors import MlaTuneError, WorkError
 from mla_tune.progress import Progress
+from mla_tune.verification.result import Proven
 
 if TYPE_CHECKING:
     from mla_tune.adapter.inputs import Inputs
-    from mla_tune.adapter.merge_options import Options
+    from mla_tune.adapter.merge_options import MergeOptions
 
 WORKER = "mla_tune.verification.prover_worker"
-
-
-@dataclass(frozen=True, slots=True)
-class Proven:
-    """`ProofReport.to_json`, `LogitsReport.to_json` (None: not asked for), and the sha256 of each file of weights that
-    was read (None: it is the base's own, or its hash was known)."""
-
-    proof: dict[str, Any]
-    probe: dict[str, Any] | None
-    hashes: dict[str, str | None]
 
 
 class Prover(Protocol):
@@ -47,7 +37,7 @@ class Prover(Protocol):
     #: Whether it computes while the merge runs.
     beside: bool
 
-    def begin(self, inputs: Inputs, options: Options, workers: int, progress: Progress | None) -> None:
+    def begin(self, inputs: Inputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
         """Raises nothing: what goes wrong is told by `finish`."""
         ...
 
@@ -61,24 +51,25 @@ class Prover(Protocol):
     def stop(self) -> None: ...
 
 
-def start(probe: bool) -> Prover:
+def start(logits: bool) -> Prover:
     """A prover; one of its own process begins to load what it needs."""
-    return _Here(probe) if "torch" in sys.modules else _Beside(probe)
+    return _Here(logits) if "torch" in sys.modules else _Beside(logits)
 
 
 class _Here:
     beside = False
 
-    def __init__(self, probe: bool) -> None:
-        self._probe = probe
+    def __init__(self, logits: bool) -> None:
+        self._logits = logits
 
-    def begin(self, inputs: Inputs, options: Options, workers: int, progress: Progress | None) -> None:
-        self._job = (inputs, options, self._probe, workers, progress)
+    def begin(self, inputs: Inputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
+        self._job = {"logits": self._logits, "workers": workers, "progress": progress}
+        self._inputs = (inputs, options)
 
     def finish(self, folder: Path, hashed: Sequence[str]) -> Proven:
         from mla_tune.verification.verify import MergeProof
 
-        return MergeProof(*self._job).finish(folder, hashed)
+        return MergeProof(*self._inputs, **self._job).finish(folder, hashed)
 
     def stop(self) -> None:
         pass
@@ -90,7 +81,7 @@ class _Beside:
 
     beside = True
 
-    def __init__(self, probe: bool) -> None:
+    def __init__(self, logits: bool) -> None:
         root = str(Path(mla_tune.__file__).parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         # -P: no module of the folder that the user happens to be in.
@@ -106,9 +97,9 @@ class _Beside:
         self._answer: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._listener = Thread(target=self._listen, daemon=True)
         self._listener.start()
-        self._say({"probe": probe})
+        self._say({"logits": logits})
 
-    def begin(self, inputs: Inputs, options: Options, workers: int, progress: Progress | None) -> None:
+    def begin(self, inputs: Inputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
         self._progress = progress
         adapters = [
             (str(path), weight) for path, (_, weight) in zip(inputs.places.adapters, inputs.adapters, strict=True)
@@ -122,7 +113,7 @@ class _Beside:
         if answer is None:
             code = self._process.wait()
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            short = " (the machine may be short of memory: --no-probe needs less)" if code == -9 else ""
+            short = " (the machine may be short of memory: --no-logits needs less)" if code == -9 else ""
             raise WorkError(f"the process that proves the output {how}{short}; nothing was published")
         if "error" in answer:
             kind = getattr(errors, answer["error"])

@@ -57,24 +57,24 @@ def main() -> None:
     pipes = Pipes()
     # All that is made now lives as long as the process: looking for what can be freed costs a fifth of the time.
     gc.disable()
-    with_probe = pipes.next()["probe"]
+    logits = pipes.next()["logits"]
     from mla_tune.verification.verify import MergeProof
 
-    if with_probe:
+    if logits:
         import mla_tune.verification.logits.absorbed_reference
         import mla_tune.verification.logits.compare
         import mla_tune.verification.logits.peft_reference  # noqa: F401
     gc.freeze()
     gc.enable()
     from mla_tune.adapter.inputs import open_inputs
-    from mla_tune.adapter.merge_options import Options
+    from mla_tune.adapter.merge_options import MergeOptions
     from mla_tune.errors import MlaTuneError
 
     try:
         job = pipes.next()
-        adapters, options = [(Path(p), weight) for p, weight in job["adapters"]], Options(**job["options"])
+        adapters, options = [(Path(p), weight) for p, weight in job["adapters"]], MergeOptions(**job["options"])
         inputs = open_inputs(adapters, job["base"], Path(job["out"]), options.mtp)
-        proof = MergeProof(inputs, options, with_probe, job["workers"], pipes.progress)
+        proof = MergeProof(inputs, options, logits=logits, workers=job["workers"], progress=pipes.progress)
         proof.begin()
         output = pipes.next()
         found = proof.finish(Path(output["folder"]), output["hashed"])
@@ -83,7 +83,7 @@ def main() -> None:
             traceback.print_exc()
         pipes.say({"error": type(error).__name__, "text": str(error)})
     else:
-        pipes.say({"result": {"proof": found.proof, "probe": found.probe, "hashes": found.hashes}})
+        pipes.say({"result": {"proof": found.proof, "logits": found.logits, "hashes": found.hashes}})
     # Nothing is left to do, and taking a large process apart takes time.
     os._exit(0)
 

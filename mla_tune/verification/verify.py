@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from mla_tune import __version__
 from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mla_tune.adapter.inputs import Inputs, open_inputs
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.checkpoint.absorbed import absorbed_tensors
 from mla_tune.checkpoint.atomic_files import sha256_of
 from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from mla_tune.errors import CheckError, FileError, InputError
-from mla_tune.merge.export import MANIFEST_FILE
 from mla_tune.progress import Progress, counter
-from mla_tune.user_files import read_json_object
 from mla_tune.verification.absorbed import prove_absorbed
 from mla_tune.verification.layout import Failure
-from mla_tune.verification.prover import Proven
+from mla_tune.verification.result import Proven, VerifyResult
 from mla_tune.verification.weights import ProofReport, prove, with_failures
 
 if TYPE_CHECKING:
@@ -36,29 +34,8 @@ class Checked:
     weights that was read."""
 
     proof: ProofReport
-    probe: LogitsReport | None
+    logits: LogitsReport | None
     hashes: dict[str, str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyResult:
-    """A finished `verify`.  `adapters` are paths and weights; `notes` what a user should know about the comparison."""
-
-    output: str
-    base: str
-    adapters: list[tuple[str, float]]
-    proof: ProofReport
-    probe: LogitsReport | None
-    notes: list[str]
-    mla_tune: str = __version__
-
-    @property
-    def holds(self) -> bool:
-        return not self.proof.failed
-
-    def to_json(self) -> dict[str, Any]:
-        adapters = [{"path": path, "weight": weight} for path, weight in self.adapters]
-        return asdict(self) | {"holds": self.holds, "adapters": adapters}
 
 
 def check(
@@ -66,8 +43,8 @@ def check(
     merged: Checkpoint,
     *,
     strict: bool,
-    options: Options | None = None,
-    probe: LogitsComparison | None = None,
+    options: MergeOptions | None = None,
+    comparison: LogitsComparison | None = None,
     files: Mapping[str, Mapping[str, Any]] | None = None,
     hashed: Sequence[str] = (),
     workers: int = 2,
@@ -78,10 +55,10 @@ def check(
     `options` are those of the merge where it is `strict`.  `files` are those of a manifest (see `write_manifest`): the
     output's must still be the same.  `hashed` are files of weights whose sha256 is not asked for.
     """
-    options = options or Options()
+    options = options or MergeOptions()
     absorbed = absorbed_tensors(merged.folder)
     with ThreadPoolExecutor(1) as pool:
-        compared = pool.submit(probe.compare, merged, absorbed) if probe else None
+        compared = pool.submit(comparison.compare, merged, absorbed) if comparison else None
         try:
             report, hashes = prove(
                 inputs.base,
@@ -101,11 +78,11 @@ def check(
             failures += _changed_files(merged.folder, files or {}, hashes)
             report = with_failures(report, failures, absorbed=modules)
         except BaseException:
-            if probe:
-                probe.stop()
+            if comparison:
+                comparison.stop()
             raise
-        if probe and report.failed:
-            probe.stop()
+        if comparison and report.failed:
+            comparison.stop()
     return Checked(report, None if compared is None or report.failed else compared.result(), hashes)
 
 
@@ -113,20 +90,20 @@ class MergeProof:
     """The proof of what merge-absorb writes: `begin` computes the logits that need no output, `finish` all else."""
 
     def __init__(
-        self, inputs: Inputs, options: Options, with_probe: bool, workers: int, progress: Progress | None
+        self, inputs: Inputs, options: MergeOptions, logits: bool, workers: int, progress: Progress | None
     ) -> None:
         self.inputs, self.options, self.workers, self.progress = inputs, options, workers, progress
-        logits = counter(progress, "logits", 2 * inputs.base.nbytes)
-        self.probe = _probe(inputs, options.absorb, logits) if with_probe else None
+        passed = counter(progress, "logits", 2 * inputs.base.nbytes)
+        self.comparison = _comparison(inputs, options.absorb, passed) if logits else None
 
     def begin(self) -> None:
         """In a thread; `finish` waits for it, and tells what goes wrong."""
-        if self.probe:
-            Thread(target=self._reference, args=(self.probe,), daemon=True).start()
+        if self.comparison:
+            Thread(target=self._reference, args=(self.comparison,), daemon=True).start()
 
-    def _reference(self, probe: LogitsComparison) -> None:
+    def _reference(self, comparison: LogitsComparison) -> None:
         with suppress(Exception):  # it is raised again by what waits for it
-            probe.reference()
+            comparison.reference()
 
     def finish(self, folder: Path, hashed: Sequence[str] = ()) -> Proven:
         """Prove `folder`, without the sha256 of the files in `hashed`.  Raises `CheckError` naming what differs."""
@@ -137,7 +114,7 @@ class MergeProof:
             merged,
             strict=True,
             options=self.options,
-            probe=self.probe,
+            comparison=self.comparison,
             hashed=hashed,
             workers=self.workers,
             progress=count,
@@ -146,7 +123,7 @@ class MergeProof:
             lines = "".join(f"\n  {failure.key}: {failure.what}" for failure in done.proof.failures[:10])
             more = f"\n  … and {done.proof.failed - 10} more" if done.proof.failed > 10 else ""
             raise CheckError(f"the output is not what it must be; nothing was published:{lines}{more}")
-        return Proven(done.proof.to_json(), done.probe.to_json() if done.probe else None, done.hashes)
+        return Proven(done.proof.to_json(), done.logits.to_json() if done.logits else None, done.hashes)
 
 
 def verify(
@@ -154,7 +131,7 @@ def verify(
     base: Path | str | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
     *,
-    probe: bool = True,
+    logits: bool = True,
     workers: int = 2,
     progress: Progress | None = None,
 ) -> VerifyResult:
@@ -166,7 +143,7 @@ def verify(
     Raises `FileError` and `InputError` for folders that are missing, damaged, or not told of.
     """
     merged = Checkpoint.open(out)
-    manifest = _manifest(out)
+    manifest = read_manifest(out, MergeOptions().to_json())
     named = list(adapters) or [(Path(str(a["path"])), float(a["weight"])) for a in manifest.get("adapters", ())]
     if not named:
         raise InputError(
@@ -183,22 +160,22 @@ def verify(
     for adapter, _ in opened:
         adapter.check_finite()
     notes = _other_inputs(manifest, inputs.base, opened)
-    logits = counter(progress, "logits", inputs.base.nbytes + merged.nbytes)
+    passed = counter(progress, "logits", inputs.base.nbytes + merged.nbytes)
     found = check(
         inputs,
         merged,
         strict=bool(manifest) and not notes,
-        options=Options(**manifest["options"]) if manifest else None,
-        probe=_probe(inputs, _mode(absorbed_tensors(merged.folder)), logits) if probe else None,
+        options=MergeOptions(**manifest["options"]) if manifest else None,
+        comparison=_comparison(inputs, _mode(absorbed_tensors(merged.folder)), passed) if logits else None,
         files=manifest.get("files"),
         workers=workers,
         progress=counter(progress, "check", merged.nbytes),
     )
     used = [(str(adapter.folder), weight) for adapter, weight in opened]
-    return VerifyResult(str(out.absolute()), str(places.base.absolute()), used, found.proof, found.probe, notes)
+    return VerifyResult(str(out.absolute()), str(places.base.absolute()), used, found.proof, found.logits, notes)
 
 
-def _probe(inputs: Inputs, absorb: str, progress: Callable[[int], None]) -> LogitsComparison:
+def _comparison(inputs: Inputs, absorb: str, progress: Callable[[int], None]) -> LogitsComparison:
     # transformers and PEFT take seconds to load.
     from mla_tune.verification.logits.compare import LogitsComparison
 
@@ -209,19 +186,6 @@ def _mode(absorbed: Iterable[str]) -> str:
     """What made these absorbed tensors."""
     names = {key.rpartition(".")[2] for key in absorbed}
     return "none" if not names else "fold" if "W_QK" in names else "split"
-
-
-def _manifest(out: Path) -> dict[str, Any]:
-    """The manifest of an output of merge-absorb; empty where there is none."""
-    file = out / MANIFEST_FILE
-    if not file.is_file():
-        return {}
-    manifest = read_json_object(file, "the manifest of the merge")
-    match manifest:
-        case {"base": str(), "base_files": dict(), "adapters": [_, *_], "options": dict(options), "files": dict()}:
-            if options.keys() == Options().to_json().keys():
-                return manifest
-    raise FileError(f"{file}: is damaged, or of another version of mla-tune: remove it and name --base and --adapter")
 
 
 def _other_inputs(

@@ -105,9 +105,9 @@ def assert_is(cli, nemo: Nemo, source: Path, base: Path, tmp_path: Path, *option
     for key, tensor in before.items():
         exact = tensor.double().numpy() + nemo.delta.get(key, 0.0)
         np.testing.assert_array_equal(after[key].numpy(), exact.astype(np.float32), err_msg=key)
-    probe = json.loads(merged.out)["probe"]
-    assert not probe["reason"]
-    assert probe["merged"]["max_error"] < 2e-4
+    logits = json.loads(merged.out)["logits"]
+    assert not logits["reason"]
+    assert logits["merged"]["max_error"] < 2e-4
 
 
 @pytest.mark.parametrize("experts", ["some", "one for all", "stack"])

@@ -25,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = make_base(root / "base", "minicpm3", "bfloat16")
     adapter = make_adapter(root / "run" / "adapter", base, target_modules=["kv_b_proj"])
     (root / "run" / "run.json").write_text(json.dumps({"base_path": str(base)}))
-    merge_absorb(adapter, base, root / "out", probe=False)
+    merge_absorb(adapter, base, root / "out", logits=False)
     PeftModel.from_pretrained(load(base), adapter).merge_and_unload().save_pretrained(root / "peft")
     return root
 
@@ -43,23 +43,23 @@ def damage(folder: Path, key: str = KEY) -> None:
 
 
 def test_our_output_by_its_manifest(cli: Cli, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = cli("verify", made / "out", "--no-probe")
+    result = cli("verify", made / "out", "--no-logits")
     assert (result.code, result.err) == (0, "")
     first, *rest = result.out.splitlines()
     assert first == f"{made / 'out'}: adapter merged into {made / 'base'}"
     assert rest[0] == "proven   2 tensors computed again, 4.2 K numbers, each the nearest to the exact sum"
     assert rest[1].startswith("         24 tensors are the base's, byte for byte; absorbed tensors of 2 modules")
-    assert rest[2] == "logits   not compared (--no-probe)"
+    assert rest[2] == "logits   not compared (--no-logits)"
     monkeypatch.chdir(made)
-    assert cli("verify", "out", "--base", "base", "--adapter", "run", "--no-probe").code == 0
+    assert cli("verify", "out", "--base", "base", "--adapter", "run", "--no-logits").code == 0
 
 
 def test_logits_are_compared(cli: Cli, made: Path) -> None:
     result = cli("verify", made / "out", "--json")
     assert result.code == 0, result.err
     document = json.loads(result.out)
-    assert document["probe"]["ran"]
-    assert document["probe"]["absorbed"]["max_error"] < 1e-3
+    assert document["logits"]["ran"]
+    assert document["logits"]["absorbed"]["max_error"] < 1e-3
     lines = cli("verify", made / "out").out.splitlines()[3:]
     assert lines[0].startswith("logits   base + adapters → merged: off by at most ")
     assert lines[1].startswith("         merged → merged, absorbed: off by at most ")
@@ -67,16 +67,16 @@ def test_logits_are_compared(cli: Cli, made: Path) -> None:
 
 
 def test_another_tools_output(cli: Cli, made: Path) -> None:
-    result = cli("verify", made / "peft", "--no-probe")
+    result = cli("verify", made / "peft", "--no-logits")
     assert result.code == 2
     assert "peft: has no mla_tune_manifest.json that says what it was merged from: name the adapters" in result.err
-    result = cli("verify", made / "peft", "--adapter", made / "run", "--no-probe", "--json")
+    result = cli("verify", made / "peft", "--adapter", made / "run", "--no-logits", "--json")
     document = json.loads(result.out)
     assert result.code == 0
     assert (document["holds"], document["proof"]["strict"], document["proof"]["recomputed"]) == (True, False, 2)
     assert document["adapters"] == [{"path": str(made / "run" / "adapter"), "weight": 1.0}]
     assert document["base"] == str(made / "base"), "the one that the run recorded"
-    result = cli("verify", made / "peft", "--adapter", f"{made / 'run'}=0.5", "--no-probe")
+    result = cli("verify", made / "peft", "--adapter", f"{made / 'run'}=0.5", "--no-logits")
     assert result.code == 1
 
 
@@ -91,13 +91,13 @@ def test_what_fails_is_named_and_exits_1(cli: Cli, place: Path, monkeypatch: pyt
         assert words in result.out
     result = cli("verify", place / "out", "--json")
     document = json.loads(result.out)
-    assert (result.code, document["holds"], document["proof"]["failed"], document["probe"]) == (1, False, 3, None)
+    assert (result.code, document["holds"], document["proof"]["failed"], document["logits"]) == (1, False, 3, None)
     assert {f["key"] for f in document["proof"]["failures"]} > {KEY, "model.safetensors"}
 
 
 def test_a_long_list_is_cut(cli: Cli, place: Path) -> None:
     edit_tensors(place / "peft" / "model.safetensors", lambda t: [x.add_(1) for x in t.values()] and None)
-    result = cli("verify", place / "peft", "--adapter", place / "run", "--no-probe")
+    result = cli("verify", place / "peft", "--adapter", place / "run", "--no-logits")
     assert result.code == 1
     assert "and 6 more" in result.out.splitlines()
     assert sum("model." in line for line in result.out.splitlines()[1:]) <= 20
@@ -109,7 +109,7 @@ def test_files_that_have_changed_or_are_gone(cli: Cli, place: Path) -> None:
     config.write_bytes(b"x" * size)
     (place / "out" / "absorbed.safetensors").unlink()
     (place / "out" / "config.json").write_text((place / "out" / "config.json").read_text() + "\n")
-    result = cli("verify", place / "out", "--no-probe", "--json")
+    result = cli("verify", place / "out", "--no-logits", "--json")
     found = {f["key"]: f["what"] for f in json.loads(result.out)["proof"]["failures"]}
     assert result.code == 1
     assert found["generation_config.json"] == "has changed since it was written (its sha256 is another)"
@@ -121,12 +121,12 @@ def test_files_that_have_changed_or_are_gone(cli: Cli, place: Path) -> None:
 def test_an_adapter_that_has_changed_is_noted(cli: Cli, place: Path) -> None:
     weights = place / "run" / "adapter" / "adapter_model.safetensors"
     edit_tensors(weights, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()] and None)
-    result = cli("verify", place / "out", "--no-probe", "--json")
+    result = cli("verify", place / "out", "--no-logits", "--json")
     document = json.loads(result.out)
     assert result.code == 1
     assert document["notes"] == [f"{weights} is not the file of the merge, or it has changed since"]
     assert not document["proof"]["strict"]
-    assert f"note: {weights} is not the file of the merge" in cli("verify", place / "out", "--no-probe").out
+    assert f"note: {weights} is not the file of the merge" in cli("verify", place / "out", "--no-logits").out
 
 
 def test_another_base_is_noted(cli: Cli, place: Path) -> None:
@@ -134,7 +134,7 @@ def test_another_base_is_noted(cli: Cli, place: Path) -> None:
         tensors.update({key: tensor.float() for key, tensor in tensors.items()})
 
     edit_tensors(place / "base" / "model.safetensors", widen)
-    result = cli("verify", place / "out", "--no-probe", "--json")
+    result = cli("verify", place / "out", "--no-logits", "--json")
     document = json.loads(result.out)
     assert (result.code, document["proof"]["strict"]) == (0, False), "the same numbers in float32"
     assert document["notes"] == [f"{place / 'base'} is not the base of the merge, or it has changed since"]
@@ -142,14 +142,14 @@ def test_another_base_is_noted(cli: Cli, place: Path) -> None:
 
 def test_a_moved_adapter_with_the_same_content_is_the_same(cli: Cli, place: Path) -> None:
     (place / "run").rename(place / "moved")
-    assert cli("verify", place / "out", "--no-probe").code == 2
-    result = cli("verify", place / "out", "--adapter", place / "moved" / "adapter", "--no-probe", "--json")
+    assert cli("verify", place / "out", "--no-logits").code == 2
+    result = cli("verify", place / "out", "--adapter", place / "moved" / "adapter", "--no-logits", "--json")
     assert json.loads(result.out)["proof"]["strict"]
     (place / "base").rename(place / "elsewhere")
-    result = cli("verify", place / "out", "--adapter", place / "moved" / "adapter", "--no-probe")
+    result = cli("verify", place / "out", "--adapter", place / "moved" / "adapter", "--no-logits")
     assert (result.code, "which is gone: name its folder with --base" in result.err) == (2, True)
     named = ("--adapter", place / "moved" / "adapter", "--base", place / "elsewhere")
-    assert cli("verify", place / "out", *named, "--no-probe").code == 0
+    assert cli("verify", place / "out", *named, "--no-logits").code == 0
 
 
 def test_bad_input_is_a_line_and_exit_code_2(cli: Cli, place: Path) -> None:
@@ -171,14 +171,14 @@ def test_a_terminal_shows_it_readably(width: int, made: Path, capsys: pytest.Cap
     from rich.console import Console
 
     import mla_tune.console as console
-    from mla_tune.cli.verify import print_proof
+    from mla_tune.report.merge_tables import print_proof
 
     proof = {"recomputed": 44_021, "numbers": 671_000_000_000, "unchanged": 47_970, "same_files": 3, "absorbed": 61}
     way = {"reference": "base + adapters", "other": "merged", "max_error": 0.0123, "largest": 31.2, "kl": 1e-5}
-    probe = {"ran": True, "reason": "", "idle": False, "merged": way | {"top1": 0.97}, "absorbed": way | {"top1": 1}}
+    logits = {"ran": True, "reason": "", "idle": False, "merged": way | {"top1": 0.97}, "absorbed": way | {"top1": 1}}
     old, console.out = console.out, Console(width=width, force_terminal=True, no_color=True, highlight=False)
     try:
-        print_proof(proof | {"worst_ulp": 0.5}, probe)
+        print_proof(proof | {"worst_ulp": 0.5}, logits)
     finally:
         console.out = old
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""What the tests of the forward probe share: merges, the call, and figures from logits of whole models, in numpy."""
+"""What the tests of the comparison of logits share: merges, the call, and figures from whole models, in numpy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 
 from mla_tune.adapter.files import open_adapter
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.absorbed import absorbed_tensors
 from mla_tune.checkpoint.index import Checkpoint
@@ -34,7 +34,9 @@ def targets(family: str) -> dict[str, Any]:
 
 
 def merge(folder: Path, adapters: Any, absorb: str = "none", **options: Any) -> Checkpoint:
-    merge_absorb(adapters, folder / "base", folder / "out", options=Options(absorb=absorb, **options), verify=False)
+    merge_absorb(
+        adapters, folder / "base", folder / "out", options=MergeOptions(absorb=absorb, **options), verify=False
+    )
     return Checkpoint.open(folder / "out")
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mla_tune.merge.run as run_module
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import CheckError, FileError, InputError, NotMLAError, WorkError
 from mla_tune.merge.run import merge_absorb
 from tests.helpers.marks import fast_cases
@@ -80,7 +80,7 @@ def test_kv_b_is_checked_for_absorption_where_the_adapter_leaves_it_alone(place:
     make_adapter(place / "adapter", place / "base", target_modules=["o_proj"])
     edit_base(place, lambda t: t.pop(KEY))
     refused(place, InputError, f"no tensor '{KEY}'")
-    merge_absorb(place / "adapter", place / "base", place / "out", options=Options(absorb="none"), probe=False)
+    merge_absorb(place / "adapter", place / "base", place / "out", options=MergeOptions(absorb="none"), logits=False)
 
 
 def test_quantized_bases_that_cannot_be_read_for_certain(place: Path) -> None:
@@ -173,10 +173,13 @@ def test_adapters_that_are_not_supported_or_damaged(place: Path) -> None:
 
 def test_options(place: Path) -> None:
     refused(
-        place, InputError, "--dtype int8: allowed are keep, float32, bfloat16, float16", options=Options(dtype="int8")
+        place,
+        InputError,
+        "--dtype int8: allowed are keep, float32, bfloat16, float16",
+        options=MergeOptions(dtype="int8"),
     )
-    words = r"--dtype float32 writes every weight in float32: leave --fp8 keep out"
-    refused(place, InputError, words, options=Options(dtype="float32", fp8="keep"))
+    words = r"--dtype float32 writes every weight in float32: leave --quantized keep out"
+    refused(place, InputError, words, options=MergeOptions(dtype="float32", quantized="keep"))
 
 
 def test_outputs_in_the_way(place: Path) -> None:
@@ -221,7 +224,7 @@ def test_an_interrupt_keeps_the_earlier_output(place: Path, monkeypatch: pytest.
 def test_values_too_large_for_the_dtype(place: Path) -> None:
     edit_base(place, lambda t: t.update({KEY: torch.full((75, 28), 1e5)}))
     words = rf"'{KEY}' would hold NaN or infinity \(too large for F16: take --dtype bfloat16 or float32\)"
-    refused(place, WorkError, words, options=Options(dtype="float16"))
+    refused(place, WorkError, words, options=MergeOptions(dtype="float16"))
     edit_base(place, lambda t: t.update({KEY: torch.full((75, 28), float("nan"))}))
     refused(place, WorkError, "would hold NaN or infinity .*damaged")
 

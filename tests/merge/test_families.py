@@ -76,11 +76,11 @@ def test_merged_is_base_and_adapter_in_the_familys_own_layout(cli, name: str, tm
     assert len(touched) == report["tensors_changed"]
 
     # The proof looked at logits too, absorbed ones among them.
-    assert report["probe"]["ran"], report["probe"]["reason"]
-    assert report["probe"]["effect"]["max_error"] > 0.1
+    assert report["logits"]["ran"], report["logits"]["reason"]
+    assert report["logits"]["effect"]["max_error"] > 0.1
     for comparison in ("merged", "absorbed"):
-        assert report["probe"][comparison]["max_error"] < 5e-5
-        assert report["probe"][comparison]["top1"] == 1
+        assert report["logits"][comparison]["max_error"] < 5e-5
+        assert report["logits"][comparison]["top1"] == 1
     assert report["absorbed"]["modules"] == len(architecture(FAMILIES[name]).attention)
 
     checked = cli("verify", tmp_path / "out", "--json")
@@ -94,7 +94,7 @@ def test_verify_sees_one_number(cli, name: str, tmp_path: Path) -> None:
     """A wrong number in the family's own names, in what was merged and in what was not."""
     trained(name, tmp_path)
     out = tmp_path / "out"
-    options = ("--base", tmp_path / "base", "--out", out, "--absorb", "none", "--no-probe")
+    options = ("--base", tmp_path / "base", "--out", out, "--absorb", "none", "--no-logits")
     assert cli("merge-absorb", tmp_path / "adapter", *options).code == 0
     before, good = load_file(tmp_path / "base" / WEIGHTS), load_file(out / WEIGHTS)
     merged = next(key for key in good if not torch.equal(good[key], before[key]))
@@ -103,7 +103,7 @@ def test_verify_sees_one_number(cli, name: str, tmp_path: Path) -> None:
         wrong = {k: v.clone() for k, v in good.items()}
         wrong[key].view(-1)[7] += 0.01
         save_file(wrong, out / WEIGHTS, {"format": "pt"})
-        done = cli("verify", out, "--no-probe")
+        done = cli("verify", out, "--no-logits")
         assert done.code == 1
         assert key in done.out
 
@@ -117,7 +117,7 @@ def test_fold_is_exact_or_refused(cli, name: str, tmp_path: Path) -> None:
     family = architecture(FAMILIES[name]).family.model_type
     if family in FOLD_FACTS:
         assert done.code == 0, done.err
-        assert json.loads(done.out)["probe"]["absorbed"]["max_error"] < 1e-4
+        assert json.loads(done.out)["logits"]["absorbed"]["max_error"] < 1e-4
     else:
         assert done.code == 2
         assert "whether it is exact for model_type" in done.err
@@ -183,7 +183,7 @@ def test_other_names_of_the_same_family(cli, layout: str, tmp_path: Path) -> Non
     assert load_file(tmp_path / "base" / WEIGHTS).keys() == load_file(tmp_path / "out" / WEIGHTS).keys()
     with torch.no_grad():
         assert (logits(loaded(tmp_path / "out", name)) - want).abs().max() < 5e-5
-    assert json.loads(done.out)["probe"]["merged"]["max_error"] < 5e-5
+    assert json.loads(done.out)["logits"]["merged"]["max_error"] < 5e-5
 
 
 @fast_cases("deepseek_v3", "longcat_flash")
@@ -216,7 +216,7 @@ def test_experts_as_one_tensor_on_disk(cli, name: str, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     with torch.no_grad():
         assert (logits(loaded(tmp_path / "out", name)) - want).abs().max() < 5e-5
-    assert json.loads(done.out)["probe"]["merged"]["max_error"] < 5e-5
+    assert json.loads(done.out)["logits"]["merged"]["max_error"] < 5e-5
 
 
 def test_a_weight_that_is_there_under_two_names(cli, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_weight_that_is_there_under_two_names(cli, tmp_path: Path) -> None:
 def test_the_config_of_a_wrapper_stays(cli, tmp_path: Path) -> None:
     """`--dtype` and whatever else edits config.json leaves a wrapper's text_config a text_config."""
     trained("mistral3", tmp_path)
-    options = ("--base", tmp_path / "base", "--out", tmp_path / "out", "--dtype", "bfloat16", "--no-probe")
+    options = ("--base", tmp_path / "base", "--out", tmp_path / "out", "--dtype", "bfloat16", "--no-logits")
     assert cli("merge-absorb", tmp_path / "adapter", *options).code == 0
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.get_text_config().kv_lora_rank == 28
@@ -298,35 +298,36 @@ def test_an_unknown_type_that_is_read_as_a_relative(cli, tmp_path: Path) -> None
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert not report["proof"]["failed"]
-    assert report["probe"]["ran"] is False
-    assert "transformers has no model of the type 'deepseek_v2_next'" in report["probe"]["reason"]
+    assert report["logits"]["ran"] is False
+    assert "transformers has no model of the type 'deepseek_v2_next'" in report["logits"]["reason"]
     assert any("'deepseek_v2_next' is not known" in note for note in report["notes"])
     (out / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v2"}))
     with torch.no_grad():
         assert (logits(loaded(out, "deepseek_v2")) - logits(model)).abs().max() < 5e-5
 
 
-@fast_cases("deepseek_v32-bf16", "kimi_linear-keep")
-@pytest.mark.parametrize("fp8", ["bf16", "keep"])
+@fast_cases("deepseek_v32-dequantize", "kimi_linear-keep")
+@pytest.mark.parametrize("quantized", ["dequantize", "keep"])
 @pytest.mark.parametrize(
     "name", ["deepseek_v32", "glm_moe_dsa", "bailing_hybrid", "kimi_linear", "kimi_k25", "dots3_note", "axk1"]
 )
-def test_fp8_bases(cli, name: str, fp8: str, tmp_path: Path) -> None:
+def test_fp8_bases(cli, name: str, quantized: str, tmp_path: Path) -> None:
     """Block FP8 in the family's own names: what is changed is written as bfloat16, or as FP8 with fresh scales.  The
     oracle dequantizes in torch and adds B·A."""
     trained(name, tmp_path)
     make_fp8(tmp_path / "base", tmp_path / "fp8", block=(16, 16))
     out = tmp_path / "out"
-    done = cli("merge-absorb", tmp_path / "adapter", "--base", tmp_path / "fp8", "--out", out, "--fp8", fp8, "--json")
+    options = ("--base", tmp_path / "fp8", "--out", out, "--quantized", quantized, "--json")
+    done = cli("merge-absorb", tmp_path / "adapter", *options)
     assert done.code == 0, done.err
     report = json.loads(done.out)
-    assert report["probe"]["ran"], report["probe"]["reason"]
-    if fp8 == "bf16":  # codes of 3 bits send some tokens to other experts: there the numbers alone are compared
-        assert report["probe"]["merged"]["max_error"] < 0.05 * report["probe"]["merged"]["largest"]
+    assert report["logits"]["ran"], report["logits"]["reason"]
+    if quantized == "dequantize":  # codes of 3 bits send some tokens to other experts: only the numbers are compared
+        assert report["logits"]["merged"]["max_error"] < 0.05 * report["logits"]["merged"]["largest"]
     before, after = load_file(tmp_path / "fp8" / WEIGHTS), load_file(out / WEIGHTS)
     plain = load_file(tmp_path / "base" / WEIGHTS)
     merged = tmp_path / "plain"
-    options = ("--base", tmp_path / "base", "--out", merged, "--absorb", "none", "--no-probe")
+    options = ("--base", tmp_path / "base", "--out", merged, "--absorb", "none", "--no-logits")
     assert cli("merge-absorb", tmp_path / "adapter", *options).code == 0
     wanted = load_file(merged / WEIGHTS)
     coded = [k for k, t in before.items() if t.dtype == torch.float8_e4m3fn]
@@ -334,10 +335,10 @@ def test_fp8_bases(cli, name: str, fp8: str, tmp_path: Path) -> None:
     for key in coded:
         change = wanted[key] - plain[key]
         if not change.any():
-            assert torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) or fp8 == "bf16"
+            assert torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) or quantized == "dequantize"
             continue
         exact = dequantized(before, key, 16) + change
-        if fp8 == "bf16":
+        if quantized == "dequantize":
             assert after[key].dtype == torch.bfloat16
             assert (after[key].float() - exact).abs().max() <= exact.abs().max() * 2**-8
         else:

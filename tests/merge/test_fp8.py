@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import InputError
 from mla_tune.merge.run import merge_absorb
 from tests.helpers.fp8 import FORMATS, dequantized, make_fp8
@@ -102,7 +102,7 @@ def test_to_bf16(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_keep_writes_fp8_with_fresh_scales(name: str, tmp_path: Path) -> None:
     fp8, adapter, full = make(tmp_path, FORMATS[name], {"target_modules": ATTENTION, "target_parameters": EXPERTS})
-    report = merge_absorb(adapter, fp8, tmp_path / "out", options=Options(fp8="keep"))
+    report = merge_absorb(adapter, fp8, tmp_path / "out", options=MergeOptions(quantized="keep"))
     base, out, want = tensors_of(fp8), tensors_of(tmp_path / "out"), expected(full, adapter)
     assert {k: (t.dtype, t.shape) for k, t in out.items()} == {k: (t.dtype, t.shape) for k, t in base.items()}
     config = (tmp_path / "out" / "config.json").read_text()
@@ -139,7 +139,7 @@ def test_everything_raised_is_no_longer_quantized(tmp_path: Path) -> None:
 
 def test_dtype_dequantizes_all(tmp_path: Path) -> None:
     fp8, adapter, full = make(tmp_path, {"block": (4, 4)}, {"target_modules": ATTENTION})
-    merge_absorb(adapter, fp8, tmp_path / "out", options=Options(dtype="float32"))
+    merge_absorb(adapter, fp8, tmp_path / "out", options=MergeOptions(dtype="float32"))
     out, want = tensors_of(tmp_path / "out"), expected(full, adapter)
     for key, value in out.items():
         assert value.dtype == (torch.bfloat16 if key.endswith("e_score_correction_bias") else torch.float32)
@@ -147,10 +147,10 @@ def test_dtype_dequantizes_all(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("fp8", ["bf16", "keep"])
-def test_absorbed_tensors_of_an_fp8_model_are_split_after_dequantizing(fp8: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantized", ["dequantize", "keep"])
+def test_absorbed_tensors_of_an_fp8_model_are_split_after_dequantizing(quantized: str, tmp_path: Path) -> None:
     base, adapter, _ = make(tmp_path, {"block": (4, 4)}, {"target_modules": ["o_proj"]})
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(fp8=fp8))
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(quantized=quantized))
     absorbed = load_file(tmp_path / "out" / "absorbed.safetensors")
     kv_b = dequantized(base)["model.layers.1.self_attn.kv_b_proj.weight"].bfloat16().view(3, 25, 28)
     path = "model.layers.1.self_attn"
@@ -170,14 +170,14 @@ def test_stochastic_rounding_to_fp8_keeps_what_nearest_erases(tmp_path: Path) ->
 
     edit_tensors(adapter / "adapter_model.safetensors", shrink)
     rounds = {
-        how: merge_absorb(adapter, fp8, tmp_path / how, options=Options(fp8="keep", round=how, seed=4))
+        how: merge_absorb(adapter, fp8, tmp_path / how, options=MergeOptions(quantized="keep", round=how, seed=4))
         for how in ("nearest", "stochastic")
     }
-    kept = {how: {row.role: row.kept for row in report.roles} for how, report in rounds.items()}
+    retained = {how: {row.role: row.retained for row in report.roles} for how, report in rounds.items()}
     # Where the largest number of a block stays, so does the scale: codes stay, and with them the old weight.
-    assert kept["nearest"]["W_O"] is not None
-    assert kept["nearest"]["W_O"] < 0.6
-    assert kept["stochastic"]["W_O"] == pytest.approx(1, abs=0.5)
+    assert retained["nearest"]["W_O"] is not None
+    assert retained["nearest"]["W_O"] < 0.6
+    assert retained["stochastic"]["W_O"] == pytest.approx(1, abs=0.5)
 
 
 def test_a_wrong_block_size_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import InputError
 from mla_tune.merge.run import merge_absorb
 from tests.helpers.merging import (
@@ -148,7 +148,7 @@ def test_an_adapter_on_a_tied_head_with_untie(tied: Path, tmp_path: Path) -> Non
     adapter = make_adapter(tmp_path / "adapter", tied, target_modules=["lm_head", "kv_b_proj"])
     with pytest.raises(InputError, match=r"adapts lm_head .*--untie-embeddings"):
         merge_absorb(adapter, tied, tmp_path / "out", **QUICK)
-    report = merge_absorb(adapter, tied, tmp_path / "out", options=Options(untie_embeddings=True), **QUICK)
+    report = merge_absorb(adapter, tied, tmp_path / "out", options=MergeOptions(untie_embeddings=True), **QUICK)
     assert any("tie_word_embeddings is false" in line for line in report.notes)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     assert (peft_logits(tied, adapter) - logits_of(tmp_path / "out")).abs().max() <= 1e-4
@@ -163,7 +163,7 @@ def test_a_saved_embedding_of_a_tied_model_with_untie(tied: Path, tmp_path: Path
     adapter = save_trained(tmp_path / "adapter", tied, target_modules=["kv_b_proj"], modules_to_save=["embed_tokens"])
     with pytest.raises(InputError, match=r"one tensor in this model\. With --untie-embeddings"):
         merge_absorb(adapter, tied, tmp_path / "out", **QUICK)
-    merge_absorb(adapter, tied, tmp_path / "out", options=Options(untie_embeddings=True), **QUICK)
+    merge_absorb(adapter, tied, tmp_path / "out", options=MergeOptions(untie_embeddings=True), **QUICK)
     assert (peft_logits(tied, adapter) - logits_of(tmp_path / "out")).abs().max() <= 1e-4
 
 
@@ -206,8 +206,8 @@ def exact_sums(base: Path, adapter: Path) -> dict[str, np.ndarray]:
 def test_exact_sums_in_float64_and_rounds_once(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype="float32")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=ATTENTION)
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(exact=True), **QUICK)
-    merge_absorb(adapter, base, tmp_path / "bf16", options=Options(exact=True, dtype="bfloat16"), **QUICK)
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(exact=True), **QUICK)
+    merge_absorb(adapter, base, tmp_path / "bf16", options=MergeOptions(exact=True, dtype="bfloat16"), **QUICK)
     out, bf16, sums = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "bf16"), exact_sums(base, adapter)
     for key, value in sums.items():
         # float64 matmuls in another order differ in the last bits: never by more than a tie of the rounding.
@@ -224,7 +224,7 @@ def test_stochastic_rounding_is_seeded_and_right_on_average(tmp_path: Path) -> N
     edit_tensors(adapter / "adapter_model.safetensors", lambda t: [x.mul_(0.03) for x in t.values()] and None)
 
     def run(name: str, seed: int) -> tuple[dict[str, torch.Tensor], Any]:
-        options = Options(round="stochastic", seed=seed, absorb="none")
+        options = MergeOptions(round="stochastic", seed=seed, absorb="none")
         report = merge_absorb(adapter, base, tmp_path / name, options=options, **QUICK)
         return tensors_of(tmp_path / name), report
 
@@ -240,7 +240,7 @@ def test_stochastic_rounding_is_seeded_and_right_on_average(tmp_path: Path) -> N
         bias = (each.mean(0) - value) / step
         assert abs(bias.mean()) < 0.01, "no drift"
     nearest = merge_absorb(adapter, base, tmp_path / "nearest", **QUICK)
-    assert report.roles[0].kept == pytest.approx(1, abs=0.3)
+    assert report.roles[0].retained == pytest.approx(1, abs=0.3)
     assert nearest.roles[0].cosine > report.roles[0].cosine, "nearest is the better direction"
 
 
@@ -249,10 +249,10 @@ def test_streamed_equals_in_memory_bitwise(v3: Path, tmp_path: Path, monkeypatch
     import mla_tune.merge.apply as apply_module
 
     adapter = make_adapter(tmp_path / "adapter", v3, target_modules=ATTENTION, target_parameters=EXPERTS)
-    merge_absorb(adapter, v3, tmp_path / "whole", options=Options(dtype="bfloat16"), workers=1, **QUICK)
+    merge_absorb(adapter, v3, tmp_path / "whole", options=MergeOptions(dtype="bfloat16"), workers=1, **QUICK)
     monkeypatch.setattr(apply_module, "PIECE_BYTES", 2048)
     monkeypatch.setattr(apply_module, "_BLOCK", 256)
-    merge_absorb(adapter, v3, tmp_path / "pieces", options=Options(dtype="bfloat16"), workers=2, **QUICK)
+    merge_absorb(adapter, v3, tmp_path / "pieces", options=MergeOptions(dtype="bfloat16"), workers=2, **QUICK)
     whole, pieces = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "pieces")
     assert all(torch.equal(whole[key], pieces[key]) for key in whole)
     in_memory = merged_in_memory(v3, adapter)

@@ -92,18 +92,18 @@ def test_with_the_option_they_are_merged(cli, base: Path, tmp_path: Path) -> Non
             assert np.array_equal(after[key].numpy(), exact.astype(np.float32))
         elif f"layers.{n}." in key:
             assert torch.equal(before[key], after[key])
-    assert report["probe"]["ran"], report["probe"]["reason"]
-    assert report["probe"]["merged"]["max_error"] < 5e-5
+    assert report["logits"]["ran"], report["logits"]["reason"]
+    assert report["logits"]["merged"]["max_error"] < 5e-5
     assert cli("verify", out).code == 0
     wrong = {k: v.clone() for k, v in after.items()}
     wrong[next(iter(added))].view(-1)[3] += 0.01
     save_file(wrong, out / WEIGHTS, {"format": "pt"})
-    assert cli("verify", out, "--no-probe").code == 1
+    assert cli("verify", out, "--no-logits").code == 1
 
 
 @fast_cases("*deepseek*")
 def test_the_option_without_such_keys_says_so(cli, base: Path, tmp_path: Path) -> None:
-    done = cli("merge-absorb", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out", "--mtp", "--no-probe")
+    done = cli("merge-absorb", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out", "--mtp", "--no-logits")
     assert done.code == 0, done.err
     assert "no adapter has a key of an MTP layer" in " ".join(done.out.split())
 

@@ -42,7 +42,7 @@ def test_equals_pefts_merge_and_the_unmerged_logits(case: str, bases: dict[str, 
     assert (logits - logits_of(base)).abs().max() > 1e-2, "the adapter does nothing: the test would prove nothing"
     assert (logits - logits_of(tmp_path / "out")).abs().max() <= 1e-4
     # float32 keeps a delta of this size but for its last bits.
-    assert all(row.kept == pytest.approx(1, abs=1e-3) and row.cosine > 0.999 for row in report.roles)
+    assert all(row.retained == pytest.approx(1, abs=1e-3) and row.cosine > 0.999 for row in report.roles)
 
 
 @pytest.mark.parametrize("case", ["lora", "patterns", "dora", "v2"])

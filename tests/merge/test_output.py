@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.merge.run import merge_absorb
@@ -190,7 +190,7 @@ def test_the_manifest_says_what_it_was_made_of(base: Path, adapter: Path, tmp_pa
 
 @pytest.mark.parametrize("link", [True, False])
 def test_files_that_do_not_change_are_shared_or_copied(link: bool, base: Path, adapter: Path, tmp_path: Path) -> None:
-    report = merge_absorb(adapter, base, tmp_path / "out", options=Options(link=link), verify=False)
+    report = merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(link=link), verify=False)
     same = [
         p.name for p in base.glob("model-*.safetensors") if p.read_bytes() == (tmp_path / "out" / p.name).read_bytes()
     ]
@@ -226,7 +226,7 @@ def test_a_single_file_gets_an_index_beside_an_absorbed_file_only(tmp_path: Path
     index = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {"model.safetensors"}
     assert index["metadata"]["total_size"] == split.bytes
-    plain = merge_absorb(adapter, base, tmp_path / "plain", options=Options(absorb="none"))
+    plain = merge_absorb(adapter, base, tmp_path / "plain", options=MergeOptions(absorb="none"))
     assert plain.absorbed is None
     assert plain.proof["absorbed"] == 0
     assert names(tmp_path / "plain") == [
@@ -234,7 +234,7 @@ def test_a_single_file_gets_an_index_beside_an_absorbed_file_only(tmp_path: Path
     ]
     assert torch.equal(logits_of(tmp_path / "split"), logits_of(tmp_path / "plain"))
     # What was merged can be the base of another merge, and its leftovers don't come along.
-    again = merge_absorb(adapter, tmp_path / "split", tmp_path / "again", options=Options(absorb="none"))
+    again = merge_absorb(adapter, tmp_path / "split", tmp_path / "again", options=MergeOptions(absorb="none"))
     assert again.left_behind == ["absorbed.safetensors", "merge_report.json", "mla_tune_manifest.json"]
 
 
@@ -242,7 +242,7 @@ def test_a_single_file_gets_an_index_beside_an_absorbed_file_only(tmp_path: Path
 def test_dtype(dtype: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype="bfloat16" if dtype == "float32" else "float32")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["kv_b_proj"], target_parameters=EXPERTS)
-    report = merge_absorb(adapter, base, tmp_path / "out", options=Options(dtype=dtype))
+    report = merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(dtype=dtype))
     assert report.dtype == dtype
     assert report.proof["unchanged"] == 2, "the two routing biases stay as they are"
     wanted, old = getattr(torch, dtype), tensors_of(base)
@@ -269,7 +269,7 @@ def test_a_delta_that_rounding_erases_is_reported(tmp_path: Path) -> None:
         assert row.relative < 1e-3
         assert row.cosine is not None
         assert row.cosine < 0.7
-    exact = merge_absorb(adapter, base, tmp_path / "exact", options=Options(dtype="float32")).roles
+    exact = merge_absorb(adapter, base, tmp_path / "exact", options=MergeOptions(dtype="float32")).roles
     assert all(row.cosine is not None and row.cosine > 0.999 for row in exact)
 
 
@@ -285,7 +285,7 @@ def test_an_adapter_that_was_never_trained_gives_the_base(tmp_path: Path) -> Non
     edit_tensors(adapter / "adapter_model.safetensors", zero_B)
     report = merge_absorb(adapter, base, tmp_path / "out")
     row = report.roles[0]
-    assert (row.relative, row.kept, row.cosine) == (0, None, None)
+    assert (row.relative, row.retained, row.cosine) == (0, None, None)
     old, new = tensors_of(base), tensors_of(tmp_path / "out")
     assert all(torch.equal(old[key], new[key]) for key in old)
 
@@ -368,7 +368,7 @@ def test_the_embedded_model_by_its_word(named: str | None, tmp_path: Path) -> No
 def test_overwrite_replaces_an_earlier_output_whole(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge_absorb(adapter, base, tmp_path / "out")
     (tmp_path / "out" / "leftover").write_text("")
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(absorb="none"), overwrite=True)
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(absorb="none"), overwrite=True)
     assert not (tmp_path / "out" / "leftover").exists()
     assert not (tmp_path / "out" / "absorbed.safetensors").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

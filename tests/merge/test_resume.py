@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 import mla_tune.merge.execute as execute_module
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import CheckError, FileError, WorkError
 from mla_tune.merge.apply import Merger
 from mla_tune.merge.export import check_output
@@ -143,14 +143,14 @@ def test_other_inputs_begin_anew_and_say_so(
     with pytest.raises(KeyboardInterrupt):
         merge_absorb(own_adapter, own_base, out, **QUICK)
     monkeypatch.undo()
-    adapters, options, said = [(own_adapter, 1.0)], Options(), "beginning anew"
+    adapters, options, said = [(own_adapter, 1.0)], MergeOptions(), "beginning anew"
     if what == "adapter":
         edit_tensors(own_adapter / "adapter_model.safetensors", lambda t: next(iter(t.values())).mul_(2))
         said = "an unfinished merge of another adapter"
     elif what == "weight":
         adapters, said = [(own_adapter, 0.5)], "another adapter"
     elif what == "options":
-        options, said = Options(dtype="bfloat16"), "other options"
+        options, said = MergeOptions(dtype="bfloat16"), "other options"
     elif what == "base":
         shard = next(p for p in sorted(own_base.glob("*.safetensors")) if b"kv_b_proj" in p.read_bytes()[:4000])
         edit_tensors(shard, lambda t: next(iter(t.values())).mul_(2))
@@ -207,7 +207,7 @@ def test_two_processes_at_once(base: Path, adapter: Path, tmp_path: Path) -> Non
     assert [code for code, _ in errors].count(0) == 1, errors
     for code, text in errors:
         assert code == 0 or (code == 2 and ("another merge" in text or "is not empty" in text)), text
-    merge_absorb(adapter, base, tmp_path / "whole", options=Options(link=False), **QUICK)
+    merge_absorb(adapter, base, tmp_path / "whole", options=MergeOptions(link=False), **QUICK)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
@@ -295,7 +295,7 @@ def test_what_is_finished_counts_as_room_on_the_disk(
 ) -> None:
     stop_after(8, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        merge_absorb(adapter, base, tmp_path / "out", options=Options(link=False), **QUICK)
+        merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(link=False), **QUICK)
     monkeypatch.undo()
     written = sum(p.stat().st_size for p in (tmp_path / ".out.partial").glob("*.safetensors"))
     whole = sum(p.stat().st_size for p in base.glob("*.safetensors"))
@@ -303,8 +303,8 @@ def test_what_is_finished_counts_as_room_on_the_disk(
     usage = type("usage", (), {"free": whole - written + 20_000})  # room for the absorbed tensors too
     monkeypatch.setattr("mla_tune.merge.export.shutil.disk_usage", lambda _: usage)
     with pytest.raises(FileError, match="GB are free there"):
-        merge_absorb(adapter, base, tmp_path / "other", options=Options(link=False), **QUICK)
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(link=False), **QUICK)
+        merge_absorb(adapter, base, tmp_path / "other", options=MergeOptions(link=False), **QUICK)
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(link=False), **QUICK)
 
 
 def test_min_retained_stops_before_anything_is_published(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_the_commands_of_the_report_reproduce_the_run_and_merge_it(
     assert all(bool((first[k] == again[k]).all()) for k in first)
     merged = cli(*named["merge-absorb"])
     assert merged.code == 0, merged.err
-    assert cli(*named["verify"], "--no-probe").code == 0
+    assert cli(*named["verify"], "--no-logits").code == 0
     assert (place / "my run/merged/config.json").exists()
     assert page.commands[-1] == "vllm serve 'my run/merged'"
 

@@ -259,12 +259,12 @@ def test_a_wrong_part_is_refused() -> None:
 def test_the_paper_figures_by_hand() -> None:
     D, attention = 7168, 1536 * 7168 + 24576 * 1536 + 576 * 7168 + 32768 * 512 + 7168 * 16384
     scales = 12 * 56 + 192 * 12 + 5 * 56 + 256 * 4 + 56 * 128
-    raised, kept = merge_paper.bill(["attention"], "bf16"), merge_paper.bill(["attention"], "keep")
+    raised, kept = merge_paper.bill(["attention"], "dequantize"), merge_paper.bill(["attention"], "keep")
     assert raised.written - kept.written == 61 * (attention - 4 * scales)
     assert raised.merged == 61 * 5
     assert raised.flop == 61 * attention * 2 * 16
     assert raised.largest == D * 16384 * 4
-    everything, as_fp8 = merge_paper.bill(fake_v3.GROUPS, "bf16"), merge_paper.bill(fake_v3.GROUPS, "keep")
+    everything, as_fp8 = merge_paper.bill(fake_v3.GROUPS, "dequantize"), merge_paper.bill(fake_v3.GROUPS, "keep")
     assert everything.merged == 61 * 5 + 61 * 3 + 58 * 256 * 3
     mlp = 3 * 3 * 18432 * D + 58 * 257 * 3 * 2048 * D
     blocks = 61 * scales + 3 * 3 * 144 * 56 + 58 * 257 * 3 * 16 * 56
@@ -279,7 +279,7 @@ def test_the_paper_figures_are_those_of_the_dry_run(fake: Path, tmp_path: Path, 
     folders = ["--base", str(fake / "model"), "--out", str(tmp_path / "out")]
     ran = cli("merge-absorb", str(fake / "attention"), *folders, "--dry-run", "--json")
     assert ran.code == 0, ran.err
-    plan, bill = json.loads(ran.out), merge_paper.bill(["attention"], "bf16")
+    plan, bill = json.loads(ran.out), merge_paper.bill(["attention"], "dequantize")
     assert len(plan["files_written"]) == bill.touched
     assert plan["tensors_changed"] == bill.merged
     assert (plan["bytes_written"], plan["bytes_total"]) == (bill.written, bill.output)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from mla_tune.adapter.inputs import Inputs, open_inputs
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import CheckError, FileError, WorkError
 from mla_tune.merge.run import merge_absorb
 from mla_tune.verification.prover import _Beside, _Here, start
@@ -45,7 +45,7 @@ def inputs(merged: Path) -> Inputs:
 
 @pytest.fixture
 def beside() -> Iterator[_Beside]:
-    prover = _Beside(probe=False)
+    prover = _Beside(logits=False)
     yield prover
     prover.stop()
 
@@ -69,27 +69,27 @@ def wait_for(what: Any, seconds: float = 60) -> Any:
 
 
 def test_here_where_torch_is_loaded() -> None:
-    assert isinstance(start(probe=True), _Here)
+    assert isinstance(start(logits=True), _Here)
 
 
 @pytest.mark.slow
 def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
-    here = _Here(probe=True)
-    here.begin(inputs, Options(), 2, None)
+    here = _Here(logits=True)
+    here.begin(inputs, MergeOptions(), 2, None)
     expected = here.finish(merged / "out", [])
     told: list[tuple[str, int, int]] = []
-    beside = _Beside(probe=True)
+    beside = _Beside(logits=True)
     try:
-        beside.begin(inputs, Options(), 2, lambda *message: told.append(message))
+        beside.begin(inputs, MergeOptions(), 2, lambda *message: told.append(message))
         found = beside.finish(merged / "out", [])
     finally:
         beside.stop()
     assert found.proof == expected.proof
     assert found.hashes == expected.hashes
-    assert found.probe is not None
-    assert expected.probe is not None
-    assert found.probe["merged"]["max_error"] == pytest.approx(expected.probe["merged"]["max_error"], abs=1e-5)
-    assert found.probe["tokens"] == expected.probe["tokens"]
+    assert found.logits is not None
+    assert expected.logits is not None
+    assert found.logits["merged"]["max_error"] == pytest.approx(expected.logits["merged"]["max_error"], abs=1e-5)
+    assert found.logits["tokens"] == expected.logits["tokens"]
     for stage in ("check", "logits"):
         counts = [(done, total) for name, done, total in told if name == stage]
         assert counts
@@ -100,20 +100,20 @@ def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
 def test_what_is_wrong_is_told(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
     merge_absorb(merged / "adapter", merged / "base", tmp_path / "out", verify=False)
     edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t[KEY].mul_(2))
-    beside.begin(inputs, Options(), 2, None)
+    beside.begin(inputs, MergeOptions(), 2, None)
     with pytest.raises(CheckError, match=rf"nothing was published:\n  {KEY}: .* numbers are wrong"):
         beside.finish(tmp_path / "out", [])
 
 
 def test_other_errors_keep_their_kind(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
     gone = replace(inputs, places=replace(inputs.places, base=tmp_path / "gone"))
-    beside.begin(gone, Options(), 2, None)
+    beside.begin(gone, MergeOptions(), 2, None)
     with pytest.raises(FileError, match="gone"):
         beside.finish(merged / "out", [])
 
 
 def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: _Beside) -> None:
-    beside.begin(inputs, Options(), 2, None)
+    beside.begin(inputs, MergeOptions(), 2, None)
     os.kill(beside._process.pid, signal.SIGKILL)
     with pytest.raises(WorkError, match=r"was killed by signal 9 .*short of memory.*nothing was published"):
         beside.finish(merged / "out", [])
@@ -121,8 +121,8 @@ def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: _Beside) 
 
 def test_a_worker_with_a_bug(merged: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr("mla_tune.verification.prover.WORKER", "mla_tune.merge.no_such_module")
-    beside = _Beside(probe=False)
-    beside.begin(inputs, Options(), 2, None)
+    beside = _Beside(logits=False)
+    beside.begin(inputs, MergeOptions(), 2, None)
     with pytest.raises(WorkError, match="ended with exit code 1"):
         beside.finish(merged / "out", [])
     beside.stop()
@@ -134,8 +134,8 @@ def test_the_folder_of_the_user_is_not_imported_from(
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
-    beside = _Beside(probe=False)
-    beside.begin(inputs, Options(), 2, None)
+    beside = _Beside(logits=False)
+    beside.begin(inputs, MergeOptions(), 2, None)
     beside.finish(merged / "out", [])
     beside.stop()
 
@@ -147,7 +147,7 @@ import sys
 from pathlib import Path
 from mla_tune.merge.run import merge_absorb
 report = merge_absorb(Path({str(merged / "adapter")!r}), {str(merged / "base")!r}, Path({str(merged / "lib")!r}))
-assert report.proof["failed"] == 0 and report.probe["ran"]
+assert report.proof["failed"] == 0 and report.logits["ran"]
 assert not {{"torch", "transformers", "peft"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.arch.build import architecture
 from mla_tune.errors import FileError, InputError
 from mla_tune.merge.run import merge_absorb
@@ -78,7 +78,7 @@ def fp8(root: Path, base: Path) -> Path:
 
 
 def verified(out: Path, base: Path, *adapters: Path) -> VerifyResult:
-    return verify(out, base, [(a, 1.0) for a in adapters], probe=False)
+    return verify(out, base, [(a, 1.0) for a in adapters], logits=False)
 
 
 def holds(out: Path, base: Path, *adapters: Path) -> VerifyResult:
@@ -287,18 +287,18 @@ def test_no_dora_is_accused_for_how_it_rounds(
             holds(out, base, this)
 
 
-OPTIONS: dict[str, Options] = {
-    "nearest": Options(),
-    "exact": Options(exact=True),
-    "stochastic": Options(round="stochastic", seed=5),
-    "float32": Options(dtype="float32"),
-    "float32 exact": Options(dtype="float32", exact=True),
-    "float16": Options(dtype="float16"),
-    "float16 stochastic": Options(dtype="float16", round="stochastic"),
-    "float32 stochastic": Options(dtype="float32", round="stochastic"),
-    "fold": Options(absorb="fold"),
-    "fold in float32": Options(absorb="fold", dtype="float32"),
-    "copied": Options(link=False, absorb="none"),
+OPTIONS: dict[str, MergeOptions] = {
+    "nearest": MergeOptions(),
+    "exact": MergeOptions(exact=True),
+    "stochastic": MergeOptions(round="stochastic", seed=5),
+    "float32": MergeOptions(dtype="float32"),
+    "float32 exact": MergeOptions(dtype="float32", exact=True),
+    "float16": MergeOptions(dtype="float16"),
+    "float16 stochastic": MergeOptions(dtype="float16", round="stochastic"),
+    "float32 stochastic": MergeOptions(dtype="float32", round="stochastic"),
+    "fold": MergeOptions(absorb="fold"),
+    "fold in float32": MergeOptions(absorb="fold", dtype="float32"),
+    "copied": MergeOptions(link=False, absorb="none"),
 }
 
 
@@ -321,8 +321,10 @@ def test_ours_hold_strictly(name: str, base: Path, adapter: Path, tmp_path: Path
 def test_ours_on_fp8_hold_strictly(name: str, how: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     fp8 = make_fp8(base, tmp_path / "fp8", **FORMATS[name])
     rounding = "stochastic" if "stochastic" in how else "nearest"
-    options = Options(fp8="keep", exact="exact" in how, round=rounding, absorb="fold" if "exact" in how else "split")
-    options = {"bf16": Options(), "float32": Options(dtype="float32")}.get(how, options)
+    options = MergeOptions(
+        quantized="keep", exact="exact" in how, round=rounding, absorb="fold" if "exact" in how else "split"
+    )
+    options = {"bf16": MergeOptions(), "float32": MergeOptions(dtype="float32")}.get(how, options)
     merge_absorb(adapter, fp8, tmp_path / "out", options=options, verify=False)
     assert holds(tmp_path / "out", fp8).proof.strict
     if rounding == "nearest":
@@ -334,7 +336,7 @@ def test_ours_on_fp8_hold_strictly(name: str, how: str, base: Path, adapter: Pat
 @pytest.mark.parametrize("dtype", ["keep", "float32"])
 def test_whole_tensors_hold(modules: list[str], dtype: str, base: Path, tmp_path: Path) -> None:
     saved = save_trained(tmp_path / "adapter", base, target_modules=["o_proj"], modules_to_save=modules)
-    merge_absorb(saved, base, tmp_path / "out", options=Options(dtype=dtype), verify=False)
+    merge_absorb(saved, base, tmp_path / "out", options=MergeOptions(dtype=dtype), verify=False)
     holds(tmp_path / "out", base)
     edit(tmp_path / "out", NORM if "norm" in modules else "lm_head.weight", lambda t: t * 1.5)
     assert set(wrong(tmp_path / "out", base)) >= {NORM if "norm" in modules else "lm_head.weight"}
@@ -343,7 +345,7 @@ def test_whole_tensors_hold(modules: list[str], dtype: str, base: Path, tmp_path
 def test_untied_heads_hold(tmp_path: Path) -> None:
     tied = make_base(tmp_path / "base", "minicpm3", "bfloat16")
     head = make_adapter(tmp_path / "adapter", tied, target_modules=["lm_head", "kv_b_proj"])
-    merge_absorb(head, tied, tmp_path / "out", options=Options(untie_embeddings=True), verify=False)
+    merge_absorb(head, tied, tmp_path / "out", options=MergeOptions(untie_embeddings=True), verify=False)
     holds(tmp_path / "out", tied)
     edit_json(tmp_path / "out" / "config.json", tie_word_embeddings=True)
     assert "still ties it" in wrong(tmp_path / "out", tied)["lm_head.weight"]
@@ -357,8 +359,8 @@ def test_several_adapters_and_experts_one_by_one(base: Path, adapter: Path, tmp_
     merge_absorb([(adapter, 0.7), (other, -0.3)], base, tmp_path / "sum", verify=False)
     holds(tmp_path / "sum", base)
     (tmp_path / "sum" / "mla_tune_manifest.json").unlink()
-    assert verify(tmp_path / "sum", base, [(adapter, 0.7), (other, -0.3)], probe=False).holds
-    assert not verify(tmp_path / "sum", base, [(adapter, 0.7), (other, 0.3)], probe=False).holds
+    assert verify(tmp_path / "sum", base, [(adapter, 0.7), (other, -0.3)], logits=False).holds
+    assert not verify(tmp_path / "sum", base, [(adapter, 0.7), (other, 0.3)], logits=False).holds
     generator = torch.Generator().manual_seed(0)
     loose, tensors = tmp_path / "loose", {}
     for layer, expert, name in ((1, 0, "gate_proj"), (1, 3, "up_proj"), (2, 2, "down_proj")):
@@ -390,7 +392,7 @@ def fused(base: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("fp8", ["", "bf16", "keep"])
+@pytest.mark.parametrize("fp8", ["", "dequantize", "keep"])
 def test_fused_experts_on_disk(
     fp8: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,7 +401,7 @@ def test_fused_experts_on_disk(
     monkeypatch.setattr("mla_tune.adapter.inputs.architecture", lambda *_: replace(arch, sites=sites))
     this = fused(base, tmp_path / "fused")
     this = make_fp8(this, tmp_path / "fp8", (8, 16)) if fp8 else this
-    merge_absorb(adapter, this, tmp_path / "out", options=Options(fp8=fp8 or "bf16"), verify=False)
+    merge_absorb(adapter, this, tmp_path / "out", options=MergeOptions(quantized=fp8 or "dequantize"), verify=False)
     holds(tmp_path / "out", this)
     key = "model.layers.2.mlp.experts.gate_up_proj"
     if fp8 == "keep":
@@ -542,7 +544,7 @@ def test_deltas_on_raw_codes(fp8: Path, adapter: Path, tmp_path: Path) -> None:
 
 def test_fp8_scales_that_are_too_large(fp8: Path, adapter: Path, tmp_path: Path) -> None:
     """Numbers that such codes stand for are as near as a rounding, of a step that is 64 times too wide."""
-    merge_absorb(adapter, fp8, tmp_path / "out", options=Options(fp8="keep", absorb="none"), verify=False)
+    merge_absorb(adapter, fp8, tmp_path / "out", options=MergeOptions(quantized="keep", absorb="none"), verify=False)
     wide, scale = 64.0, f"{KV_B}_scale_inv"
     W = dequantized(fp8)[KV_B] + changes(fp8, adapter)[KV_B].delta
     codes = W / spread(tensors_of(tmp_path / "out")[scale], W.shape, (8, 16)) / wide
@@ -556,7 +558,7 @@ def test_fp8_scales_that_are_too_large(fp8: Path, adapter: Path, tmp_path: Path)
 def test_fused_layers_of_two_precisions(fp8: Path, tmp_path: Path) -> None:
     """§5: vLLM fuses q_a_proj with kv_a_proj_with_mqa: every part of a fused layer must have one precision."""
     one = make_adapter(tmp_path / "adapter", fp8.with_name("base"), target_modules=["q_a_proj"])
-    merge_absorb(one, fp8, tmp_path / "out", options=Options(absorb="none"), verify=False)
+    merge_absorb(one, fp8, tmp_path / "out", options=MergeOptions(absorb="none"), verify=False)
     (tmp_path / "out" / "mla_tune_manifest.json").unlink()
     holds(tmp_path / "out", fp8, one)
     beside = "model.layers.1.self_attn.kv_a_proj_with_mqa"
@@ -574,7 +576,7 @@ def test_fused_layers_of_two_precisions(fp8: Path, tmp_path: Path) -> None:
 
 
 def test_a_quantization_config_left_behind_or_taken_away(fp8: Path, adapter: Path, tmp_path: Path) -> None:
-    merge_absorb(adapter, fp8, tmp_path / "out", options=Options(absorb="none"), verify=False)
+    merge_absorb(adapter, fp8, tmp_path / "out", options=MergeOptions(absorb="none"), verify=False)
     out = tmp_path / "out"
     ours = (out / "config.json").read_text()
     shutil.copy(fp8 / "config.json", out)
@@ -621,7 +623,7 @@ def test_total_size_as_a_count_of_tensors(base: Path, adapter: Path, tmp_path: P
 
 def test_absorbed_tensors_split_before_dequantizing(fp8: Path, adapter: Path, tmp_path: Path) -> None:
     """§5: 25 rows a head are not 8-aligned: split only after dequantizing."""
-    merge_absorb(adapter, fp8, tmp_path / "out", options=Options(fp8="keep"), verify=False)
+    merge_absorb(adapter, fp8, tmp_path / "out", options=MergeOptions(quantized="keep"), verify=False)
     holds(tmp_path / "out", fp8)
     t = tensors_of(tmp_path / "out")
     codes = t[KV_B].float().view(3, 25, 28)[:, :10]
@@ -647,7 +649,7 @@ def flip(bit: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @pytest.mark.parametrize("absorb", ["split", "fold"])
 def test_one_flipped_bit(absorb: str, base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge_absorb(adapter, base, tmp_path / "right", options=Options(absorb=absorb), verify=False)
+    merge_absorb(adapter, base, tmp_path / "right", options=MergeOptions(absorb=absorb), verify=False)
     path = KV_B.removesuffix("kv_b_proj.weight")
     absorbed = [f"{path}{name}" for name in (("W_UK", "W_UV") if absorb == "split" else ("W_QK", "W_VO"))]
     for key in (KV_B, DOWN, NORM, "lm_head.weight", *absorbed):
@@ -664,7 +666,7 @@ def test_one_flipped_bit(absorb: str, base: Path, adapter: Path, tmp_path: Path)
 
 def test_one_flipped_bit_of_float32_and_of_codes(base: Path, fp8: Path, adapter: Path, tmp_path: Path) -> None:
     """Float32 sums are not unique in the last bits: the fourth is certain.  A code has none to spare."""
-    options = {"float32": (base, Options(dtype="float32"), 3), "fp8": (fp8, Options(fp8="keep"), 0)}
+    options = {"float32": (base, MergeOptions(dtype="float32"), 3), "fp8": (fp8, MergeOptions(quantized="keep"), 0)}
     for name, (this, option, bit) in options.items():
         merge_absorb(adapter, this, tmp_path / name, options=option, verify=False)
         for key in (KV_B, DOWN):
@@ -685,7 +687,7 @@ def test_every_byte_is_compared(n: int) -> None:
 
 def test_numbers_that_are_off_by_more_than_a_rounding(base: Path, even: Path, adapter: Path, tmp_path: Path) -> None:
     """Two units in the last place of a stochastic rounding, four of another tool's."""
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(round="stochastic", absorb="none"), verify=False)
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(round="stochastic", absorb="none"), verify=False)
     edit(tmp_path / "out", DOWN, flip(1))
     assert "1 of 1,920 numbers is wrong" in wrong(tmp_path / "out", base)[DOWN]
     small = scaled(adapter, tmp_path / "adapter", 0.01)
@@ -695,7 +697,7 @@ def test_numbers_that_are_off_by_more_than_a_rounding(base: Path, even: Path, ad
 
 def test_stochastic_rounding_hides_no_missing_adapter(even: Path, adapter: Path, tmp_path: Path) -> None:
     base, small = even, scaled(adapter, tmp_path / "adapter", 0.002)
-    merge_absorb(small, base, tmp_path / "out", options=Options(round="stochastic", absorb="none"), verify=False)
+    merge_absorb(small, base, tmp_path / "out", options=MergeOptions(round="stochastic", absorb="none"), verify=False)
     holds(tmp_path / "out", base)
     edit(tmp_path / "out", KV_B, lambda _: tensors_of(base)[KV_B])
     assert "holds 0.0% of the adapter's change" in wrong(tmp_path / "out", base)[KV_B]
@@ -705,7 +707,7 @@ def test_heads_swapped(base: Path, adapter: Path, tmp_path: Path) -> None:
     path = KV_B.removesuffix("kv_b_proj.weight")
     for absorb, name in (("split", "W_UK"), ("split", "W_UV"), ("fold", "W_QK"), ("fold", "W_VO")):
         out = tmp_path / name
-        merge_absorb(adapter, base, out, options=Options(absorb=absorb), verify=False)
+        merge_absorb(adapter, base, out, options=MergeOptions(absorb=absorb), verify=False)
         edit(out, f"{path}{name}", lambda t: t[[1, 0, 2]])
         assert f"{path}{name}" in wrong(out, base)
         edit(out, f"{path}{name}", lambda t: None)
@@ -713,7 +715,7 @@ def test_heads_swapped(base: Path, adapter: Path, tmp_path: Path) -> None:
 
 
 def test_weights_of_another_dtype(base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(absorb="none"), verify=False)
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(absorb="none"), verify=False)
     for key in (KV_B, "lm_head.weight"):
         edit(tmp_path / "out", key, lambda t: t.to(torch.float32))
         assert "is F32, and BF16 is right" in wrong(tmp_path / "out", base)[key]
@@ -725,7 +727,7 @@ def test_weights_of_another_dtype(base: Path, adapter: Path, tmp_path: Path) -> 
 
 
 def test_a_file_that_is_the_bases_own(base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(absorb="none"), verify=False)
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(absorb="none"), verify=False)
     name = json.loads((base / INDEX).read_text())["weight_map"][KV_B]
     (tmp_path / "out" / name).unlink()
     os.link(base / name, tmp_path / "out" / name)
@@ -750,7 +752,7 @@ def test_keys_too_many_and_of_another_shape(base: Path, adapter: Path, tmp_path:
 
 
 def test_numbers_that_are_not_finite(base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(absorb="none"), verify=False)
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(absorb="none"), verify=False)
     for value in (float("nan"), float("inf")):
         edit(tmp_path / "out", KV_B, lambda t, v=value: t.index_fill(0, torch.tensor([3]), v))
         assert "28 of 2,100 numbers are wrong: at [3, 0]" in wrong(tmp_path / "out", base)[KV_B]

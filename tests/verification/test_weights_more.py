@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from mla_tune.adapter.files import open_adapter
-from mla_tune.adapter.merge_options import Options
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.merge.run import merge_absorb
@@ -46,7 +46,7 @@ def test_codes_of_zero_under_a_huge_scale(strict: bool, tmp_path: Path) -> None:
     """Half a code's step of such a scale is larger than every weight."""
     base = make_fp8(make_base(tmp_path / "plain", dtype="bfloat16"), tmp_path / "base")
     plain = make_adapter(tmp_path / "adapter", tmp_path / "plain", target_modules=["o_proj"])
-    merge_absorb(plain, base, tmp_path / "out", options=Options(fp8="keep", absorb="none"), verify=False)
+    merge_absorb(plain, base, tmp_path / "out", options=MergeOptions(quantized="keep", absorb="none"), verify=False)
     assert not proven(base, [plain], tmp_path / "out", strict=strict)
     edit(tmp_path / "out", KEY, lambda t: torch.zeros_like(t.float()).to(t.dtype))
     edit(tmp_path / "out", f"{KEY}_scale_inv", lambda t: torch.full_like(t, 1e6))
@@ -56,9 +56,9 @@ def test_codes_of_zero_under_a_huge_scale(strict: bool, tmp_path: Path) -> None:
 def test_truncation_is_not_stochastic_rounding(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype="bfloat16")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["o_proj"])
-    options = Options(dtype="float32", absorb="none")
+    options = MergeOptions(dtype="float32", absorb="none")
     merge_absorb(adapter, base, tmp_path / "sums", options=options, verify=False)
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(round="stochastic", absorb="none"), verify=False)
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(round="stochastic", absorb="none"), verify=False)
     assert not proven(base, [adapter], tmp_path / "out", strict=True, rounding="stochastic")
     sums = {k: t for f in (tmp_path / "sums").glob("*.safetensors") for k, t in load_file(f).items()}
     cut = (sums[KEY].view(torch.int32) & -65536).view(torch.float32).bfloat16()
@@ -70,7 +70,7 @@ def test_truncation_is_not_stochastic_rounding(tmp_path: Path) -> None:
 def test_a_cast_is_exact_whoever_made_it(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["kv_b_proj"])
-    merge_absorb(adapter, base, tmp_path / "out", options=Options(dtype="bfloat16", absorb="none"), verify=False)
+    merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(dtype="bfloat16", absorb="none"), verify=False)
     assert not proven(base, [adapter], tmp_path / "out", strict=False)
 
     def one_ulp(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Absorbed attention for the probe, in the decoder layers of transformers: prefill only, no cache.
+"""Absorbed attention for the comparison of logits, in the decoder layers of transformers: prefill only, no cache.
 
     B batch   T tokens   H heads   P qk_nope_head_dim   R qk_rope_head_dim   V v_head_dim   C kv_lora_rank
     D hidden size   Q what the query up-projection reads: L, or D without query compression
@@ -33,8 +33,8 @@ from mla_tune.errors import CheckError
 from mla_tune.verification.logits.streamed_weights import Weights
 
 #: The name under which transformers finds this attention.
-ATTENTION = "mla_tune_probe"
-_STATE = "mla_tune_probe_state"
+ATTENTION = "mla_tune_logits"
+_STATE = "mla_tune_logits_state"
 
 
 class Absorbed:

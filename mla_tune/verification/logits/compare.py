@@ -1,4 +1,4 @@
-"""The forward probe: does the merged model say what base + adapters say?
+"""The comparison of logits: does the merged model say what base + adapters say?
 
 Three ways to the same logits, on some random tokens, layer by layer: (1) base and adapters unmerged, by PEFT; (2) the
 merged checkpoint, by stock transformers; (3) the merged checkpoint with absorbed attention.  The base alone is computed
@@ -29,7 +29,7 @@ from mla_tune.errors import WorkError
 from mla_tune.verification.logits.streamed_model import NotComputed, StreamedModel, build
 from mla_tune.verification.logits.streamed_weights import Weights
 
-#: Share of the free memory that a probe may take.
+#: Share of the free memory that a comparison may take.
 _SHARE = 0.8
 #: Memory beside weights, adapters and logits: attention, buffers of the reader, what is not given back at once.
 _BESIDE = 100_000_000

@@ -1,4 +1,4 @@
-"""The numbers of a checkpoint for the probe, where a model keeps them, and the memory they are read into."""
+"""The numbers of a checkpoint where a model keeps them, and the memory they are read into."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Weights:
         step = max(1, _BLOCK // max(1, columns))
         for first in range(begin, end, step):
             last = min(first + step, end)
-            raw = self.reader.rows(ref, first, last, "probe")
+            raw = self.reader.rows(ref, first, last, "logits")
             if ref.key in self.values.quantized:
                 numbers = self.values.of(ref, raw, first, last, torch.float32)
             else:

@@ -1,7 +1,7 @@
-"""The forward probe against plain transformers and plain PEFT.
+"""The comparison of logits against plain transformers and plain PEFT.
 
 The tests compute the logits themselves, with whole models in float32 from `from_pretrained`, and the figures from them
-in numpy (`probe_helpers`).
+in numpy (`helpers.logits`).
 """
 
 from __future__ import annotations
@@ -149,20 +149,20 @@ def test_several_adapters_with_weights(tmp_path: Path, parameters: list[str]) ->
 
 @fast_cases("bf16-deepseek", "keep-compressed-tensors")
 @pytest.mark.parametrize("style", ["deepseek", "compressed-tensors"])
-@pytest.mark.parametrize("fp8", ["bf16", "keep"])
-def test_fp8(tmp_path: Path, style: str, fp8: str) -> None:
+@pytest.mark.parametrize("quantized", ["dequantize", "keep"])
+def test_fp8(tmp_path: Path, style: str, quantized: str) -> None:
     """Numbers from the codes, by the blocks that are declared; float32 in the test, from its own helper."""
     plain = make_base(tmp_path / "plain", dtype="bfloat16")
     make_fp8(plain, tmp_path / "base", (7, 9), style)
     adapter = make_adapter(tmp_path / "adapter", plain, **targets("deepseek_v3"))
-    merged = merge(tmp_path, adapter, "split", fp8=fp8)
+    merged = merge(tmp_path, adapter, "split", quantized=quantized)
     report = run(tmp_path, adapter, merged)
     before = _with_numbers(plain, tmp_path / "base", tmp_path / "numbers")
     check(report.effect, logits(load(before, "float32")), adapted(before, adapter))
     after = _with_numbers(plain, tmp_path / "out", tmp_path / "after")
     check(report.merged, adapted(before, adapter), logits(load(after, "float32")))
     wrong(report.effect)
-    if fp8 == "bf16":
+    if quantized == "dequantize":
         exact(report.absorbed)
     else:  # W_UK and W_UV are the numbers of FP8 codes rounded to bf16
         assert report.absorbed is not None

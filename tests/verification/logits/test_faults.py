@@ -1,4 +1,4 @@
-"""The forward probe where something is wrong: the merge, the checkpoint, what PEFT can do, or too little memory."""
+"""The comparison of logits where something is wrong: merge, checkpoint, what PEFT can do, or too little memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from transformers import AutoModelForCausalLM
 
-import mla_tune.verification.logits.compare as probe_module
+import mla_tune.verification.logits.compare as compare_module
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError
 from tests.helpers import merging as merge_helpers
@@ -235,7 +235,7 @@ def test_memory_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["o_proj"])
     merged = merge(tmp_path, adapter)
-    monkeypatch.setattr(probe_module, "_free_memory", lambda: 1_000_000)
+    monkeypatch.setattr(compare_module, "_free_memory", lambda: 1_000_000)
     report = run(tmp_path, adapter, merged)
     assert not report.ran
     assert "GB" in report.reason
@@ -244,7 +244,7 @@ def test_memory_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_of_transformers_is_changed(tmp_path: Path) -> None:
-    """A model that is loaded after a probe computes as one before, and prefill uses the stock attention."""
+    """A model that is loaded after a comparison computes as one before, and prefill uses the stock attention."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     before, peft = logits(load(tmp_path / "base")), adapted(tmp_path / "base", adapter)

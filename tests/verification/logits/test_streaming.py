@@ -1,5 +1,5 @@
-"""How the forward probe reads weights: experts a few at a time and only those that run, in whichever form they lie on
-disk, and what becomes of a probe that can't be made as usual."""
+"""How the comparison of logits reads weights: experts a few at a time and only those that run, in whichever form they
+lie on disk, and what becomes of a comparison that can't be made as usual."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mla_tune.verification.logits.compare as probe_module
-import mla_tune.verification.logits.peft_reference as probe_peft
-import mla_tune.verification.logits.streamed_model as probe_model
+import mla_tune.verification.logits.compare as compare_module
+import mla_tune.verification.logits.peft_reference as peft_reference
+import mla_tune.verification.logits.streamed_model as streamed_model
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.verification.logits.streamed_model import StreamedModel
 from mla_tune.verification.logits.streamed_weights import Weights
@@ -58,8 +58,8 @@ def test_one_expert_at_a_time(
     make_base(tmp_path / "base", family)
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets(family))
     merged = merge(tmp_path, adapter, "split")
-    monkeypatch.setattr(probe_module, "_CHUNK", 1)
-    monkeypatch.setattr(probe_module, "_readers", lambda: readers)
+    monkeypatch.setattr(compare_module, "_CHUNK", 1)
+    monkeypatch.setattr(compare_module, "_readers", lambda: readers)
     read_experts, chunks = StreamedModel._read_experts, []
 
     def recorded(self: StreamedModel, stack: Any, chunk: Any, memory: Any) -> Any:
@@ -83,7 +83,7 @@ def test_the_head_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     """97 rows in tens; minicpm3's is the embedding."""
     make_base(tmp_path / "base", family)
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=ATTENTION)
-    monkeypatch.setattr(probe_model, "_ROWS", 10 * 48 * 4)
+    monkeypatch.setattr(streamed_model, "_ROWS", 10 * 48 * 4)
     report = run(tmp_path, adapter, merge(tmp_path, adapter, "split"))
     check(report.effect, logits(load(tmp_path / "base")), adapted(tmp_path / "base", adapter))
     exact(report.merged)
@@ -104,7 +104,7 @@ def test_a_trained_head_that_is_no_adapter(tmp_path: Path) -> None:
 def test_three_experts_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: None) -> None:
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
-    monkeypatch.setattr(probe_module, "_CHUNK", 3 * 3 * 40 * 48 * 4)
+    monkeypatch.setattr(compare_module, "_CHUNK", 3 * 3 * 40 * 48 * 4)
     report = run(tmp_path, adapter, merge(tmp_path, [(adapter, 2.0)]))
     check(report.merged, adapted(tmp_path / "base", adapter), logits(load(tmp_path / "out")))
     wrong(report.merged)
@@ -152,7 +152,7 @@ def test_experts_in_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         tensors["model.layers.3.enorm.weight"] = torch.ones(48)
 
     edit_tensors(tmp_path / "out" / WEIGHTS, fuse)
-    monkeypatch.setattr(probe_module, "_CHUNK", chunk)
+    monkeypatch.setattr(compare_module, "_CHUNK", chunk)
     exact(run(tmp_path, adapter, Checkpoint.open(tmp_path / "out")).merged)
 
 
@@ -162,7 +162,7 @@ def test_a_peft_that_sums_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter)
     usual = run(tmp_path, adapter, merged)
-    monkeypatch.setattr(probe_peft, "_SUM", "_NotThere")
+    monkeypatch.setattr(peft_reference, "_SUM", "_NotThere")
     report = run(tmp_path, adapter, merged)
     check(report.effect, logits(load(tmp_path / "base")), adapted(tmp_path / "base", adapter))
     exact(report.merged)
@@ -186,10 +186,10 @@ def test_bfloat16_where_float32_does_not_fit(tmp_path: Path, monkeypatch: pytest
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter, "split")
-    monkeypatch.setattr(probe_module, "_CHUNK", 1)
-    monkeypatch.setattr(probe_module, "_BESIDE", 0)
+    monkeypatch.setattr(compare_module, "_CHUNK", 1)
+    monkeypatch.setattr(compare_module, "_BESIDE", 0)
     full = run(tmp_path, adapter, merged)
-    monkeypatch.setattr(probe_module, "_free_memory", lambda: (full.memory - 1) / probe_module._SHARE)
+    monkeypatch.setattr(compare_module, "_free_memory", lambda: (full.memory - 1) / compare_module._SHARE)
     report = run(tmp_path, adapter, merged)
     assert (full.dtype, report.dtype) == ("float32", "bfloat16")
     assert report.memory < full.memory
@@ -243,7 +243,7 @@ def test_figures_against_numpy() -> None:
     """The comparison itself, on logits that differ in every way."""
     generator = torch.Generator().manual_seed(5)
     a, b = (torch.randn(6, 11, generator=generator) * 4 for _ in range(2))
-    found = probe_module._compare("a", a, "b", b)
+    found = compare_module._compare("a", a, "b", b)
     error, kl, top1 = figures(a.double().numpy(), b.double().numpy())
     assert found.max_error == pytest.approx(error)
     assert found.kl == pytest.approx(kl)
