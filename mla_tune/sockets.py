@@ -29,7 +29,7 @@ QUANT_FORMATS: Registry[QuantFormat] = Registry(
     "quantization format",
     {
         "fp8-block": "mla_tune.checkpoint.quantized.fp8:FP8_BLOCK",
-        "fp8-channel": "mla_tune.checkpoint.quantized.fp8:FP8_CHANNEL",
+        "fp8-tensor": "mla_tune.checkpoint.quantized.fp8:FP8_TENSOR",
     },
 )
 #: `train.objective` of a recipe: what a step minimizes.

@@ -37,7 +37,7 @@ def main() -> None:
         sets = [*args.set, f"output.dir={folder}", "output.overwrite=true"]
         steps = load_recipe(name, sets).train.max_steps
         every = max(1, (steps or 100) // args.evaluations)
-        runs[name] = train(load_recipe(name, [*sets, f"train.eval_every={every}"]))
+        runs[name] = train(load_recipe(name, [*sets, f"train.eval_every={every}"])).to_json()
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         curves[name] = [(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]
 

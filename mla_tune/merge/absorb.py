@@ -29,12 +29,12 @@ from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.absorbed import ABSORBED_FILE, ABSORBED_INDEX
 from mla_tune.checkpoint.atomic_files import write_json
-from mla_tune.checkpoint.dtypes import FLOATS, decode, encode
+from mla_tune.checkpoint.dtypes import decode, encode
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, tensor_bytes
-from mla_tune.checkpoint.quantized.fp8 import Quantized, dequantize, read_scales
+from mla_tune.checkpoint.quantized.base import QuantizedTensor
 from mla_tune.checkpoint.tensor_io import read_raw, sha256
 from mla_tune.checkpoint.writer import ShardWriter
-from mla_tune.errors import CheckError, InputError
+from mla_tune.errors import CheckError
 from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
 
 #: Files of a shard set, finished ones.
@@ -75,7 +75,7 @@ def write_absorbed(
     mode: str,
     *,
     max_shard_bytes: int = 5_000_000_000,
-    quantized: Mapping[str, Quantized] | None = None,
+    quantized: Mapping[str, QuantizedTensor] | None = None,
     exact: bool = False,
     context: int = 4096,
     workers: int = 1,
@@ -91,12 +91,11 @@ def write_absorbed(
 
     Raises what `plan_absorbed` raises, and `CheckError` where a product does not fit the dtype of the weights.
     """
-    headers = {key: (ref.dtype, ref.shape) for key, ref in merged.tensors.items()}
-    plan = plan_absorbed(arch, headers, mode, max_shard_bytes=max_shard_bytes, where=str(merged.folder))
     known = quantized or {}
-    for key in (key for sources in plan.sources.values() for key in sources.values()):
-        if merged[key].dtype not in FLOATS and key not in known:
-            raise InputError(f"{merged.folder}: '{key}' is {merged[key].dtype}, and how it was quantized is not known")
+    headers = {key: (ref.dtype, ref.shape) for key, ref in merged.tensors.items()}
+    headers |= {key: (tensor.codes.dtype, tensor.shape) for key, tensor in known.items()}
+    where = str(merged.folder)
+    plan = plan_absorbed(arch, headers, mode, quantized=known, max_shard_bytes=max_shard_bytes, where=where)
     for old in (folder / ABSORBED_FILE, folder / ABSORBED_INDEX, *folder.glob(_SHARDS)):
         old.unlink(missing_ok=True)
     job = _Job(arch, merged, plan, known, exact, progress or (lambda _: None))
@@ -136,7 +135,7 @@ class _Job:
         arch: Architecture,
         merged: Checkpoint,
         plan: AbsorbedPlan,
-        quantized: Mapping[str, Quantized],
+        quantized: Mapping[str, QuantizedTensor],
         exact: bool,
         progress: Callable[[int], None],
     ) -> None:
@@ -154,13 +153,14 @@ class _Job:
         return np.float64 if self.exact or dtype in ("F32", "F64") else np.float32
 
     def matrix(self, key: str) -> _Matrix:
-        return _Matrix(self.merged[key], self.quantized.get(key))
+        how = self.quantized.get(key)
+        return _Matrix(self.merged[key] if how is None else how.codes, how)
 
     def digests(self, key: str) -> dict[str, str]:
         """Of a weight and of its scale.  Kept: a module's tensors may lie in two files."""
         if key not in self._digests:
             how = self.quantized.get(key)
-            refs = [self.merged[key]] if how is None else [self.merged[key], how.scale]
+            refs = [self.merged[key]] if how is None else [how.codes, how.scale]
             self._digests[key] = {ref.key: sha256(ref) for ref in refs}
         return self._digests[key]
 
@@ -271,15 +271,15 @@ class _Job:
 class _Matrix:
     """Rows of one stored matrix, as floats or as codes."""
 
-    def __init__(self, ref: TensorRef, how: Quantized | None) -> None:
+    def __init__(self, ref: TensorRef, how: QuantizedTensor | None) -> None:
         self.ref, self.how = ref, how
-        self.scale = None if how is None else read_scales(how)
+        self.scale = None if how is None else how.format.read_scales(how)
 
     def floats(self, begin: int, end: int, float_type: type) -> np.ndarray:
         raw = read_raw(self.ref, begin, end)
         if self.how is None or self.scale is None:
             return decode(raw, self.ref.dtype, float_type)
-        return dequantize(raw, self.scale, self.how, begin, float_type)
+        return self.how.format.decode(raw, self.scale, self.how, row=begin, float_type=float_type)
 
     def codes(self, begin: int, end: int, dtype: str) -> np.ndarray:
         """Bits as they are, but FP8 as `dtype`."""

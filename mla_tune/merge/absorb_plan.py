@@ -5,7 +5,7 @@ Letters and formulas: `mla_tune.absorption.fold`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mla_tune.absorption.fold import FOLD_FACTS, LAYOUTS, absorbed_shapes, unsupported_reason
@@ -43,13 +43,14 @@ def plan_absorbed(
     tensors: Headers,
     mode: str,
     *,
+    quantized: Collection[str] = (),
     max_shard_bytes: int = 5_000_000_000,
     where: str = "the merged checkpoint",
 ) -> AbsorbedPlan:
     """Names, dtypes, shapes and files, from the (dtype, shape) of each tensor of the merged checkpoint.
 
     `mode` is `split` or `fold`.  Raises `InputError` where that would not be exact, for tensors that are missing or of
-    another shape than config.json says, and for codes that are not FP8.
+    another shape than config.json says, and for codes of weights that are not among `quantized` (keys).
     """
     if mode not in LAYOUTS:
         raise InputError(f"--absorb {mode}: allowed are {', '.join(LAYOUTS)} and none")
@@ -59,7 +60,7 @@ def plan_absorbed(
     sources: dict[str, dict[Role, str]] = {path: {} for path in arch.attention_paths}
     for site in arch.sites:
         if site.role in roles:
-            sources[site.path.rpartition(".")[0]][site.role] = _checked(site, tensors, where)
+            sources[site.path.rpartition(".")[0]][site.role] = _checked(site, tensors, quantized, where)
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path, keys in sources.items():
         bias = keys[Role.W_UKV].removesuffix("weight") + "bias"
@@ -71,7 +72,7 @@ def plan_absorbed(
     return AbsorbedPlan(mode, layout, _shards(layout, max_shard_bytes), sources)
 
 
-def _checked(site: Site, tensors: Headers, where: str) -> str:
+def _checked(site: Site, tensors: Headers, quantized: Collection[str], where: str) -> str:
     """The key of a site's weight, which must be there and of the site's shape."""
     key = site.disk_keys()[0]
     if key not in tensors:
@@ -82,8 +83,10 @@ def _checked(site: Site, tensors: Headers, where: str) -> str:
             f"{where}: '{key}' is {tuple(shape)}, but config.json describes {site.shape}: "
             "weights and configuration are of different models"
         )
-    if dtype not in FLOATS and dtype != "F8_E4M3":
-        raise InputError(f"{where}: '{key}' is {dtype}; {', '.join(FLOATS)} and F8_E4M3 can be absorbed")
+    if dtype not in FLOATS and key not in quantized:
+        raise InputError(
+            f"{where}: '{key}' is {dtype}, and how it was quantized is not known; {', '.join(FLOATS)} can be absorbed"
+        )
     return key
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from mla_tune.adapter.files import LoraDelta
 from mla_tune.checkpoint.dtypes import STORAGE, decode, encode, round_bf16
 from mla_tune.checkpoint.index import matrix_shape
-from mla_tune.checkpoint.quantized.fp8 import Quantized, dequantize, read_scales, requantize
+from mla_tune.checkpoint.quantized.base import QuantizedTensor
 from mla_tune.checkpoint.tensor_io import read_float, read_into, read_raw
 from mla_tune.errors import WorkError
 from mla_tune.merge.plan import MergePlan, OutTensor, WeightedDelta
@@ -106,8 +106,7 @@ class Merger:
 
     def _spans(self, out: OutTensor, rows: int) -> Iterator[tuple[int, int, int]]:
         """(begin, end, granularity) of the rows that belong to one matrix."""
-        code = out.quant or out.requantize
-        unit = code.block[0] if code is not None and code.block is not None else 1
+        unit = _row_group(out)
         matrices = out.shape[0] if len(out.shape) == 3 else 1
         for i in range(matrices):
             yield i * rows // matrices, (i + 1) * rows // matrices, unit
@@ -127,11 +126,10 @@ class Merger:
             W = self._weight(out, raw[begin - piece.begin : end - piece.begin], begin)
             merged, added = self._merged(out, W, begin)
             block = codes[begin - piece.begin : end - piece.begin]
-            if out.requantize is not None:
-                absmax = self._absmax(out) if out.requantize.block is None else None
-                block[...], raw = requantize(merged, out.requantize, self._rng(out.key, begin), absmax)
-                scales = decode(raw, out.requantize.scale.dtype, self.float_type)
-                kept = dequantize(block, scales, out.requantize, 0, self.float_type)
+            if (code := out.requantize) is not None:
+                absmax = self._absmax(out) if code.format.needs_absmax(code) else None
+                block[...], scales = code.format.encode(merged, code, rng=self._rng(out.key, begin), absmax=absmax)
+                kept = code.format.decode_fresh(block, scales, code, self.float_type)
             else:
                 kept = self._round(merged, out, begin, block)
             if retention is None or added is None:
@@ -146,14 +144,15 @@ class Merger:
         return codes, retention
 
     def _blocks(self, piece: RowRange, columns: int) -> Iterator[tuple[int, int]]:
-        code = piece.out.quant or piece.out.requantize
-        unit = code.block[0] if code is not None and code.block is not None else 1
+        unit = _row_group(piece.out)
         step = max(unit, _BLOCK // max(1, columns) // unit * unit)
         for begin in range(piece.begin, piece.end, step):
             yield begin, min(begin + step, piece.end)
 
     def _read(self, out: OutTensor, begin: int, end: int, columns: int) -> np.ndarray:
-        """The codes of rows of the source."""
+        """The codes of rows of the source, which may hold several numbers in one element."""
+        if out.quant is not None:
+            columns = matrix_shape(out.source.shape)[1]
         raw = self._spare("raw", (end - begin, columns), STORAGE[out.source.dtype])
         read_into(out.source, raw, begin * columns * raw.itemsize)
         return raw
@@ -165,7 +164,8 @@ class Merger:
                 return decode(raw, "BF16", out=self._spare("W", raw.shape))
             return decode(raw, out.source.dtype, self.float_type)
         expert, row = divmod(begin, out.shape[1]) if len(out.shape) == 3 else (None, begin)
-        return dequantize(raw, self._scale(out.quant), out.quant, row, self.float_type, expert)
+        code, scales = out.quant, self._scale(out.quant)
+        return code.format.decode(raw, scales, code, row=row, expert=expert, float_type=self.float_type)
 
     def _merged(self, out: OutTensor, W: np.ndarray, begin: int) -> tuple[np.ndarray, np.ndarray | None]:
         """(W', W' - W) of these rows; the second is None where nothing is added."""
@@ -262,12 +262,12 @@ class Merger:
             spares[name] = np.empty(size, np.uint8)
         return spares[name][:size].view(kind).reshape(shape)
 
-    def _scale(self, quant: Quantized) -> np.ndarray:
+    def _scale(self, quant: QuantizedTensor) -> np.ndarray:
         """The scales of a quantized weight, kept for the next rows."""
         with self._lock:
             key = quant.scale.key
             if key not in self._scales:
-                self._scales[key] = read_scales(quant, self.float_type)
+                self._scales[key] = quant.format.read_scales(quant, self.float_type)
                 if len(self._scales) > 8:
                     self._scales.popitem(last=False)
             return self._scales[key]
@@ -297,14 +297,21 @@ class Merger:
         assert out.scale_of is not None
         weight = self._weights[out.scale_of]
         rows, columns = matrix_shape(weight.shape)
-        absmax = self._absmax(weight) if quant.block is None else None
+        absmax = self._absmax(weight) if quant.format.needs_absmax(quant) else None
         parts = []
         for first, last, _ in self._spans(weight, rows):
             for begin, end in self._blocks(RowRange(weight, first, last), columns):
                 W = self._weight(weight, self._read(weight, begin, end, columns), begin)
-                parts.append(requantize(self._merged(weight, W, begin)[0], quant, None, absmax)[1])
-        raw = parts[0] if quant.block is None else np.concatenate(parts)
+                merged, _ = self._merged(weight, W, begin)
+                parts.append(quant.format.encode(merged, quant, absmax=absmax)[1])
+        raw = parts[0] if absmax is not None else np.concatenate(parts)
         return raw.reshape(matrix_shape(out.shape))
+
+
+def _row_group(out: OutTensor) -> int:
+    """How many rows of a tensor have to be computed together, because they share scales."""
+    code = out.quant or out.requantize
+    return 1 if code is None else code.format.row_group(code)
 
 
 def _not_finite(out: OutTensor, W: np.ndarray) -> WorkError:

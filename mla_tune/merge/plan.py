@@ -18,8 +18,8 @@ from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.dtypes import FLOATS
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, tensor_bytes
-from mla_tune.checkpoint.quantized.config import dequantize_fused_group
-from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights
+from mla_tune.checkpoint.quantized.base import QuantizedTensor
+from mla_tune.checkpoint.quantized.config import dequantize_fused_group, quantized_tensors
 from mla_tune.checkpoint.writer import TensorLayout
 from mla_tune.errors import InputError
 from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
@@ -51,8 +51,8 @@ class OutTensor:
     dtype: str
     shape: tuple[int, ...]
     source: TensorRef
-    quant: Quantized | None = None
-    requantize: Quantized | None = None
+    quant: QuantizedTensor | None = None
+    requantize: QuantizedTensor | None = None
     scale_of: str | None = None
     site: Site | None = None
     first_row: int = 0
@@ -102,7 +102,7 @@ class MergePlan:
     adapters: tuple[tuple[Adapter, float], ...]
     options: MergeOptions
     shards: tuple[OutShard, ...]
-    quantized: Mapping[str, Quantized]
+    quantized: Mapping[str, QuantizedTensor]
     dequantized: frozenset[str]
     replaced: frozenset[str]
     untied: bool
@@ -140,9 +140,9 @@ def plan_merge(
     shape, for adapters whose merge would not be the model that was trained, and for options that exclude each other.
     """
     options.check()
-    quantized = quantized_weights(checkpoint)
+    quantized = quantized_tensors(checkpoint)
     _check_weights(adapters)
-    changes = _Changes(checkpoint, arch, options)
+    changes = _Changes(checkpoint, arch, options, quantized)
     for adapter, weight in adapters:
         changes.add(adapter, weight)
     touched = {key for key in changes.outs if key in quantized}
@@ -150,9 +150,9 @@ def plan_merge(
     if options.dtype != "keep":
         dequantized = set(quantized)
     elif options.quantized == "dequantize":
-        dequantized = touched | dequantize_fused_group(arch, checkpoint, touched) if touched else set()
+        dequantized = touched | dequantize_fused_group(arch, quantized.keys(), touched) if touched else set()
     dequantized |= {key for key in changes.replaced if key in quantized}
-    shards = tuple(_shards(checkpoint, changes, options, quantized, dequantized))
+    shards = tuple(_Writing(checkpoint, changes, options, quantized, dequantized).shards())
     replaced = frozenset(changes.replaced)
     plan = MergePlan(
         checkpoint,
@@ -169,9 +169,12 @@ def plan_merge(
     if options.absorb == "none":
         return plan
     for site in arch.by_role(Role.W_UKV):
-        _check(checkpoint[site.disk_keys()[0]], site.shape, checkpoint, quantized)
+        key = site.disk_keys()[0]
+        _check(_source(checkpoint, quantized, key), site.shape, checkpoint, quantized.get(key))
     layout = {out.key: (out.dtype, out.shape) for shard in shards for out in shard.tensors}
-    return replace(plan, absorbed=plan_absorbed(arch, layout, options.absorb))
+    kept = {key: tensor for key, tensor in quantized.items() if key not in dequantized}
+    headers = layout | {key: (tensor.codes.dtype, tensor.shape) for key, tensor in kept.items()}
+    return replace(plan, absorbed=plan_absorbed(arch, headers, options.absorb, quantized=kept))
 
 
 @dataclass
@@ -181,6 +184,7 @@ class _Changes:
     checkpoint: Checkpoint
     arch: Architecture
     options: MergeOptions
+    quantized: Mapping[str, QuantizedTensor]
     outs: dict[str, OutTensor] = field(default_factory=dict)
     replaced: dict[str, Adapter] = field(default_factory=dict)
     untied: bool = False
@@ -192,11 +196,41 @@ class _Changes:
         for delta in adapter.deltas:
             self._refuse_unmergeable(adapter, delta)
             update = WeightedDelta(delta, weight)
-            for out in _tensors(self.checkpoint, self.arch, delta):
+            for out in self._tensors(delta):
                 known = self.outs.get(out.key)
                 # Whole tensors come first: an adapted output head may be saved as a whole beside its LoRA.
                 start = out if known is None else replace(out, source=known.source, updates=known.updates)
                 self.outs[out.key] = replace(start, updates=(*start.updates, update))
+
+    def _tensors(self, delta: LoraDelta) -> list[OutTensor]:
+        """The tensors that one update reaches, as the base has them; the bias of a LoRA bias is one of them.
+
+        A checkpoint may hold a weight under two of its names: each is merged, whichever a program reads.
+        """
+        site = delta.site
+        outs = []
+        for keys in (site.disk_keys(), *site.alias_keys()):
+            if site.disk != "per_expert":
+                # A tied output head is not on disk.
+                there = keys[0] in self.quantized or keys[0] in self.checkpoint.tensors
+                tied = not there and site.role == Role.LM_HEAD
+                outs.append(replace(self._out(self.arch.embedding_key if tied else keys[0]), key=keys[0], site=site))
+                continue
+            rows = site.shape[0] // site.disk_parts
+            for i, key in enumerate(keys):
+                expert, part = divmod(i, site.disk_parts)
+                wanted = delta.rows is None or (delta.rows[0] < (part + 1) * rows and part * rows < delta.rows[1])
+                if wanted and delta.expert in (None, expert):
+                    outs.append(replace(self._out(key), site=site, first_row=part * rows, expert=expert))
+        if delta.bias is not None:
+            outs.append(replace(self._out(site.disk_key("bias")), site=site, is_bias=True))
+        return outs
+
+    def _out(self, key: str) -> OutTensor:
+        """The weight or tensor of this key as it is, with the shape of its numbers."""
+        ref = _source(self.checkpoint, self.quantized, key)
+        shape = self.quantized[key].shape if key in self.quantized else ref.shape
+        return OutTensor(key, ref.dtype, shape, ref)
 
     def _replace(self, adapter: Adapter, key: str, ref: TensorRef) -> None:
         if key in self.replaced or key in self.outs:
@@ -252,34 +286,6 @@ def _check_weights(adapters: Sequence[tuple[Adapter, float]]) -> None:
             )
 
 
-def _tensors(checkpoint: Checkpoint, arch: Architecture, delta: LoraDelta) -> list[OutTensor]:
-    """The tensors on disk that one update reaches, as the base has them; the bias of a LoRA bias is one of them.
-
-    A checkpoint may hold a weight under two of its names: each is merged, whichever a program reads.
-    """
-    site = delta.site
-    outs = []
-    for keys in (site.disk_keys(), *site.alias_keys()):
-        if site.disk != "per_expert":
-            # A tied output head is not on disk.
-            ref = checkpoint.tensors.get(keys[0])
-            tied = ref is None and site.role == Role.LM_HEAD
-            ref = checkpoint[arch.embedding_key if tied else keys[0]]
-            outs.append(OutTensor(keys[0], ref.dtype, ref.shape, ref, site=site))
-            continue
-        rows = site.shape[0] // site.disk_parts
-        for i, key in enumerate(keys):
-            expert, part = divmod(i, site.disk_parts)
-            wanted = delta.rows is None or (delta.rows[0] < (part + 1) * rows and part * rows < delta.rows[1])
-            if wanted and delta.expert in (None, expert):
-                ref = checkpoint[key]
-                outs.append(OutTensor(key, ref.dtype, ref.shape, ref, site=site, first_row=part * rows, expert=expert))
-    if delta.bias is not None:
-        ref = checkpoint[site.disk_key("bias")]
-        outs.append(OutTensor(ref.key, ref.dtype, ref.shape, ref, site=site, is_bias=True))
-    return outs
-
-
 def _site_shape(out: OutTensor) -> tuple[int, ...]:
     """The shape that config.json gives to a tensor of a site."""
     site = out.site
@@ -294,80 +300,83 @@ def _site_shape(out: OutTensor) -> tuple[int, ...]:
     return (rows // site.disk_parts, columns)
 
 
-def _shards(
-    checkpoint: Checkpoint,
-    changes: _Changes,
-    options: MergeOptions,
-    quantized: Mapping[str, Quantized],
-    dequantized: set[str],
-) -> Iterator[OutShard]:
-    scales = {q.scale.key: key for key, q in quantized.items()}
-    dropped = {key for weight in dequantized for key in (quantized[weight].scale.key, *quantized[weight].companions)}
-    for shard in checkpoint.shards:
-        outs = _outs(checkpoint, shard, changes, options, quantized, dequantized, scales, dropped)
-        same = all(out.is_copy and out.source.file == shard.file for out in outs) and len(outs) == len(shard.tensors)
-        if outs:
-            yield OutShard(checkpoint.name(shard), shard, tuple(outs), same)
+def _source(checkpoint: Checkpoint, quantized: Mapping[str, QuantizedTensor], key: str) -> TensorRef:
+    """Where the numbers of a weight are: the codes of a quantized one.  Raises `InputError` for one that is missing."""
+    return quantized[key].codes if key in quantized else checkpoint[key]
 
 
-def _outs(
-    checkpoint: Checkpoint,
-    shard: Shard,
-    changes: _Changes,
-    options: MergeOptions,
-    quantized: Mapping[str, Quantized],
-    dequantized: set[str],
-    scales: Mapping[str, str],
-    dropped: set[str],
-) -> list[OutTensor]:
-    """The tensors of one file, in the base's order."""
-    outs: list[OutTensor] = []
-    keeps = changes.arch.family.keeps_dtype
-    for key, ref in shard.tensors.items():
-        if key in dropped:
-            continue
-        weight = scales.get(key)
-        if weight is not None and weight in changes.outs:
-            out = _finish(changes.outs[weight], checkpoint, options, quantized, dequantized, keeps)
-            outs.append(replace(out, key=key, dtype=ref.dtype, shape=ref.shape, scale_of=weight))
-            continue
-        out = changes.outs.get(key) or OutTensor(key, ref.dtype, ref.shape, ref)
-        outs.append(_finish(out, checkpoint, options, quantized, dequantized, keeps))
-        head_key = changes.arch.head_key
-        if key == changes.arch.embedding_key and changes.untied and head_key not in checkpoint.tensors:
-            head = changes.outs.get(head_key) or OutTensor(head_key, ref.dtype, ref.shape, ref)
-            outs.append(_finish(head, checkpoint, options, quantized, dequantized, keeps))
-    return outs
+@dataclass
+class _Writing:
+    """How each tensor of the base is written, once it is decided what changes and what leaves its format."""
+
+    checkpoint: Checkpoint
+    changes: _Changes
+    options: MergeOptions
+    quantized: Mapping[str, QuantizedTensor]
+    dequantized: set[str]
+
+    def __post_init__(self) -> None:
+        #: Key of codes or of scales → key of the weight.
+        self.by_codes = {tensor.codes.key: key for key, tensor in self.quantized.items()}
+        self.by_scale = {tensor.scale.key: key for key, tensor in self.quantized.items()}
+        left = [self.quantized[key] for key in self.dequantized]
+        self.dropped = {key for tensor in left for key in (tensor.scale.key, *tensor.companions)}
+
+    def shards(self) -> Iterator[OutShard]:
+        """The files of the output, in the order of the base's; one that would be empty is left out."""
+        for shard in self.checkpoint.shards:
+            outs = self._tensors(shard)
+            copies = all(out.is_copy and out.source.file == shard.file for out in outs)
+            if outs:
+                same = copies and len(outs) == len(shard.tensors)
+                yield OutShard(self.checkpoint.name(shard), shard, tuple(outs), same)
+
+    def _tensors(self, shard: Shard) -> list[OutTensor]:
+        """The tensors of one file, in the base's order."""
+        changed, arch = self.changes.outs, self.changes.arch
+        outs: list[OutTensor] = []
+        for key, ref in shard.tensors.items():
+            if key in self.dropped:
+                continue
+            weight = self.by_scale.get(key)
+            if weight is not None and weight in changed:
+                out = self._finish(changed[weight])
+                outs.append(replace(out, key=key, dtype=ref.dtype, shape=ref.shape, scale_of=out.key))
+                continue
+            name = self.by_codes.get(key, key)
+            shape = self.quantized[name].shape if name in self.quantized else ref.shape
+            outs.append(self._finish(changed.get(name) or OutTensor(name, ref.dtype, shape, ref)))
+            head_key = arch.head_key
+            if key == arch.embedding_key and self.changes.untied and head_key not in self.checkpoint.tensors:
+                outs.append(self._finish(changed.get(head_key) or OutTensor(head_key, ref.dtype, ref.shape, ref)))
+        return outs
+
+    def _finish(self, out: OutTensor) -> OutTensor:
+        """Check the tensor and decide how it is read and written."""
+        is_base = self.checkpoint.tensors.get(out.source.key) is out.source
+        quant = self.quantized.get(self.by_codes.get(out.source.key, "")) if is_base else None
+        if out.site is not None:
+            _check(out.source, _site_shape(out), self.checkpoint, quant)
+        if out.key in self.quantized:
+            codes = self.quantized[out.key].codes
+            if out.key in self.dequantized:
+                dtype = "BF16" if self.options.dtype == "keep" else DTYPES[self.options.dtype]
+                return replace(out, dtype=dtype, quant=quant)
+            stored = replace(out, key=codes.key, dtype=codes.dtype, shape=codes.shape)
+            return replace(stored, quant=quant, requantize=quant if out.updates else None)
+        keeps = self.changes.arch.family.keeps_dtype
+        if self.options.dtype == "keep" or out.dtype not in FLOATS or out.key.endswith(keeps):
+            return out
+        return replace(out, dtype=DTYPES[self.options.dtype])
 
 
-def _finish(
-    out: OutTensor,
-    checkpoint: Checkpoint,
-    options: MergeOptions,
-    quantized: Mapping[str, Quantized],
-    dequantized: set[str],
-    keeps: tuple[str, ...],
-) -> OutTensor:
-    """Check the tensor and decide how it is read and written."""
-    if out.site is not None:
-        _check(out.source, _site_shape(out), checkpoint, quantized)
-    is_base = checkpoint.tensors.get(out.source.key) is out.source
-    quant = quantized.get(out.source.key) if is_base else None
-    if out.key in quantized:
-        if out.key in dequantized:
-            dtype = "BF16" if options.dtype == "keep" else DTYPES[options.dtype]
-            return replace(out, dtype=dtype, quant=quant)
-        return replace(out, quant=quant, requantize=quant if out.updates else None)
-    if options.dtype == "keep" or out.dtype not in FLOATS or out.key.endswith(keeps):
-        return out
-    return replace(out, dtype=DTYPES[options.dtype])
-
-
-def _check(ref: TensorRef, shape: tuple[int, ...], checkpoint: Checkpoint, quantized: Mapping[str, Quantized]) -> None:
-    if ref.shape != shape:
+def _check(ref: TensorRef, shape: tuple[int, ...], checkpoint: Checkpoint, quant: QuantizedTensor | None) -> None:
+    """Raise `InputError` unless the numbers of a tensor have this shape and can be merged into."""
+    found = ref.shape if quant is None else quant.shape
+    if found != shape:
         raise InputError(
-            f"{ref.file}: '{ref.key}' is {ref.shape}, but {checkpoint.folder / 'config.json'} describes {shape}: "
+            f"{ref.file}: '{ref.key}' is {found}, but {checkpoint.folder / 'config.json'} describes {shape}: "
             "weights and configuration are of different models"
         )
-    if ref.dtype not in FLOATS and ref.key not in quantized:
+    if ref.dtype not in FLOATS and quant is None:
         raise InputError(f"{ref.file}: '{ref.key}' is {ref.dtype}; only {', '.join(FLOATS)} can be merged into")

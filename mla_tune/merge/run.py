@@ -19,7 +19,7 @@ from mla_tune.adapter.inputs import MergePaths, open_inputs
 from mla_tune.adapter.merge_options import DTYPES, MergeOptions
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
-from mla_tune.checkpoint.quantized.fp8 import quantized_weights
+from mla_tune.checkpoint.quantized.config import quantized_tensors
 from mla_tune.checkpoint.tensor_io import sha256
 from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
 from mla_tune.merge.absorb import write_absorbed
@@ -125,7 +125,7 @@ def _merge(
             merged = Checkpoint.open(staging.folder)
             absorbed = None
             if plan.absorbed is not None:
-                still = quantized_weights(merged) if plan.quantized else {}
+                still = quantized_tensors(merged) if plan.quantized else {}
                 absorbed = write_absorbed(
                     plan.architecture,
                     merged,

@@ -22,7 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights, read_scales
+from mla_tune.checkpoint.quantized.base import QuantizedTensor
+from mla_tune.checkpoint.quantized.fp8 import fp8_weights, read_scales
 from mla_tune.errors import InputError
 from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, check_experts
 from mla_tune.tiling import DEQUANTIZED_TILE
@@ -78,7 +79,7 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout
 
     Raises `InputError` for a checkpoint that can't be kept in FP8, with the tensor that is the reason.
     """
-    weights = quantized_weights(checkpoint)
+    weights = fp8_weights(checkpoint)
     found: dict[str, ScaleLayout] = {}
     for site in arch:
         keys = site.disk_keys() if site.is_experts else [f"{site.path}.weight"]
@@ -100,11 +101,11 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout
 
 def check_scales(checkpoint: Checkpoint) -> None:
     """Raises `InputError` unless every scale is positive and finite."""
-    for weight in quantized_weights(checkpoint).values():
+    for weight in fp8_weights(checkpoint).values():
         read_scales(weight)
 
 
-def _one_block(weights: list[Quantized]) -> tuple[int, int]:
+def _one_block(weights: list[QuantizedTensor]) -> tuple[int, int]:
     blocks = {weight.block for weight in weights}
     block = blocks.pop()
     if blocks or block is None:

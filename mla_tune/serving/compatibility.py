@@ -19,7 +19,8 @@ from mla_tune.adapter.methods import method_of, scaling, title_of
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.index import SINGLE_FILE, Checkpoint
-from mla_tune.checkpoint.quantized.config import CODES, quantization_field
+from mla_tune.checkpoint.quantized.config import quantization_field
+from mla_tune.checkpoint.quantized.fp8_config import CODES
 from mla_tune.serving.engines import VERDICTS, Engine, Fact
 from mla_tune.sockets import ADAPTER_METHODS
 

@@ -14,7 +14,8 @@ import torch
 
 from mla_tune.adapter.files import LoraDelta
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, matrix_shape
-from mla_tune.checkpoint.quantized.fp8 import Quantized, quantized_weights
+from mla_tune.checkpoint.quantized.base import QuantizedTensor
+from mla_tune.checkpoint.quantized.config import quantized_tensors
 from mla_tune.checkpoint.tensor_io import fill
 
 TORCH = {
@@ -114,9 +115,9 @@ class Scaled:
 class Values:
     """The numbers of a checkpoint's tensors."""
 
-    def __init__(self, checkpoint: Checkpoint, quantized: Mapping[str, Quantized] | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantized: Mapping[str, QuantizedTensor] | None = None) -> None:
         self.checkpoint = checkpoint
-        self.quantized = dict(quantized_weights(checkpoint) if quantized is None else quantized)
+        self.quantized = dict(quantized_tensors(checkpoint) if quantized is None else quantized)
         self._scales: dict[str, Scaled] = {}
 
     def scaled(self, key: str) -> Scaled | None:

@@ -12,8 +12,8 @@ from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.index import INDEX_FILE, Checkpoint, TensorRef
+from mla_tune.checkpoint.quantized.base import QuantizedTensor
 from mla_tune.checkpoint.quantized.config import quantization_field
-from mla_tune.checkpoint.quantized.fp8 import Quantized
 from mla_tune.errors import InputError
 from mla_tune.verification.dequantize import PRECISION, Values
 
@@ -236,7 +236,7 @@ def _matrices(arch: Architecture) -> set[tuple[str, tuple[int, int], int]]:
     return {(site.path, site.shape, site.count) for site in arch}
 
 
-def _reading(how: Quantized) -> str:
+def _reading(how: QuantizedTensor) -> str:
     return "with one scale" if how.block is None else f"in blocks of {how.block[0]} × {how.block[1]}"
 
 

@@ -24,8 +24,10 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.dtypes import decode
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
-from mla_tune.checkpoint.quantized.config import dequantize_fused_group, edit_config
-from mla_tune.checkpoint.quantized.fp8 import Quantized, dequantize, quantized_weights, read_scales, requantize
+from mla_tune.checkpoint.quantized.base import QuantizedTensor
+from mla_tune.checkpoint.quantized.config import dequantize_fused_group, quantized_tensors
+from mla_tune.checkpoint.quantized.fp8 import FP8_BLOCK, dequantize, read_scales, requantize
+from mla_tune.checkpoint.quantized.fp8_config import edit_config
 from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import CheckError, InputError
 from tests.helpers.fp8 import MATRIX, dequantized, make_fp8, quantize
@@ -56,9 +58,14 @@ def quantized(
     scale_shape: tuple[int, ...] = (),
     dtype: str = "F32",
     power_of_two: bool = False,
-) -> Quantized:
+) -> QuantizedTensor:
     scale = reference(scale_shape, dtype, "x.weight_scale_inv")
-    return Quantized(reference(shape, "F8_E4M3"), scale, block, power_of_two)
+    return QuantizedTensor(FP8_BLOCK, reference(shape, "F8_E4M3"), scale, block, power_of_two)
+
+
+def codes_of(checkpoint: Checkpoint) -> set[str]:
+    """Keys of all FP8 weights."""
+    return {key for key, ref in checkpoint.tensors.items() if ref.dtype == "F8_E4M3"}
 
 
 def by_loops(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
@@ -142,7 +149,7 @@ def test_checkpoints_are_read_like_in_torch(variant: str, other_shard: bool, sha
     settings = VARIANTS[variant]
     folder = make_fp8(sharded, tmp_path / "fp8", scales_in_other_shard=other_shard, **settings)
     checkpoint, expected = Checkpoint.open(folder), dequantized(folder)
-    found = quantized_weights(checkpoint)
+    found = quantized_tensors(checkpoint)
     wanted = [k for k in expected if MATRIX.fullmatch(k) and not any(s in k for s in settings.get("skip", ()))]
     assert sorted(found) == sorted(wanted)
     assert any(q.scale.file != q.codes.file for q in found.values()) == other_shard
@@ -154,7 +161,7 @@ def test_checkpoints_are_read_like_in_torch(variant: str, other_shard: bool, sha
 
 def test_scales_of_a_single_file_may_lie_in_a_second_one(base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", scales_in_other_shard=True))
-    assert all(q.scale.file != q.codes.file for q in quantized_weights(checkpoint).values())
+    assert all(q.scale.file != q.codes.file for q in quantized_tensors(checkpoint).values())
 
 
 def test_e8m0_scales_are_powers_of_two_whatever_the_config_says(base: Path, tmp_path: Path) -> None:
@@ -162,7 +169,7 @@ def test_e8m0_scales_are_powers_of_two_whatever_the_config_says(base: Path, tmp_
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     del quantization["scale_fmt"]
     edit_json(folder / "config.json", quantization_config=quantization)
-    assert all(q.power_of_two for q in quantized_weights(Checkpoint.open(folder)).values())
+    assert all(q.power_of_two for q in quantized_tensors(Checkpoint.open(folder)).values())
 
 
 def test_one_scale_may_be_stored_as_a_vector_of_one_and_without_inv(base: Path, tmp_path: Path) -> None:
@@ -176,12 +183,12 @@ def test_one_scale_may_be_stored_as_a_vector_of_one_and_without_inv(base: Path, 
     expected = dequantized(folder)
     edit_tensors(folder / "model.safetensors", rename)
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "activation_scheme": "static"})
-    q = quantized_weights(Checkpoint.open(folder))[KV_A]
+    q = quantized_tensors(Checkpoint.open(folder))[KV_A]
     assert np.array_equal(dequantize(read_raw(q.codes), read_scales(q), q), expected[KV_A].numpy())
 
 
 def test_plain_checkpoints_have_none(base: Path) -> None:
-    assert quantized_weights(Checkpoint.open(base)) == {}
+    assert quantized_tensors(Checkpoint.open(base)) == {}
 
 
 @pytest.mark.parametrize("block", [(4, 4), None])
@@ -189,7 +196,7 @@ def test_stacked_experts_have_scales_each(block: tuple[int, int] | None, tmp_pat
     weight = torch.randn(3, 9, 14, generator=torch.Generator().manual_seed(0))
     key = f"{LAYER}.mlp.experts.gate_up_proj"
     folder = make_fp8(plain(tmp_path / "base", {key: weight}), tmp_path / "fp8", block)
-    q = quantized_weights(Checkpoint.open(folder))[key]
+    q = quantized_tensors(Checkpoint.open(folder))[key]
     assert q.block == (block or (9, 14))
     codes, scales = read_raw(q.codes), read_scales(q)
     for expert in range(3):
@@ -210,7 +217,7 @@ def test_transformers_reads_the_same_numbers(base: Path, tmp_path: Path) -> None
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     checkpoint = Checkpoint.open(folder)
     compared = 0
-    for key, q in quantized_weights(checkpoint).items():
+    for key, q in quantized_tensors(checkpoint).items():
         if ".experts." not in key:
             assert np.array_equal(dequantize(read_raw(q.codes), read_scales(q), q), theirs[key].numpy()), key
             compared += 1
@@ -344,7 +351,7 @@ def test_tensors_that_are_not_certain_are_refused(edit: Edit, message: str, base
     folder = make_fp8(base, tmp_path / "fp8")
     edit_tensors(folder / "model.safetensors", edit)
     with pytest.raises(InputError, match=message):
-        quantized_weights(Checkpoint.open(folder))
+        quantized_tensors(Checkpoint.open(folder))
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 4]}
@@ -370,13 +377,13 @@ def test_configs_that_do_not_fit_are_refused(quantization: Any, message: str, ba
     folder = make_fp8(base, tmp_path / "fp8")
     edit_json(folder / "config.json", quantization_config=quantization)
     with pytest.raises(InputError, match=message):
-        quantized_weights(Checkpoint.open(folder))
+        quantized_tensors(Checkpoint.open(folder))
 
 
 def test_a_config_that_says_quantized_where_nothing_is_fp8(base: Path, tmp_path: Path) -> None:
     folder = make_fp8(base, tmp_path / "fp8", skip=("",))
     with pytest.raises(InputError, match="no tensor is F8_E4M3"):
-        quantized_weights(Checkpoint.open(folder))
+        quantized_tensors(Checkpoint.open(folder))
 
 
 COMPRESSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
@@ -401,12 +408,12 @@ COMPRESSED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 @pytest.mark.parametrize("edit, message", COMPRESSED)
 def test_compressed_tensors_that_are_not_certain(edit: Any, message: str, base: Path, tmp_path: Path) -> None:
     folder = make_fp8(base, tmp_path / "fp8", style="compressed-tensors")
-    quantized_weights(Checkpoint.open(folder))
+    quantized_tensors(Checkpoint.open(folder))
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     edit(quantization)
     edit_json(folder / "config.json", quantization_config=quantization)
     with pytest.raises(InputError, match=message):
-        quantized_weights(Checkpoint.open(folder))
+        quantized_tensors(Checkpoint.open(folder))
 
 
 def test_groups_are_told_apart_by_name(base: Path, tmp_path: Path) -> None:
@@ -417,11 +424,11 @@ def test_groups_are_told_apart_by_name(base: Path, tmp_path: Path) -> None:
     other = {"targets": ["Linear"], "weights": groups["group_0"]["weights"] | {"block_structure": [2, 2]}}
     groups["group_0"]["targets"] = [r"re:.*\.(self_attn|mlp)\."]
     edit_json(folder / "config.json", quantization_config=quantization | {"config_groups": groups | {"other": other}})
-    assert {q.block for q in quantized_weights(Checkpoint.open(folder)).values()} == {(4, 4)}
+    assert {q.block for q in quantized_tensors(Checkpoint.open(folder)).values()} == {(4, 4)}
     other["targets"] = ["re:.*o_proj"]
     edit_json(folder / "config.json", quantization_config=quantization | {"config_groups": groups | {"other": other}})
     with pytest.raises(InputError, match=r"has 2 groups that differ for .*o_proj"):
-        quantized_weights(Checkpoint.open(folder))
+        quantized_tensors(Checkpoint.open(folder))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
@@ -431,14 +438,14 @@ def test_scales_that_are_no_positive_numbers_are_refused_when_read(bad: float, b
 
     folder = make_fp8(base, tmp_path / "fp8")
     edit_tensors(folder / "model.safetensors", spoil)
-    found = quantized_weights(Checkpoint.open(folder))
+    found = quantized_tensors(Checkpoint.open(folder))
     read_scales(found[f"{LAYER}.self_attn.q_a_proj.weight"])
     with pytest.raises(InputError, match=f"'{KV_A}_scale_inv' holds {bad}, where scales are positive"):
         read_scales(found[KV_A])
 
 
 def test_scales_of_static_activations_belong_to_their_weight(base: Path, tmp_path: Path) -> None:
-    found = quantized_weights(Checkpoint.open(make_fp8(base, tmp_path / "fp8", None, input_scales=True)))
+    found = quantized_tensors(Checkpoint.open(make_fp8(base, tmp_path / "fp8", None, input_scales=True)))
     assert all(q.companions == (key.removesuffix("weight") + "input_scale",) for key, q in found.items())
 
 
@@ -465,17 +472,17 @@ TOGETHER = [
 def test_parts_of_one_layer_are_raised_together(touched: Any, expected: Any, base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8"))
     arch = architecture(checkpoint.config)
-    raised = dequantize_fused_group(arch, checkpoint, {f"{module}.weight" for module in touched})
+    raised = dequantize_fused_group(arch, codes_of(checkpoint), {f"{module}.weight" for module in touched})
     assert raised == {f"{module}.weight" for module in expected}
 
 
 def test_what_is_not_fp8_is_not_raised(base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", skip=("kv_a_proj", "layers.1.mlp.experts.0")))
     arch = architecture(checkpoint.config)
-    assert dequantize_fused_group(arch, checkpoint, {KV_A}) == set()
+    assert dequantize_fused_group(arch, codes_of(checkpoint), {KV_A}) == set()
     q_a = f"{ATTENTION}.q_a_proj.weight"
-    assert dequantize_fused_group(arch, checkpoint, {q_a}) == {q_a}
-    assert dequantize_fused_group(arch, checkpoint, {EXPERTS[-1]}) == set(EXPERTS[3:])
+    assert dequantize_fused_group(arch, codes_of(checkpoint), {q_a}) == {q_a}
+    assert dequantize_fused_group(arch, codes_of(checkpoint), {EXPERTS[-1]}) == set(EXPERTS[3:])
 
 
 def test_modules_of_one_layer_are_not_taken_for_one(tmp_path: Path) -> None:
@@ -483,7 +490,7 @@ def test_modules_of_one_layer_are_not_taken_for_one(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "longcat_flash", "bfloat16")
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8"))
     touched = {f"{LAYER}.mlps.1.gate_proj.weight", f"{LAYER}.self_attn.0.q_a_proj.weight"}
-    raised = dequantize_fused_group(architecture(checkpoint.config), checkpoint, touched)
+    raised = dequantize_fused_group(architecture(checkpoint.config), codes_of(checkpoint), touched)
     fused = {f"{LAYER}.mlps.1.up_proj.weight", f"{LAYER}.self_attn.0.kv_a_proj_with_mqa.weight"}
     assert raised == touched | fused
 
@@ -493,7 +500,7 @@ def test_stacked_experts_are_raised_together(base: Path, tmp_path: Path) -> None
     tensors = {key: torch.ones(4, 8, 8) for key in stacks}
     checkpoint = Checkpoint.open(make_fp8(plain(tmp_path / "base", tensors), tmp_path / "fp8"))
     arch = architecture(Checkpoint.open(base).config)
-    assert dequantize_fused_group(arch, checkpoint, {stacks[0]}) == set(stacks)
+    assert dequantize_fused_group(arch, codes_of(checkpoint), {stacks[0]}) == set(stacks)
     edited = edit_config(checkpoint.config | {"kept": 1}, stacks[:1], stacks)
     assert edited["quantization_config"]["modules_to_not_convert"] == [f"{LAYER}.mlp.experts", "lm_head"]
 
@@ -570,8 +577,8 @@ def test_transformers_and_vllm_keep_what_was_raised(touched: Any, lists: Any, ba
     config["quantization_config"].pop("modules_to_not_convert", None)
     config["quantization_config"] |= lists
     before = json.dumps(config)
-    weights = quantized_weights(checkpoint)
-    raised = dequantize_fused_group(architecture(config), checkpoint, set(touched))
+    weights = quantized_tensors(checkpoint)
+    raised = dequantize_fused_group(architecture(config), codes_of(checkpoint), set(touched))
     edited = edit_config(config, raised, weights)
     assert json.dumps(config) == before
     left = {re.sub(r"(\.experts)\..*", r"\1", key).removesuffix(".weight") for key in set(weights) - raised}
@@ -595,8 +602,8 @@ def test_transformers_and_vllm_keep_what_was_raised(touched: Any, lists: Any, ba
 @pytest.mark.parametrize("touched", RAISED)
 def test_compressed_tensors_ignore_what_was_raised(touched: Any, base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", style="compressed-tensors"))
-    weights = quantized_weights(checkpoint)
-    raised = dequantize_fused_group(architecture(checkpoint.config), checkpoint, set(touched))
+    weights = quantized_tensors(checkpoint)
+    raised = dequantize_fused_group(architecture(checkpoint.config), codes_of(checkpoint), set(touched))
     entries = edit_config(checkpoint.config, raised, weights)["quantization_config"]["ignore"]
     assert entries[0] == "lm_head"
     # vLLM asks by the names on disk, one for each part of a fused layer and for each expert.
@@ -609,7 +616,7 @@ def test_compressed_tensors_ignore_what_was_raised(touched: Any, base: Path, tmp
 @pytest.mark.parametrize("style", ["deepseek", "compressed-tensors"])
 def test_the_description_goes_with_the_last_fp8_weight(style: str, base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", style=style))
-    weights = quantized_weights(checkpoint)
+    weights = quantized_tensors(checkpoint)
     config = checkpoint.config | {"torch_dtype": "bfloat16"}
     plain_config = {k: v for k, v in config.items() if k != "quantization_config"}
     assert edit_config(config, set(weights), weights) == plain_config
@@ -621,7 +628,7 @@ def test_the_description_goes_with_the_last_fp8_weight(style: str, base: Path, t
 
 def test_a_calibrated_kv_cache_keeps_its_description(base: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8", style="compressed-tensors"))
-    weights = quantized_weights(checkpoint)
+    weights = quantized_tensors(checkpoint)
     config = checkpoint.config
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
     quantization = edit_config(config, set(weights), weights)["quantization_config"]

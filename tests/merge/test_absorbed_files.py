@@ -27,7 +27,7 @@ from mla_tune.arch.build import architecture
 from mla_tune.arch.dims import MLADims
 from mla_tune.arch.site import Architecture, Attention
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quantized.fp8 import quantized_weights
+from mla_tune.checkpoint.quantized.config import quantized_tensors
 from mla_tune.errors import CheckError, InputError
 from mla_tune.merge import absorb as absorb_module
 from mla_tune.merge.absorb import write_absorbed
@@ -243,7 +243,7 @@ def test_small_blocks_give_the_same_bits(
     written = []
     for block in (1 << 22, 700, 1):
         monkeypatch.setattr(absorb_module, "_BLOCK", block)
-        write_absorbed(arch, merged, tmp_path, mode, quantized=quantized_weights(merged) if codes else None)
+        write_absorbed(arch, merged, tmp_path, mode, quantized=quantized_tensors(merged) if codes else None)
         written.append((tmp_path / "absorbed.safetensors").read_bytes())
     # Sums in another order differ by float32's last bits, which bfloat16 seldom shows.
     if mode == "split":
@@ -283,7 +283,7 @@ def quantize(folder: Path, target: Path, names: tuple[str, ...]) -> dict[str, to
 def test_fp8_is_dequantized_and_then_split(base_of: Any, tmp_path: Path) -> None:
     truth = quantize(base_of(), tmp_path / "fp8", ("kv_b_proj",))
     arch, merged = opened(tmp_path / "fp8")
-    report = write_absorbed(arch, merged, tmp_path, "split", quantized=quantized_weights(merged))
+    report = write_absorbed(arch, merged, tmp_path, "split", quantized=quantized_tensors(merged))
     absorbed = load_file(tmp_path / "absorbed.safetensors")
     for path in arch.attention_paths:
         expected = split_kv_b(truth[f"{path}.kv_b_proj.weight"].float().bfloat16(), arch.dims)
@@ -302,7 +302,7 @@ def test_fp8_is_dequantized_and_then_split(base_of: Any, tmp_path: Path) -> None
 def test_fp8_is_dequantized_and_then_folded(base_of: Any, tmp_path: Path, names: tuple[str, ...]) -> None:
     truth = quantize(base_of(), tmp_path / "fp8", names)
     arch, merged = opened(tmp_path / "fp8")
-    write_absorbed(arch, merged, tmp_path, "fold", quantized=quantized_weights(merged))
+    write_absorbed(arch, merged, tmp_path, "fold", quantized=quantized_tensors(merged))
     absorbed, d = load_file(tmp_path / "absorbed.safetensors"), arch.dims
     for path in arch.attention_paths:
         matrix = weights(base_of(), path, d) | {n: truth[f"{path}.{n}.weight"] for n in names}

@@ -1,34 +1,25 @@
-"""config.json about quantized weights: which scheme it declares, and how it is told that some weights no longer are.
+"""config.json about quantized weights, whatever their format: which formats it declares, and what leaves one together.
 
-Two descriptions are understood: `quant_method: fp8` (DeepSeek, transformers' FineGrainedFP8, vLLM) and
-`quant_method: compressed-tensors` with 8-bit floats (llm-compressor).  Nothing is inferred from shapes.
+A checkpoint's weights are found by asking every format of `sockets.QUANT_FORMATS` that claims the description in
+config.json.  Nothing is inferred from shapes.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.checkpoint.quantized.base import QuantFormat, QuantizedTensor
 from mla_tune.errors import InputError
+from mla_tune.sockets import QUANT_FORMATS
 
-#: dtype of the codes.
-CODES = "F8_E4M3"
 #: Keys of config.json under which the description may stand; compressed-tensors used the second until 2024.
 FIELDS = ("quantization_config", "compression_config")
-UNDERSTOOD = (
-    "understood are quant_method 'fp8' (E4M3, one scale a block or a tensor) and 'compressed-tensors' (8-bit floats, "
-    "symmetric, one scale a tensor, channel or block)"
-)
-_ADVICE = "Give the bfloat16 or float32 checkpoint of the same model with --base"
-#: Formats of compressed-tensors that store plain E4M3 codes as `weight` and their scales as `weight_scale`.
-_PLAIN_FORMATS = ("float-quantized", "naive-quantized")
+ADVICE = "Give the bfloat16 or float32 checkpoint of the same model with --base"
 #: The routed experts of one block: by expert on disk, or as one 3-D tensor.  Not `shared_experts`.
 _EXPERT = re.compile(r"(.+\.experts)\.(?:\d+\..+|[^.]+)")
 #: Fused by vLLM into `fused_qkv_a_proj` and `gate_up_proj`.
@@ -38,21 +29,6 @@ _FUSED = {
     **dict.fromkeys((Role.GATE, Role.UP, Role.SHARED_GATE, Role.SHARED_UP), "gate_up"),
     **dict.fromkeys((Role.EXPERTS_GATE_UP, Role.EXPERTS_DOWN), "experts"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """How the weights of some modules are stored.
-
-    One scale a `strategy`; `block` is (rows, columns) of a block.  A weight's key and one of `scale_endings` make the
-    key of its scale.  `targets` are module names, `re:` patterns or class names; empty means all modules.
-    """
-
-    strategy: Literal["tensor", "channel", "block"]
-    block: tuple[int, int] | None
-    scale_endings: tuple[str, ...]
-    power_of_two: bool = False
-    targets: tuple[str, ...] = ()
 
 
 def quantization_field(config: Mapping[str, Any]) -> str | None:
@@ -72,113 +48,63 @@ def quantized_kind(config: Mapping[str, Any], quantize: str) -> str | None:
     return str(table.get("quant_method", "unknown")) if isinstance(table, Mapping) else "unknown"
 
 
-def read_schemes(config: Mapping[str, Any], where: Path) -> tuple[Scheme, ...]:
-    """The schemes that a parsed config.json at `where` declares; none for a model that is not quantized.
+def understood() -> str:
+    """Say which descriptions of quantized weights the registered formats understand."""
+    return "understood are " + " and ".join(dict.fromkeys(f.understood for f in QUANT_FORMATS.values()))
 
-    Raises `InputError` for whatever could not be turned into numbers for certain.
+
+def formats_of(config: Mapping[str, Any], where: Any) -> list[QuantFormat]:
+    """The formats that claim the description in a parsed config.json at `where`; none for a plain model.
+
+    Raises `InputError` for a description that no format claims.
     """
     field = quantization_field(config)
     if field is None:
-        return ()
+        return []
     quant = config[field]
     if not isinstance(quant, dict):
-        raise InputError(f"{where}: {field} is {quant!r}, not a table; {UNDERSTOOD}. {_ADVICE}")
-    match str(quant.get("quant_method")).lower():
-        case "fp8":
-            return (_fp8(quant, f"{where}: {field}"),)
-        case "compressed-tensors":
-            return _compressed_tensors(quant, f"{where}: {field}")
-        case method:
-            raise InputError(f"{where}: {field}: quant_method is '{method}'; {UNDERSTOOD}. {_ADVICE}")
+        raise InputError(f"{where}: {field} is {quant!r}, not a table; {understood()}. {ADVICE}")
+    found = [f for f in QUANT_FORMATS.values() if f.claims(quant)]
+    if not found:
+        method = str(quant.get("quant_method")).lower()
+        raise InputError(f"{where}: {field}: quant_method is '{method}'; {understood()}. {ADVICE}")
+    return found
 
 
-def scheme_of(module: str, schemes: Iterable[Scheme], where: Path) -> Scheme:
-    """The scheme of one module.  A target by name goes before the class Linear, of which all matrices here are.
-    Raises `InputError` where none applies, or several that differ."""
-    by_name, by_class = [], []
-    for scheme in schemes:
-        if not scheme.targets or "Linear" in scheme.targets:
-            by_class.append(scheme)
-        if any(t == module or (t.startswith("re:") and re.match(t[3:], module)) for t in scheme.targets):
-            by_name.append(scheme)
-    found = by_name or by_class
-    if len({(s.strategy, s.block) for s in found}) != 1:
-        what = "no group" if not found else f"{len(found)} groups that differ"
-        raise InputError(f"{where}: config_groups has {what} for {module}, whose weight is FP8. {_ADVICE}")
-    return found[0]
+def quantized_tensors(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
+    """The quantized weights of a checkpoint by their key, in its order; empty for a plain one.
+
+    Raises `InputError`, which names the tensor, for whatever can't be turned into numbers for certain.
+    """
+    formats = formats_of(checkpoint.config, checkpoint.folder / "config.json")
+    # Without a description every format is asked whether there are codes that need one.
+    asked = formats or QUANT_FORMATS.values()
+    result: dict[str, QuantizedTensor] = {}
+    for find in dict.fromkeys(f.find for f in asked):
+        result |= find(checkpoint)
+    return result
 
 
-def _fp8(quant: Mapping[str, Any], where: str) -> Scheme:
-    _need(quant, where, "fmt", "e4m3", optional=True)
-    _need(quant, where, "expert_dtype", "fp8", optional=True)
-    power_of_two = quant.get("scale_fmt") == "ue8m0"
-    size = quant.get("weight_block_size")
-    if size is None:
-        return Scheme("tensor", None, ("_scale_inv", "_scale"), power_of_two)
-    return Scheme("block", _block(size, f"{where}: weight_block_size"), ("_scale_inv",), power_of_two)
+def edit_config(
+    config: Mapping[str, Any], dequantized: Collection[str], quantized: Mapping[str, QuantizedTensor]
+) -> dict[str, Any]:
+    """A copy of config.json for a checkpoint in which the weights `dequantized` (keys) are not quantized any more.
+
+    `quantized` are all weights that were.  The format of the weights edits its own description.
+    """
+    formats = dict.fromkeys(tensor.format for tensor in quantized.values())
+    if not dequantized or not formats:
+        return dict(config)
+    return next(iter(formats)).edit_config(config, dequantized, quantized.keys())
 
 
-def _compressed_tensors(quant: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
-    # Rotated or sparse weights: a delta of the plain weight can't be added to them.
-    sparsity = quant.get("sparsity_config") or {}
-    if quant.get("transform_config") or sparsity.get("format", "dense") != "dense":
-        raise InputError(f"{where}: the weights are transformed or sparse, and can't be merged into. {_ADVICE}")
-    groups = quant.get("config_groups")
-    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
-        raise InputError(f"{where}: config_groups is {groups!r}, not a table of groups; {UNDERSTOOD}. {_ADVICE}")
-    schemes = []
-    for name, group in groups.items():
-        at = f"{where}: config_groups.{name}"
-        if not group.get("weights"):
-            continue
-        kind = group.get("format") or quant.get("format")
-        if kind not in _PLAIN_FORMATS:
-            raise InputError(f"{at}: format is {kind!r}; understood are {', '.join(_PLAIN_FORMATS)}. {_ADVICE}")
-        schemes.append(_compressed_group(group["weights"], tuple(group.get("targets") or ()), f"{at}.weights"))
-    if not schemes:
-        raise InputError(f"{where}: config_groups quantizes no weights; {UNDERSTOOD}. {_ADVICE}")
-    return tuple(schemes)
-
-
-def _compressed_group(weights: Mapping[str, Any], targets: tuple[str, ...], where: str) -> Scheme:
-    _need(weights, where, "num_bits", 8)
-    _need(weights, where, "type", "float")
-    _need(weights, where, "symmetric", True, optional=True)
-    _need(weights, where, "dynamic", False, optional=True)
-    _need(weights, where, "actorder", False, optional=True)
-    # compressed-tensors infers a strategy that is left out from group_size: none a tensor, -1 a channel.
-    strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(weights.get("group_size"), "group")
-    if strategy == "block":
-        block = _block(weights.get("block_structure"), f"{where}.block_structure")
-        return Scheme("block", block, ("_scale",), targets=targets)
-    if strategy not in ("tensor", "channel"):
-        raise InputError(f"{where}: strategy is '{strategy}'; understood are tensor, channel, block. {_ADVICE}")
-    return Scheme(strategy, None, ("_scale",), targets=targets)
-
-
-def _need(table: Mapping[str, Any], where: str, name: str, wanted: Any, *, optional: bool = False) -> None:
-    found = table.get(name)
-    found = found.lower() if isinstance(found, str) else found
-    if found != wanted and not (optional and found is None):
-        raise InputError(f"{where}: {name} is {found!r}, where {wanted!r} is needed; {UNDERSTOOD}. {_ADVICE}")
-
-
-def _block(size: Any, where: str) -> tuple[int, int]:
-    if isinstance(size, str):  # "128x128" of old versions
-        size = [int(n) if n.isdecimal() else n for n in size.split("x")]
-    match size:
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return rows, columns
-    raise InputError(f"{where} is {size!r}; the rows and columns of a block are needed, such as [128, 128]. {_ADVICE}")
-
-
-def dequantize_fused_group(arch: Architecture, checkpoint: Checkpoint, touched: Collection[str]) -> set[str]:
-    """The FP8 weights that leave FP8 when those among `touched` do.
+def dequantize_fused_group(arch: Architecture, quantized: Collection[str], touched: Collection[str]) -> set[str]:
+    """The weights that leave their format when those among `touched` do; `quantized` are the keys of all that have one.
 
     vLLM makes one layer, of one precision, of q_a_proj and kv_a_proj_with_mqa, of gate_proj and up_proj, and of all
-    routed experts of a block.  Keys of `touched` that are not FP8 are left out.
+    routed experts of a block.  Keys of `touched` that are not quantized are left out.
     """
-    codes = {key for key, ref in checkpoint.tensors.items() if ref.dtype == CODES}
+    codes = set(quantized)
     layers: dict[tuple[str, str], set[str]] = {}
     for site in arch.stored_sites:
         if site.role in _FUSED:
@@ -189,49 +115,11 @@ def dequantize_fused_group(arch: Architecture, checkpoint: Checkpoint, touched: 
     return dequantized.union(*(layer for layer in layers.values() if not layer.isdisjoint(dequantized)))
 
 
-def edit_config(config: Mapping[str, Any], dequantized: Collection[str], quantized: Collection[str]) -> dict[str, Any]:
-    """A copy of config.json for a checkpoint in which the weights `dequantized` (keys) are not FP8 any more.
-
-    `quantized` are all weights that were.  Where none is left the description goes.  Otherwise the modules are named so
-    that transformers and vLLM both keep them as they are:
-
-    - `modules_to_not_convert` (or `ignored_layers`, which vLLM reads first and transformers second): vLLM compares full
-      names, for a fused layer those of all its parts; transformers takes a name as a pattern from the start up to a dot
-      or as an ending.  Routed experts are one module `….mlp.experts` in transformers; vLLM looks for that name inside
-      the entries.
-    - `ignore` of compressed-tensors: full names, or patterns with `re:`.  vLLM asks for the experts one by one, so a
-      pattern stands for all of a block.
-    """
-    result = deepcopy(dict(config))
-    field = quantization_field(config)
-    if field is None or not dequantized:
-        return result
-    quant = result[field]
-    # A calibrated KV cache is described in the same table.
-    if set(dequantized) >= set(quantized) and not quant.get("kv_cache_scheme"):
-        del result[field]
-        return result
-    modules = dict.fromkeys(_module(key) for key in dequantized)
-    if quant["quant_method"].lower() == "compressed-tensors":
-        entries = [f"re:{re.escape(m)}" if m.endswith(".experts") else m for m in modules]
-        quant["ignore"] = _joined(quant.get("ignore"), entries)
-        return result
-    entries = list(modules)
-    if "lm_head.weight" not in quantized:
-        # transformers leaves it out by itself only as long as there is no list.
-        entries.append("lm_head")
-    if quant.get("ignored_layers"):
-        quant["ignored_layers"] = _joined(quant["ignored_layers"], entries)
-    if quant.get("modules_to_not_convert") is not None or not quant.get("ignored_layers"):
-        quant["modules_to_not_convert"] = _joined(quant.get("modules_to_not_convert"), entries)
-    return result
-
-
-def _module(key: str) -> str:
+def module_of(key: str) -> str:
     """The module of a weight in transformers and vLLM: its own, or that of all routed experts of a block."""
     expert = _EXPERT.fullmatch(key)
     return expert[1] if expert else key.removesuffix(".weight")
 
 
-def _joined(old: Iterable[str] | None, new: Iterable[str]) -> list[str]:
+def joined(old: Iterable[str] | None, new: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*(old or ()), *new]))

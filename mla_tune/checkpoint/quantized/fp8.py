@@ -10,20 +10,29 @@ one (576 rows and 5 scales fit blocks of 116 just as well).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
 from mla_tune.checkpoint.dtypes import E4M3_MAX, decode, encode
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, nearest
-from mla_tune.checkpoint.quantized.config import CODES, UNDERSTOOD, Scheme, quantization_field, read_schemes, scheme_of
+from mla_tune.checkpoint.quantized.base import QuantFormat, QuantizedTensor
+from mla_tune.checkpoint.quantized.config import ADVICE, quantization_field, understood
+from mla_tune.checkpoint.quantized.fp8_config import (
+    CODES,
+    UNDERSTOOD,
+    Scheme,
+    edit_config,
+    read_schemes,
+    scheme_of,
+)
 from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import CheckError, InputError
 
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 #: Smallest scale that is written: 1 / it and its relative precision are still good in each dtype.
 _SMALLEST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20, "F8_E8M0": 2.0**-126}
-_ADVICE = "Give the bfloat16 or float32 checkpoint of the same model with --base"
 #: Endings of tensors that belong to other ways of quantizing.
 _FOREIGN = {
     "weight_packed": "packed integers",
@@ -37,24 +46,7 @@ _FOREIGN = {
 _ACTIVATION_SCALES = ("input_scale", "activation_scale")
 
 
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """One FP8 weight.  `codes` is (out, in) or, for stacked experts, (E, out, in).
-
-    `block` is (rows, columns) of the part of an (out, in) matrix that shares a scale: (1, in) for one scale a row; None
-    for one scale for all of it.  `scale` is (⌈out/rows⌉, ⌈in/columns⌉), with E in front for experts, and () or (1,)
-    where `block` is None.  `power_of_two`: scales are powers of two (ue8m0).  `companions` are keys beside codes and
-    scale that mean nothing once the weight is not FP8 (scales of static activations): a raised weight drops them.
-    """
-
-    codes: TensorRef
-    scale: TensorRef
-    block: tuple[int, int] | None
-    power_of_two: bool
-    companions: tuple[str, ...] = ()
-
-
-def quantized_weights(checkpoint: Checkpoint) -> dict[str, Quantized]:
+def fp8_weights(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
     """The FP8 weights of a checkpoint by key, in its order, from headers and config.json; empty for a plain one.
 
     Raises `InputError`, which names the tensor, for whatever can't be turned into numbers for certain.
@@ -66,7 +58,7 @@ def quantized_weights(checkpoint: Checkpoint) -> dict[str, Quantized]:
     if codes and not schemes:
         raise InputError(
             f"{codes[0].file}: '{codes[0].key}' is FP8, but {where} has no quantization_config that says how its "
-            f"scales are to be read; {UNDERSTOOD}. {_ADVICE}"
+            f"scales are to be read; {understood()}. {ADVICE}"
         )
     if schemes and not codes:
         raise InputError(
@@ -79,26 +71,24 @@ def quantized_weights(checkpoint: Checkpoint) -> dict[str, Quantized]:
         if key.endswith(("_scale_inv", ".weight_scale")) and key not in used:
             raise InputError(
                 f"{ref.file}: '{key}' is a scale without FP8 codes beside it: the weight was converted without its "
-                f"scale, or is missing. {_ADVICE}"
+                f"scale, or is missing. {ADVICE}"
             )
     return result
 
 
-def read_scales(q: Quantized, float_type: type = np.float32) -> np.ndarray:
+def read_scales(q: QuantizedTensor, float_type: type = np.float32) -> np.ndarray:
     """All scales of a weight, in the shape of the tensor.  Raises `InputError` unless all are positive and finite."""
     scales = np.asarray(decode(read_raw(q.scale), q.scale.dtype, float_type))
     bad = scales[~((scales > 0) & np.isfinite(scales))]
     if bad.size:
-        raise InputError(
-            f"{q.scale.file}: '{q.scale.key}' holds {bad[0]}, where scales are positive numbers. {_ADVICE}"
-        )
+        raise InputError(f"{q.scale.file}: '{q.scale.key}' holds {bad[0]}, where scales are positive numbers. {ADVICE}")
     return scales
 
 
 def dequantize(
     codes: np.ndarray,
     scales: np.ndarray,
-    q: Quantized,
+    q: QuantizedTensor,
     row0: int = 0,
     float_type: type = np.float32,
     expert: int | None = None,
@@ -121,7 +111,7 @@ def dequantize(
 
 
 def requantize(
-    x: np.ndarray, q: Quantized, rng: np.random.Generator | None = None, absmax: float | None = None
+    x: np.ndarray, q: QuantizedTensor, rng: np.random.Generator | None = None, absmax: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whole blocks of rows of a weight, floats (n, in) → (codes uint8 (n, in), fresh scales in the base's dtype).
 
@@ -149,7 +139,7 @@ def requantize(
     return encode(scaled, CODES, rng), raw
 
 
-def _fresh_scales(largest: np.ndarray, q: Quantized) -> tuple[np.ndarray, np.ndarray]:
+def _fresh_scales(largest: np.ndarray, q: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
     """Scales for blocks with these largest magnitudes: (as stored, as float64 numbers)."""
     scales = np.where(largest > 0, np.maximum(largest.astype(np.float64) / E4M3_MAX, _SMALLEST[q.scale.dtype]), 1.0)
     if q.power_of_two:
@@ -184,36 +174,43 @@ def _refuse_foreign(checkpoint: Checkpoint) -> None:
     for key, ref in checkpoint.tensors.items():
         foreign = _FOREIGN.get(key.rpartition(".")[2])
         if foreign:
-            raise InputError(f"{ref.file}: '{key}' holds {foreign}; {UNDERSTOOD}. {_ADVICE}")
+            raise InputError(f"{ref.file}: '{key}' holds {foreign}; {understood()}. {ADVICE}")
         if ref.dtype[:2] in ("F8", "F6", "F4") and ref.dtype not in (CODES, "F8_E8M0"):
-            raise InputError(f"{ref.file}: '{key}' is {ref.dtype}; of these formats only {CODES} is read. {_ADVICE}")
+            raise InputError(f"{ref.file}: '{key}' is {ref.dtype}; of these formats only {CODES} is read. {ADVICE}")
 
 
-def _quantized(checkpoint: Checkpoint, codes: TensorRef, scheme: Scheme) -> Quantized:
+def _quantized(checkpoint: Checkpoint, codes: TensorRef, scheme: Scheme) -> QuantizedTensor:
     names = [codes.key + ending for ending in scheme.scale_endings]
     scale = next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
     if scale is None:
         raise InputError(
             f"{codes.file}: '{codes.key}' is FP8 without a scale: {' or '.join(map(repr, names))} is missing"
-            f"{nearest(names[0], checkpoint.tensors) or '.'} {_ADVICE}"
+            f"{nearest(names[0], checkpoint.tensors) or '.'} {ADVICE}"
         )
     if scale.dtype not in SCALE_DTYPES:
         raise InputError(
-            f"{scale.file}: '{scale.key}' is {scale.dtype}; scales can be {', '.join(SCALE_DTYPES)}. {_ADVICE}"
+            f"{scale.file}: '{scale.key}' is {scale.dtype}; scales can be {', '.join(SCALE_DTYPES)}. {ADVICE}"
         )
     if len(codes.shape) not in (2, 3) or 0 in codes.shape:
-        raise InputError(f"{codes.file}: '{codes.key}' is FP8 {codes.shape}; only matrices are understood. {_ADVICE}")
+        raise InputError(f"{codes.file}: '{codes.key}' is FP8 {codes.shape}; only matrices are understood. {ADVICE}")
     block, shapes = _layout(codes.shape, scheme)
     if scale.shape not in shapes:
         declared = f"blocks of {scheme.block}" if scheme.block else f"one scale a {scheme.strategy}"
         raise InputError(
             f"{scale.file}: '{scale.key}' is {scale.shape}; with {declared}, as {checkpoint.folder / 'config.json'} "
             f"declares, the scale of '{codes.key}' {codes.shape} would be {' or '.join(map(str, shapes))}. Block sizes "
-            f"are not guessed from shapes. {_ADVICE}"
+            f"are not guessed from shapes. {ADVICE}"
         )
     stem = _module(codes.key) + ("." if codes.key.endswith(".weight") else "_")
     companions = tuple(stem + name for name in _ACTIVATION_SCALES if stem + name in checkpoint.tensors)
-    return Quantized(codes, scale, block, scheme.power_of_two or scale.dtype == "F8_E8M0", companions)
+    return QuantizedTensor(
+        format=FP8_TENSOR if block is None else FP8_BLOCK,
+        codes=codes,
+        scale=scale,
+        block=block,
+        power_of_two=scheme.power_of_two or scale.dtype == "F8_E8M0",
+        companions=companions,
+    )
 
 
 def _layout(shape: tuple[int, ...], scheme: Scheme) -> tuple[tuple[int, int] | None, list[tuple[int, ...]]]:
@@ -230,3 +227,60 @@ def _layout(shape: tuple[int, ...], scheme: Scheme) -> tuple[tuple[int, int] | N
             assert scheme.block is not None
             block = scheme.block
     return block, [(*experts, -(-rows // block[0]), -(-columns // block[1]))]
+
+
+class _Fp8(QuantFormat):
+    """E4M3 codes under the weight's own key, and scales beside them: see the module's docstring."""
+
+    title = "FP8"
+    understood = UNDERSTOOD
+    #: A byte for the code, and four for the scale of a block of 128 × 128.
+    bytes_per_weight = 1 + 4 / 128**2
+    find = staticmethod(fp8_weights)  # type: ignore[assignment]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def claims(self, quant: Mapping[str, Any]) -> bool:
+        return str(quant.get("quant_method")).lower() in ("fp8", "compressed-tensors")
+
+    def read_scales(self, tensor: QuantizedTensor, float_type: type = np.float32) -> np.ndarray:
+        return read_scales(tensor, float_type)
+
+    def decode(
+        self,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        tensor: QuantizedTensor,
+        *,
+        row: int = 0,
+        expert: int | None = None,
+        float_type: type = np.float32,
+    ) -> np.ndarray:
+        return dequantize(codes, scales, tensor, row, float_type, expert)
+
+    def encode(
+        self,
+        numbers: np.ndarray,
+        tensor: QuantizedTensor,
+        *,
+        rng: np.random.Generator | None = None,
+        absmax: float | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return requantize(numbers, tensor, rng, absmax)
+
+    def decode_fresh(
+        self, codes: np.ndarray, scales: np.ndarray, tensor: QuantizedTensor, float_type: type = np.float32
+    ) -> np.ndarray:
+        return dequantize(codes, decode(scales, tensor.scale.dtype, float_type), tensor, 0, float_type)
+
+    def edit_config(
+        self, config: Mapping[str, Any], dequantized: Collection[str], quantized: Collection[str]
+    ) -> dict[str, Any]:
+        return edit_config(config, dequantized, quantized)
+
+
+#: One scale for each block of rows and columns, or for each row.
+FP8_BLOCK = _Fp8("fp8-block")
+#: One scale for the whole weight.
+FP8_TENSOR = _Fp8("fp8-tensor")
