@@ -72,8 +72,9 @@ def write_index_of(plan: MergePlan, folder: Path) -> None:
     if base.index is None and plan.absorbed is None:
         return
     files = {out.key: shard.name for shard in plan.shards for out in shard.tensors}
-    head = plan.architecture.head_key
-    listed = [key for key in base.tensors if key in files] + [key for key in (head,) if key not in base.tensors]
+    # A weight that leaves its format may have had codes under another name; an untied head is new.
+    weights = {plan.quantized[key].codes.key: key for key in plan.dequantized}
+    listed = dict.fromkeys([weights.get(key, key) for key in base.tensors] + [plan.architecture.head_key])
     document = dict(base.index or {})
     document["metadata"] = {**document.get("metadata", {}), "total_size": plan.model_bytes}
     document["weight_map"] = {key: files[key] for key in listed if key in files}

@@ -16,8 +16,9 @@ from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.atomic_files import sha256_of
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
-from mla_tune.verification.dequantize import TORCH, TensorReader, Values, same_bytes, ulp_of
+from mla_tune.verification.dequantize import Values
 from mla_tune.verification.layout import Failure
+from mla_tune.verification.read import TORCH, TensorReader, same_bytes, ulp_of
 
 #: Numbers of W_O that are held at once.
 _BLOCK = 1 << 21
@@ -55,11 +56,12 @@ class _Module:
         query = Role.W_Q if self.dims.L is None else Role.W_UQ
         roles = (Role.W_UKV, query, Role.W_O) if self.fold else (Role.W_UKV,)
         sites = {site.role: site for site in arch if site.path.rpartition(".")[0] == path and site.role in roles}
-        self.sources = [values.checkpoint[sites[role].disk_keys()[0]] for role in roles]
+        keys = [sites[role].disk_keys()[0] for role in roles]
+        self.sources = [values.ref(key) or values.checkpoint[key] for key in keys]
 
     def failures(self) -> list[Failure]:
         shapes = absorbed_shapes(self.dims, "fold" if self.fold else "split")
-        dtypes = {ref.dtype if ref.key not in self.values.quantized else "BF16" for ref in self.sources}
+        dtypes = {ref.dtype if self.values.name(ref) not in self.values.quantized else "BF16" for ref in self.sources}
         dtype = dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
         wrong = []
         for name, shape in shapes.items():
@@ -74,7 +76,7 @@ class _Module:
     def _halves(self, dtype: str) -> Iterator[tuple[str, str]]:
         (kv_b,) = self.sources
         rows = kv_b.shape[0]
-        if kv_b.key in self.values.quantized:
+        if self.values.name(kv_b) in self.values.quantized:
             weight = self._rows(kv_b, 0, rows, torch.float32).to(TORCH[dtype])
         else:
             weight = TensorReader().rows(kv_b, 0, rows, "kv_b").view(TORCH[kv_b.dtype]).view(kv_b.shape)

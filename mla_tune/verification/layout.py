@@ -11,11 +11,12 @@ from mla_tune.adapter.files import Adapter, LoraDelta
 from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture, Site
-from mla_tune.checkpoint.index import INDEX_FILE, Checkpoint, TensorRef
+from mla_tune.checkpoint.index import INDEX_FILE, TensorRef
 from mla_tune.checkpoint.quantized.base import QuantizedTensor
 from mla_tune.checkpoint.quantized.config import quantization_field
 from mla_tune.errors import InputError
-from mla_tune.verification.dequantize import PRECISION, Values
+from mla_tune.verification.dequantize import Values
+from mla_tune.verification.read import PRECISION
 
 #: Layers that engines (vLLM) make one of: the other part of a weight with this ending.
 _FUSED_WITH = {
@@ -54,10 +55,8 @@ class Expected:
     is_bias: bool = False
 
 
-def expectations(
-    base: Checkpoint, arch: Architecture, adapters: Sequence[tuple[Adapter, float]]
-) -> dict[str, Expected]:
-    """Every tensor that the adapters change, by checkpoint key.
+def expectations(base: Values, arch: Architecture, adapters: Sequence[tuple[Adapter, float]]) -> dict[str, Expected]:
+    """Every weight that the adapters change, by its key in an unquantized checkpoint.
 
     Raises `InputError` for tensors that the base lacks, and for sums that are not defined: a DoRA, or whole tensors,
     with a weight or beside another adapter.
@@ -74,7 +73,8 @@ def expectations(
             result[arch.embedding_key if tied else saved.key] = Expected(saved.ref)
         for delta in adapter.deltas:
             for key, is_bias in _touched(delta):
-                ref = base.tensors.get(key) or base[arch.embedding_key if key == arch.head_key and arch.tied else key]
+                tied = key == arch.head_key and arch.tied
+                ref = base.ref(key) or base.checkpoint[arch.embedding_key if tied else key]
                 known = result.get(key, Expected(ref))
                 result[key] = Expected(known.source, (*known.updates, (delta, weight)), delta.site, is_bias)
     return result
@@ -105,6 +105,8 @@ class LayoutCheck:
         self.dequantized = base.quantized.keys() - merged.quantized.keys()
         self.experts = {site.disk_path: site.count for site in arch if site.disk == "per_expert"}
         self.untied = not _tied(merged.checkpoint.config, arch)
+        #: Codes of the base under a key of their own → the weight's key, where the output has the weight unquantized.
+        self.renamed = {base.quantized[key].codes.key: key for key in self.dequantized}
 
     def failures(self) -> list[Failure]:
         return [
@@ -117,7 +119,7 @@ class LayoutCheck:
         """What the tensor `key` of the output must be; None for one that has no business there."""
         if key in self.expected:
             return self.expected[key]
-        ref = self.base.checkpoint.tensors.get(key)
+        ref = self.base.ref(key)
         embedding = self.arch.embedding_key
         if ref is None and key == self.arch.head_key and self.arch.tied:
             # A head that is written out starts as the embedding, and where both stay tied it is the embedding.
@@ -140,18 +142,18 @@ class LayoutCheck:
             k for w in self.dequantized for k in (self.base.quantized[w].scale.key, *self.base.quantized[w].companions)
         }
         for key in base:
-            if key not in merged and key not in scales:
+            if self.renamed.get(key, key) not in merged and key not in scales:
                 yield key, "is in the base and missing in the output"
         for key, ref in merged.items():
-            expected = self.source(key)
+            expected = self.source(self.merged.name(ref))
             if key in scales:
                 yield key, "is a scale of a weight that is not quantized any more"
             elif expected is None:
                 yield key, "is in the output and not in the base"
-            elif expected.source.shape != ref.shape:
-                yield key, f"is {ref.shape}, and {expected.source.shape} is right"
+            elif (right := self.base.shape(expected.source)) != (found := self.merged.shape(ref)):
+                yield key, f"is {found}, and {right} is right"
         for key in self.expected:
-            if key not in base and key not in merged:
+            if self.base.ref(key) is None and self.merged.ref(key) is None:
                 yield key, "is changed by the adapter and missing in the output"
         head = self.arch.head_key
         if head in self.expected and head not in base and head in merged and not self.untied:
@@ -160,15 +162,16 @@ class LayoutCheck:
     def _dtypes(self) -> Iterator[tuple[str, str]]:
         merged = self.merged.checkpoint.tensors
         for key, ref in merged.items():
-            expected = self.source(key)
+            name = self.merged.name(ref)
+            expected = self.source(name)
             if expected is None:
                 continue
-            tensors = self.base.checkpoint.tensors
-            base = tensors.get(key, tensors.get(self.arch.embedding_key, ref))
-            right = self._dtype(key, base)
+            base = self.base.ref(name) or self.base.checkpoint.tensors.get(self.arch.embedding_key, ref)
+            right = self._dtype(name, base)
+            coded = name in self.base.quantized
             if self.rules.strict and ref.dtype != right:
                 yield key, f"is {ref.dtype}, and {right} is right"
-            elif ref.dtype != base.dtype and not {ref.dtype, base.dtype} <= PRECISION.keys():
+            elif ref.dtype != base.dtype and not (coded or {ref.dtype, base.dtype} <= PRECISION.keys()):
                 yield key, f"is {ref.dtype}, and {base.dtype} in the base"
 
     def _dtype(self, key: str, base: TensorRef) -> str:
@@ -182,18 +185,18 @@ class LayoutCheck:
         return key.endswith(self.arch.family.keeps_dtype)
 
     def _quantized(self) -> Iterator[tuple[str, str]]:
-        """Whether config.json of the output describes the FP8 weights that are there, and no other."""
+        """Whether config.json of the output describes the quantized weights that are there, and no other."""
         ours, theirs = (_ignored(v.checkpoint.config) for v in (self.base, self.merged))
         still = quantization_field(self.merged.checkpoint.config) is not None
         for key in sorted(self.dequantized & self.merged.checkpoint.tensors.keys()):
             if still and not _names(theirs, key):
-                yield key, "is not FP8 any more, but quantization_config of config.json does not leave it out"
+                yield key, "is not quantized any more, but quantization_config of config.json does not leave it out"
         for key, how in self.merged.quantized.items():
             was = self.base.quantized.get(key)
             if was is not None and _reading(was) != _reading(how):
                 yield key, f"is read {_reading(how)}, and {_reading(was)} in the base"
             elif _names(theirs, key) and not _names(ours, key):
-                yield key, "is FP8, but quantization_config of config.json leaves it out"
+                yield key, "is quantized, but quantization_config of config.json leaves it out"
 
     def _fused(self) -> Iterator[tuple[str, str]]:
         """Engines make one layer of these: all parts need one precision, if they had one."""

@@ -34,18 +34,14 @@ import torch
 from mla_tune.arch.site import Site
 from mla_tune.checkpoint.index import TensorRef, matrix_shape
 from mla_tune.errors import InputError
-from mla_tune.verification.dequantize import PRECISION, TORCH, FactorCache, Values, read_whole, ulp_of
+from mla_tune.verification.dequantize import FactorCache, Values
 from mla_tune.verification.layout import Expected, Rules
+from mla_tune.verification.read import PRECISION, TORCH, read_whole, ulp_of
 
 #: Numbers computed at once: a few float32 arrays of this size fit into a core's cache.
 _BLOCK = 1 << 19
 #: Where fewer than one number in this many differs from the nearest one, those are looked at alone.
 _FEW = 32
-#: The largest code of FP8, and the least that the largest number of a block may be coded as: more is lost to a scale
-#: that is too large.  Powers of two can be up to twice the scale that is needed.
-_E4M3_MAX, _LEAST_CODE, _LEAST_OF_OTHERS = 448.0, 416.0, 28.0
-#: Scales below this are not made smaller (see `checkpoint.quant`): float16 ends at 2⁻²⁴.
-_SMALL_SCALE = {"F16": 2.0**-20}
 
 #: Adapter methods that the proof recomputes by itself: W + Σ s·B·A, and DoRA's rows scaled to their magnitudes.
 RECOMPUTED = {"lora", "rslora", "dora"}
@@ -73,23 +69,25 @@ class TensorCheck:
         self.out, self.expected, self.rules = out, expected, rules
         self.values, self.out_values, self.factors = values, out_values, factors
         self.dtype = torch.float64 if out.dtype in ("F32", "F64") else torch.float32
-        self.quant = out_values.scaled(out.key)
+        name = out_values.name(out)
+        self.quant = out_values.decoder(name)
+        self.shape = out_values.shape(out)
         self.thorough, self.skipped = thorough, False
         self.dora = any(delta.method.name == "dora" for delta, _ in expected.updates)
         unknown = {delta.method.name for delta, _ in expected.updates} - RECOMPUTED
         if unknown:
             raise InputError(f"{out.key}: the proof can't recompute {', '.join(sorted(unknown))} (`RECOMPUTED`)")
         self.ranks = sum(delta.rank for delta, _ in expected.updates)
-        self.first_row, self.expert = _place(out.key, expected.site)
+        self.first_row, self.expert = _place(name, expected.site)
         self.worst, self.wrong, self.example = 0.5 if rules.rounding == "nearest" else 0.0, 0, ""
         self.got = self.due = self.delta2 = self.spread = 0.0
         self.projects = bool(expected.updates) and (not rules.strict or rules.rounding == "stochastic")
-        self.largest_codes = None if self.quant is None else torch.zeros_like(self.quant.scales)
-        self.largest_sums = None if self.quant is None else torch.zeros_like(self.quant.scales)
+        #: The largest code and the largest right number of each scale, where the weight was quantized anew.
+        self.largest = None if self.quant is None else (self.quant.blocks(), self.quant.blocks())
         # Stochastic: Σ (O - S)/ulp, Σ (|O| - |S|)/ulp, and of how many numbers.
         self.drift, self.outward, self.drawn = 0.0, 0.0, 0
         # Only what an adapter changes may be rounded otherwise than once to the nearest, by other tools too.
-        quantized = expected.source.key in values.quantized
+        quantized = values.name(expected.source) in values.quantized
         self.strict = rules.strict or not (expected.updates or quantized or self.quant is not None)
         self.ours = 2.0**-53 if self.dtype == torch.float64 else 2.0**-24
         self.theirs = 2.0**-53 if rules.exact else 2.0**-24
@@ -98,7 +96,7 @@ class TensorCheck:
         """Bytes of rows [begin, end) of the output and of the source."""
         rows = end - begin
         width, source_width = raw.numel() // rows, source.numel() // rows
-        step = max(1, _BLOCK // max(1, matrix_shape(self.out.shape)[1]))
+        step = max(1, _BLOCK // max(1, matrix_shape(self.shape)[1]))
         for a in range(0, rows, step):
             b = min(a + step, rows)
             block = raw[a * width : b * width], source[a * source_width : b * source_width]
@@ -112,7 +110,7 @@ class TensorCheck:
         """What is wrong with the tensor; empty where nothing is."""
         if self.wrong:
             verb = "is" if self.wrong == 1 else "are"
-            return f"{self.wrong:,} of {math.prod(self.out.shape):,} numbers {verb} wrong: {self.example}"
+            return f"{self.wrong:,} of {math.prod(self.shape):,} numbers {verb} wrong: {self.example}"
         drift = max(abs(self.drift), abs(self.outward))
         if drift > 3 * math.sqrt(self.drawn) + 0.01 * self.drawn:  # a draw has a variance of ulp²/4 at most: 6σ
             return f"is off by {drift / self.drawn:.2f} ulp in one direction: not rounded stochastically"
@@ -135,7 +133,7 @@ class TensorCheck:
         if self._nearly_all_nearest(W, S, parts, O_raw, begin, end):
             return
         out = self.out_values.of(self.out, O_raw, begin, end, self.dtype)
-        unit = None if self.quant is None else self.quant.spread(begin, end, self.out.shape).to(self.dtype)
+        unit = None if self.quant is None else self.quant.unit(begin, end).to(self.dtype)
         P = self._magnitudes(parts, W)
         slack = self._slack(W, sums, P)
         if factor is not None:
@@ -160,9 +158,10 @@ class TensorCheck:
         """
         if self.dora or self.thorough or self.rules.rounding != "nearest":
             return False
-        unit = None if self.quant is None else self.quant.spread(begin, end, self.out.shape).to(self.dtype)
-        Q = (S if unit is None else (S / unit).clamp_(-_E4M3_MAX, _E4M3_MAX)).to(TORCH[self.out.dtype])
-        different = _different(Q, O_raw)
+        unit = None if self.quant is None else self.quant.unit(begin, end).to(self.dtype)
+        codes = O_raw.view(TORCH[self.out.dtype]) if self.quant is None else self.quant.codes(O_raw, end - begin)
+        Q = self._nearest(S, unit)
+        different = _different(Q, codes)
         # A number that is infinite, or is rounded to infinity, equals itself; a sum is the cheapest look for it.
         fits = self.out.dtype != "F16" or float(S.abs().max()) <= torch.finfo(torch.float16).max
         if not fits or not math.isfinite(float(S.sum())) or different.size * _FEW >= S.numel():
@@ -176,7 +175,7 @@ class TensorCheck:
         if different.size:
             index = torch.from_numpy(different)
             row, column = index // S.shape[1], index % S.shape[1]
-            w, s, q, out = (x.flatten()[index] for x in (W, S, Q, O_raw.view(Q.dtype)))
+            w, s, q, out = (x.flatten()[index] for x in (W, S, Q, codes))
             at = None if unit is None else unit.flatten()[index]
             q, out = self._numbers(q, at), self._numbers(out, at)
             P = self._magnitudes_at(parts, row, column)
@@ -191,15 +190,22 @@ class TensorCheck:
         numbers = codes.to(self.dtype, copy=True)
         return numbers if unit is None else numbers.mul_(unit)
 
+    def _nearest(self, S: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+        """The nearest number of the output's dtype, or the nearest code of a quantized weight."""
+        if self.quant is None or unit is None:
+            return S.to(TORCH[self.out.dtype])
+        return self.quant.nearest(S / unit)
+
     def _of_others(self, P: torch.Tensor) -> torch.Tensor | float:
         """What other tools may be off by beyond the last rounding."""
-        return 0.0 if self.rules.strict else 3 * 2.0 ** -PRECISION[self.out.dtype][0] * P
+        bits = PRECISION[self.out.dtype][0] if self.quant is None else self.quant.bits
+        return 0.0 if self.rules.strict else 3 * 2.0**-bits * P
 
     def _note_largest(self, O_raw: torch.Tensor, S: torch.Tensor, begin: int, end: int) -> None:
-        if self.largest_codes is not None:
-            codes = O_raw.view(torch.float8_e4m3fn).to(torch.float32).view(end - begin, -1)
-            self._note(codes, self.largest_codes, begin, end)
-            self._note(S, self.largest_sums, begin, end)
+        if self.quant is not None and self.largest is not None:
+            codes, sums = self.largest
+            self.quant.note(self.quant.codes(O_raw, end - begin).to(torch.float32), codes, begin, end)
+            self.quant.note(S, sums, begin, end)
 
     def _parts(self, begin: int, end: int) -> list[_Part]:
         """(rows of the block, scaled A, B of these rows) of each update that reaches rows [begin, end)."""
@@ -308,14 +314,15 @@ class TensorCheck:
         self.wrong += count
 
     def _ulp(self, x: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
-        return ulp_of(x, self.out.dtype) if unit is None else ulp_of(x / unit, self.out.dtype) * unit
+        if self.quant is None or unit is None:
+            return ulp_of(x, self.out.dtype)
+        return self.quant.step(x / unit) * unit
 
     def _project(
         self, W: torch.Tensor, S: torch.Tensor, out: torch.Tensor, unit: torch.Tensor | None, slack: torch.Tensor
     ) -> None:
         D = (S - W).double()
-        scaled = S if unit is None else (S / unit).clamp(-_E4M3_MAX, _E4M3_MAX)
-        Q = scaled.to(TORCH[self.out.dtype]).to(self.dtype)
+        Q = self._nearest(S, unit).to(self.dtype)
         Q = (Q if unit is None else Q * unit).double()
         ulp = self._ulp(S, unit).double()
         off = (Q - S.double()).abs()
@@ -329,7 +336,7 @@ class TensorCheck:
         self.due += float(((Q - W.double()) * D).sum())
         rho = 2.0 ** -PRECISION["BF16" if unit is not None else self.out.dtype][0]
         d = slack.double() + rho * D.abs() + ulp / 2 * (len(self.expected.updates) - 1)
-        if self.expected.source.key in self.values.quantized:
+        if self.values.name(self.expected.source) in self.values.quantized:
             d = d + rho * W.double().abs()  # other tools round the dequantized weight to bfloat16 first
         if self.dora:
             # Four roundings, of which that of the row's factor moves the whole row.
@@ -339,43 +346,18 @@ class TensorCheck:
         near = ulp / 2 - off <= d
         self.spread += float((near * (ulp + d) ** 2 * D2).sum())
 
-    def _note(self, x: torch.Tensor, seen: torch.Tensor | None, begin: int, end: int) -> None:
-        """The largest |x| of each block, seen so far."""
-        assert self.quant is not None
-        assert seen is not None
-        x = x.abs().to(seen.dtype)
-        if self.quant.block is None:
-            seen.clamp_min_(float(x.max()))
-            return
-        rows, width = self.quant.block
-        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % width))
-        across = padded.view(len(x), -1, width).amax(2)
-        row = torch.arange(begin, end)
-        if len(self.out.shape) == 3:
-            seen, row = seen[begin // self.out.shape[1]], row % self.out.shape[1]
-        seen.scatter_reduce_(0, (row // rows).unsqueeze(1).expand_as(across), across, "amax")
-
     def _scales(self) -> str:
         """Whether a scale is so large that numbers of its block were lost."""
-        if self.largest_codes is None or self.quant is None or not self.expected.updates:
+        if self.quant is None or self.largest is None or not self.expected.updates:
             return ""
-        least = _LEAST_OF_OTHERS
-        if self.rules.strict:
-            least = 224.0 * 0.93 if self.quant.power_of_two else _LEAST_CODE
-        small = self.quant.scales <= _SMALL_SCALE.get(self.quant.dtype, 2.0**-126)
-        assert self.largest_sums is not None
-        lost = (self.largest_codes < least) & (self.largest_sums > 0) & ~small
-        if not bool(lost.any()):
-            return ""
-        worst = float((self.quant.scales * _E4M3_MAX / self.largest_sums)[lost].max())
-        return f"{int(lost.sum()):,} of {lost.numel():,} scales are too large, by up to {worst:.3g} times"
+        return self.quant.bad_scales(*self.largest, strict=self.rules.strict)
 
 
 def _different(wanted: torch.Tensor, raw: torch.Tensor) -> np.ndarray:
     """Where, as flat positions, the bytes of numbers differ.  Words of 8 bytes are compared: torch takes 20 times as
     long over numbers of 16 bits."""
     kind = np.dtype(f"u{wanted.element_size()}")
-    a, b = wanted.view(torch.uint8).numpy().reshape(-1), raw.numpy()
+    a, b = (x.contiguous().view(torch.uint8).numpy().reshape(-1) for x in (wanted, raw))
     each = 8 // kind.itemsize
     if a.size % 8:
         return np.flatnonzero(a.view(kind) != b.view(kind))

@@ -24,8 +24,9 @@ from mla_tune.adapter.files import Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, matrix_shape
 from mla_tune.errors import InputError
-from mla_tune.verification.dequantize import PRECISION, FactorCache, TensorReader, Values, same_bytes
+from mla_tune.verification.dequantize import FactorCache, Values
 from mla_tune.verification.layout import Expected, Failure, LayoutCheck, Rules, expectations
+from mla_tune.verification.read import PRECISION, TensorReader, same_bytes
 from mla_tune.verification.tensors import TensorCheck
 
 #: Bytes read at once: what is read is still in a core's cache when it is hashed and computed with.
@@ -135,8 +136,8 @@ class _Prover:
         progress: Callable[[int], None] | None,
     ) -> None:
         self.base, self.merged, self.rules, self.hashed = base, merged, rules, hashed
-        self.expected = expectations(base, arch, adapters)
         self.values = Values(base)
+        self.expected = expectations(self.values, arch, adapters)
         self.problems: list[Failure] = []
         try:
             self.out_values = Values(merged)
@@ -152,7 +153,7 @@ class _Prover:
         """All tensors of one file, in its order, read once."""
         tally = _Tally()
         if self._is_base(shard):
-            touched = [key for key in shard.tensors if key in self.expected]
+            touched = [key for key, ref in shard.tensors.items() if self.values.name(ref) in self.expected]
             tally.failures += [Failure(key, "the file is the base's own: the adapter is not in it") for key in touched]
             tally.same, tally.unchanged = True, len(shard.tensors) - len(touched)
             self._count(sum(ref.nbytes for ref in shard.tensors.values()))
@@ -182,14 +183,16 @@ class _Prover:
 
     def _tensor(self, key: str, out: TensorRef, tally: _Tally, digest: Any) -> None:
         """Compare one tensor; its bytes go through `digest`, where there is one, whatever comes of it."""
-        expected = self.layout.source(key)
+        name = self.out_values.name(out)
+        expected = self.layout.source(name)
         weight = self.out_scales.get(key)
         fresh = weight is not None and weight in self.expected  # scales are proven by the numbers that they make
-        if expected is not None and (expected.source.shape != out.shape or fresh):
+        if expected is not None and (self.values.shape(expected.source) != self.out_values.shape(out) or fresh):
             expected = None
         check = None
         if expected is not None and (expected.updates or expected.source.dtype != out.dtype):
-            if {out.dtype, expected.source.dtype} <= PRECISION.keys():
+            coded = self.values.name(expected.source) in self.values.quantized, name in self.out_values.quantized
+            if all(c or d in PRECISION for c, d in zip(coded, (expected.source.dtype, out.dtype), strict=True)):
                 check = self._check(out, expected)
             else:
                 expected = None  # the layout has told of it
@@ -214,7 +217,7 @@ class _Prover:
                     raw = self.reader.rows(out, begin, end, "out")
                     check.piece(raw, self.reader.rows(expected.source, begin, end, "base"), begin, end)
             tally.recomputed += 1
-            tally.numbers += math.prod(out.shape)
+            tally.numbers += math.prod(self.out_values.shape(out))
             tally.worst = max(tally.worst, check.worst)
             what = check.verdict()
             if what:
@@ -225,7 +228,7 @@ class _Prover:
             tally.unchanged += 1
             if not equal and (self.rules.strict or not self.layout.is_unread(key)):
                 what = (
-                    "is not the adapter's" if key in self.expected else "is not the base's, and no adapter changes it"
+                    "is not the adapter's" if name in self.expected else "is not the base's, and no adapter changes it"
                 )
                 tally.failures.append(Failure(key, what))
 

@@ -581,7 +581,7 @@ def test_a_quantization_config_left_behind_or_taken_away(fp8: Path, adapter: Pat
     ours = (out / "config.json").read_text()
     shutil.copy(fp8 / "config.json", out)
     found = wrong(out, fp8)
-    assert "is not FP8 any more, but quantization_config" in found[KV_B]
+    assert "is not quantized any more, but quantization_config" in found[KV_B]
     assert "config.json" in found, "the manifest knows another one"
     (out / "config.json").write_text(ours)
     edit_config(out, lambda config: config["quantization_config"].update(weight_block_size=[8, 17]))

@@ -11,7 +11,8 @@ from torch import nn
 from mla_tune.arch.site import HEAD, Architecture, Site
 from mla_tune.checkpoint.index import Checkpoint, TensorRef, matrix_shape, nearest
 from mla_tune.errors import CheckError
-from mla_tune.verification.dequantize import TORCH, TensorReader, Values
+from mla_tune.verification.dequantize import Values
+from mla_tune.verification.read import TORCH, TensorReader
 
 #: Numbers read and converted at once: they stay in a core's cache.
 _BLOCK = 1 << 19
@@ -23,6 +24,8 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint, arch: Architecture) -> None:
         self.checkpoint, self.key_mapping = checkpoint, arch.key_mapping
         self.values = Values(checkpoint)
+        #: Where the numbers of each weight or tensor are: the codes of a quantized one.
+        self.refs = dict(checkpoint.tensors) | {key: q.codes for key, q in self.values.quantized.items()}
         # Of this checkpoint, not of `arch`: a merged one may be untied.
         self.tied = bool(checkpoint.config.get("tie_word_embeddings", arch.tied))
         #: Where a checkpoint has one end of tied embeddings, it is the other too.
@@ -34,7 +37,7 @@ class Weights:
 
         Raises `CheckError` where one is missing.
         """
-        tensors = self.checkpoint.tensors
+        tensors = self.refs
         keys = site.disk_keys() if site is not None else self.key_mapping.tensors(name, tensors)
         if self.tied and keys[0] not in tensors and self.ends.get(name) in tensors:
             return [tensors[self.ends[name]]]
@@ -49,14 +52,14 @@ class Weights:
 
     def read(self, ref: TensorRef, out: torch.Tensor, begin: int = 0, end: int | None = None) -> None:
         """Rows [begin, end) of the tensor seen as a matrix into `out`, which holds as many numbers, contiguous."""
-        rows, columns = matrix_shape(ref.shape)
+        rows, columns = matrix_shape(self.values.shape(ref))
         end = rows if end is None else end
         target = out.view(end - begin, columns)
         step = max(1, _BLOCK // max(1, columns))
         for first in range(begin, end, step):
             last = min(first + step, end)
             raw = self.reader.rows(ref, first, last, "logits")
-            if ref.key in self.values.quantized:
+            if self.values.name(ref) in self.values.quantized:
                 numbers = self.values.of(ref, raw, first, last, torch.float32)
             else:
                 numbers = raw.view(TORCH[ref.dtype]).view(last - first, columns)
@@ -111,11 +114,11 @@ def find_slots(model: nn.Module, weights: Weights, arch: Architecture) -> Iterat
         slot = Slot(
             model.get_submodule(path), leaf, name, tensor.shape, refs, not isinstance(tensor, nn.Parameter), site
         )
-        _check_shape(slot, weights.checkpoint)
+        _check_shape(slot, weights)
         yield slot
 
 
-def _check_shape(slot: Slot, checkpoint: Checkpoint) -> None:
+def _check_shape(slot: Slot, weights: Weights) -> None:
     if slot.site is None:
         # Some convolutions are several tensors on disk, cut by rows.
         expected = (slot.shape[0] // len(slot.refs), *slot.shape[1:]) if slot.shape else ()
@@ -125,8 +128,8 @@ def _check_shape(slot: Slot, checkpoint: Checkpoint) -> None:
         parts = len(slot.refs) // slot.site.count
         expected = (slot.site.shape[0] // parts, slot.site.shape[1])
     for ref in slot.refs:
-        if ref.shape != expected:
-            raise CheckError(f"{checkpoint.folder}: '{ref.key}' is {ref.shape}, and the model needs {expected}")
+        if (shape := weights.values.shape(ref)) != expected:
+            raise CheckError(f"{weights.checkpoint.folder}: '{ref.key}' is {shape}, and the model needs {expected}")
 
 
 class BufferPool:
