@@ -170,17 +170,16 @@ def test_bad_input_is_a_line_and_exit_code_2(cli: Cli, place: Path) -> None:
 def test_a_terminal_shows_it_readably(width: int, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    import mla_tune.console as console
-    from mla_tune.report.merge_tables import print_proof
+    import mla_tune.report.merge_tables as tables
 
     proof = {"recomputed": 44_021, "numbers": 671_000_000_000, "unchanged": 47_970, "same_files": 3, "absorbed": 61}
     way = {"reference": "base + adapters", "other": "merged", "max_error": 0.0123, "largest": 31.2, "kl": 1e-5}
     logits = {"ran": True, "reason": "", "idle": False, "merged": way | {"top1": 0.97}, "absorbed": way | {"top1": 1}}
-    old, console.out = console.out, Console(width=width, force_terminal=True, no_color=True, highlight=False)
+    old, tables.out = tables.out, Console(width=width, force_terminal=True, no_color=True, highlight=False)
     try:
-        print_proof(proof | {"worst_ulp": 0.5}, logits)
+        tables.print_proof(proof | {"worst_ulp": 0.5}, logits)
     finally:
-        console.out = old
+        tables.out = old
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line.rstrip()) <= width for line in lines)
     assert all(line.startswith(("proven   ", "logits   ", " " * 9)) for line in lines)

@@ -357,10 +357,10 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
     program = (
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from mla_tune.adapter.merge_options import Options\n"
+        "from mla_tune.adapter.merge_options import MergeOptions\n"
         "from mla_tune.merge.run import merge_absorb\n"
         f"merge_absorb(Path({str(adapter)!r}), Path({str(base)!r}), Path({str(tmp_path / 'out')!r}),"
-        " options=Options(absorb='none'), verify=False, workers=2)\n"
+        " options=MergeOptions(absorb='none'), verify=False, workers=2)\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
