@@ -25,7 +25,7 @@ from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.arch.build import architecture
 from mla_tune.errors import FileError, InputError
 from mla_tune.merge.run import merge_absorb
-from mla_tune.verification.dequantize import same_bytes
+from mla_tune.verification.read import same_bytes
 from mla_tune.verification.verify import VerifyResult, verify
 from tests.helpers.fp8 import FORMATS, dequantized, make_fp8, quantize, spread
 from tests.helpers.marks import fast_cases

@@ -147,7 +147,7 @@ def test_several_adapters_with_weights(tmp_path: Path, parameters: list[str]) ->
     wrong(run(tmp_path, [(one, 0.7), (two, 0.4)], merged).merged)
 
 
-@fast_cases("bf16-deepseek", "keep-compressed-tensors")
+@fast_cases("dequantize-deepseek", "keep-compressed-tensors")
 @pytest.mark.parametrize("style", ["deepseek", "compressed-tensors"])
 @pytest.mark.parametrize("quantized", ["dequantize", "keep"])
 def test_fp8(tmp_path: Path, style: str, quantized: str) -> None:
