@@ -60,6 +60,7 @@ class TensorRef:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
         return self.end - self.begin
 
 

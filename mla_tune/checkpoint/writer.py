@@ -96,6 +96,7 @@ class ShardWriter:
         sync_folder(self.file.parent)
 
     def discard(self) -> None:
+        """Close and remove what was written beside `file`, unless it was committed."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

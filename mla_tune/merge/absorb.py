@@ -47,24 +47,28 @@ _MEASURED_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class AbsorbedReport:
-    """The absorbed files and what they cost.
+    """The absorbed files and what they cost."""
 
-    `bytes` are those of their tensors.  `cost` has every form of attention (see `mla.fold.forms`) for one attention
-    module and for all, with `context` cached tokens.  `rounding` is, by tensor name, the largest relative error
-    ‖written - exact‖/‖exact‖ over the modules, each measured on one head against float64; empty where bits were only
-    moved.
-    """
-
+    #: `split` or `fold`.
     mode: str
+    #: Names of the files in the output folder.
     files: list[str]
+    #: Attention modules that have absorbed tensors.
     modules: int
+    #: Bytes of the tensors.
     bytes: int
+    #: Cached tokens for which the costs are told.
     context: int
+    #: Parameters and flops of every form of attention (`absorption.fold.forms`), for one attention module.
     cost_module: tuple[Form, ...]
+    #: The same for all attention modules.
     cost: tuple[Form, ...]
+    #: By tensor name, the largest relative error ‖written - exact‖/‖exact‖ over the modules, each measured on one head
+    #: against float64; empty where bits were only moved.
     rounding: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as a dictionary that `json.dumps` takes."""
         return asdict(self)
 
 
@@ -83,11 +87,11 @@ def write_absorbed(
 ) -> AbsorbedReport:
     """Write the absorbed tensors of the `merged` checkpoint, as it lies on the disk, into `folder`.
 
-    `quantized` tells how FP8 weights are to be read.  `fold` multiplies in float32; in float64 with `exact`, and for
-    float32 weights.  `context` is the S of the costs.  `workers` tensors are made at a time, one thread each: numpy's
-    own threads should be off (OPENBLAS_NUM_THREADS=1), they wait for each other at every head.  `progress` is told the
-    bytes of each piece written.  Files of an earlier run go first; the index, where there are several files, is written
-    last.
+    `quantized` tells how quantized weights are to be read.  `fold` multiplies in float32; in float64 with `exact`, and
+    for float32 weights.  `context` is the S of the costs.  `workers` tensors are made at a time, one thread each.
+    numpy's own threads should be off (OPENBLAS_NUM_THREADS=1): they wait for each other at every head.  `progress` is
+    told the bytes of each piece written.  Files of an earlier run go first; the index, where there are several files, is
+    written last.
 
     Raises what `plan_absorbed` raises, and `CheckError` where a product does not fit the dtype of the weights.
     """
@@ -282,7 +286,7 @@ class _Matrix:
         return self.how.format.decode(raw, self.scale, self.how, row=begin, float_type=float_type)
 
     def codes(self, begin: int, end: int, dtype: str) -> np.ndarray:
-        """Bits as they are, but FP8 as `dtype`."""
+        """The stored bits; those of a quantized matrix are decoded and rounded to `dtype`."""
         if self.how is None:
             return read_raw(self.ref, begin, end)
         return encode(self.floats(begin, end, np.float32), dtype)

@@ -17,7 +17,7 @@ from mla_tune.checkpoint.index import nearest, tensor_bytes
 from mla_tune.checkpoint.writer import TensorLayout
 from mla_tune.errors import InputError
 
-#: FP8 codes are dequantized and rounded once to this.
+#: Codes are dequantized and rounded once to this.
 _DEQUANTIZED = "BF16"
 #: Key → (dtype of the format, shape).
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -35,6 +35,7 @@ class AbsorbedPlan:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all absorbed tensors."""
         return sum(tensor_bytes(*entry) for entry in self.layout.values())
 
 

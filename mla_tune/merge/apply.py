@@ -1,10 +1,11 @@
-"""The merge of one tensor, some rows at a time: weight plus delta in float32 (or float64), rounded once, and what the
-rounding kept.
+"""The merge of one tensor, some rows at a time: weight plus delta, rounded once, and how much the rounding retained.
+
+Sums are float32 (or float64).
 
     W the base's weight   Δ the adapters' change (for DoRA: W' - W)   Q rounding to the dtype that is written
 
-Everything is numpy, so that merging needs no torch; the proof (`merge.proof`) computes the same in torch, by other
-code.
+Everything is numpy, so that merging needs no torch; the proof (`verification.tensors`) computes the same in torch, by
+other code.
 PEFT rounds the delta of a bfloat16 adapter to bfloat16 before it adds it; one rounding less can differ from its merge
 by one unit in the last place and is never further from the exact sum.
 """
@@ -39,15 +40,19 @@ KEPT_FACTORS = 4
 
 @dataclass(slots=True)
 class DeltaRetention:
-    """How much of a delta survived the rounding, as sums over matrices that add up: ⟨Q(W+Δ)-W, Δ⟩, ‖Δ‖²,
-    ‖Q(W+Δ)-W‖² and ‖W‖²."""
+    """How much of a delta the rounding retained, as sums that add up over matrices."""
 
+    #: ⟨Q(W+Δ)-W, Δ⟩
     inner: float = 0.0
+    #: ‖Δ‖²
     delta2: float = 0.0
+    #: ‖Q(W+Δ)-W‖²
     kept2: float = 0.0
+    #: ‖W‖²
     weight2: float = 0.0
 
     def add(self, other: DeltaRetention) -> None:
+        """Add the sums of another matrix, in place."""
         self.inner += other.inner
         self.delta2 += other.delta2
         self.kept2 += other.kept2
@@ -112,7 +117,7 @@ class Merger:
             yield i * rows // matrices, (i + 1) * rows // matrices, unit
 
     def compute(self, piece: RowRange) -> tuple[np.ndarray, DeltaRetention | None]:
-        """The codes to write for a piece, (rows, columns) in the storage dtype, and what survived the rounding; None
+        """The codes to write for a piece, (rows, columns) in the storage dtype, and what the rounding retained; None
         where no adapter changes the tensor.  The codes lie in memory that the thread's next call uses again.
         Raises `WorkError` where a result is not finite."""
         out = piece.out
@@ -238,7 +243,7 @@ class Merger:
         """Write the codes of `merged`, which is overwritten, and return the numbers that they stand for."""
         rng = self._rng(out.key, begin)
         if out.dtype == "BF16" and rng is None and merged.dtype == np.float32 and out.updates:
-            # A NaN shows in what survived, whatever its code.
+            # A NaN shows in the sums of DeltaRetention, whatever its code.
             round_bf16(merged, self._spare("bits", merged.shape, np.dtype(np.uint32)), codes)
             bits = merged.view(np.uint32)
             np.bitwise_and(bits, 0xFFFF0000, out=bits)

@@ -1,6 +1,6 @@
 """What a merge will do, from headers alone: every tensor of every output shard, and where its numbers come from.
 
-    base headers + adapter headers + options → OutShard (a file) → OutTensor (a tensor) → Update (one low-rank update)
+    base headers + adapter headers + options → OutShard (a file) → OutTensor (a tensor) → WeightedDelta
 
 Nothing is read but headers, so a plan for a checkpoint of any size takes seconds, and everything that can be refused is
 refused before a byte is written.
@@ -62,6 +62,7 @@ class OutTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor as it is written."""
         return tensor_bytes(self.dtype, self.shape)
 
     @property
@@ -81,10 +82,12 @@ class OutShard:
 
     @property
     def layout(self) -> TensorLayout:
+        """Key → (dtype, shape) of the tensors, in the order in which they are written."""
         return {out.key: (out.dtype, out.shape) for out in self.tensors}
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors of the file."""
         return sum(out.nbytes for out in self.tensors)
 
 

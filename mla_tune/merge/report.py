@@ -1,19 +1,28 @@
-"""What a merge will do and what it did: the dataclasses behind `--dry-run`, `merge_report.json`, `--json` and the
-printed tables."""
+"""What a merge will do and what it did, as dataclasses.
+
+`--dry-run`, `merge_report.json`, `--json` and the printed tables show them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mla_tune import __version__
 from mla_tune.absorption.fold import costs
+from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.adapter.methods import title_of
 from mla_tune.arch.roles import Role
 from mla_tune.console import human_count
 from mla_tune.merge.apply import KEPT_FACTORS, PIECE_BYTES, DeltaRetention
 from mla_tune.merge.plan import MergePlan, OutTensor
+
+if TYPE_CHECKING:
+    from mla_tune.adapter.inputs import MergePaths
+    from mla_tune.merge.absorb import AbsorbedReport
+    from mla_tune.merge.staging import Staging
+    from mla_tune.verification.result import Proven
 
 #: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).
 _PROCESS_BYTES, _WORKER_BYTES = 60_000_000, 8_000_000
@@ -66,7 +75,7 @@ class PlanReport:
     files_linked: list[str]
     tensors: int
     tensors_changed: int
-    tensors_raised: int
+    tensors_dequantized: int
     roles: dict[str, int]
     bytes_read: int
     bytes_written: int
@@ -79,6 +88,7 @@ class PlanReport:
     mla_tune: str = __version__
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as a dictionary that `json.dumps` takes."""
         return asdict(self)
 
 
@@ -99,7 +109,7 @@ class MergeResult:
     dtype: str
     tensors: int
     tensors_changed: int
-    tensors_raised: int
+    tensors_dequantized: int
     replaced: list[str]
     bytes: int
     files_linked: int
@@ -115,7 +125,53 @@ class MergeResult:
     mla_tune: str = __version__
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as a dictionary that `json.dumps` takes."""
         return asdict(self)
+
+
+def merge_result(
+    plan: MergePlan,
+    paths: MergePaths,
+    staging: Staging,
+    retention: Mapping[str, DeltaRetention],
+    *,
+    absorbed: AbsorbedReport | None,
+    proven: Proven | None,
+    carried: list[str],
+    left_behind: list[str],
+) -> MergeResult:
+    """What a merge did: from its plan, the files in `staging`, and what the proof found."""
+    how = [entry["how"] for entry in staging.finished.values()]
+    return MergeResult(
+        output=str(paths.out.absolute()),
+        base=str(paths.base.absolute()),
+        adapters=adapter_reports(plan),
+        model_type=plan.architecture.model_type,
+        options=plan.options.to_json(),
+        dtype=_dtypes(plan),
+        tensors=sum(len(shard.tensors) for shard in plan.shards),
+        tensors_changed=len(plan.changed),
+        tensors_dequantized=len(plan.dequantized),
+        replaced=sorted(plan.replaced),
+        bytes=plan.model_bytes,
+        files_linked=sum(h in ("linked", "reflinked") for h in how),
+        files_written=sum(h in ("written", "copied") for h in how),
+        roles=role_reports(plan, retention),
+        absorbed=asdict(absorbed) if absorbed is not None else None,
+        proof=proven.proof if proven else None,
+        logits=proven.logits if proven else None,
+        retention={key: (s.relative, s.retained, s.cosine) for key, s in retention.items()},
+        notes=notes(plan),
+        carried=carried,
+        left_behind=left_behind,
+    )
+
+
+def _dtypes(plan: MergePlan) -> str:
+    """The dtypes of the changed tensors, as torch calls them."""
+    names = {name: word for word, name in DTYPES.items()}
+    names |= {t.codes.dtype: t.format.dtype_name for t in plan.quantized.values() if t.format.dtype_name}
+    return ", ".join(sorted({names.get(out.dtype, out.dtype) for out in plan.changed}))
 
 
 def role_reports(plan: MergePlan, retention: Mapping[str, DeltaRetention]) -> list[RoleReport]:
@@ -149,6 +205,7 @@ def role_reports(plan: MergePlan, retention: Mapping[str, DeltaRetention]) -> li
 
 
 def adapter_reports(plan: MergePlan) -> list[AdapterReport]:
+    """The adapters of a plan in the order in which they are merged."""
     return [AdapterReport(str(a.folder.absolute()), weight, title_of(a.settings)) for a, weight in plan.adapters]
 
 
@@ -156,16 +213,19 @@ def notes(plan: MergePlan) -> list[str]:
     """What a user has to know about this output, a sentence each."""
     lines = list(plan.architecture.warnings)
     changed = {out.key for out in plan.changed}
+    title = " and ".join(dict.fromkeys(tensor.format.title for tensor in plan.quantized.values()))
     if plan.dequantized and plan.options.dtype == "keep":
         beside = len(plan.dequantized - changed)
         fused = f", {beside} of them only because engines fuse them with changed ones" if beside else ""
         lines.append(
-            f"{len(plan.dequantized):,} FP8 weights are written as bfloat16{fused}; config.json tells engines. "
-            "--quantized keep writes FP8 again, which erases small changes"
+            f"{len(plan.dequantized):,} {title} weights are written as bfloat16{fused}; config.json tells engines. "
+            f"--quantized keep writes {title} again, which erases small changes"
         )
     requantized = sum(out.requantize is not None and out.scale_of is None for s in plan.shards for out in s.tensors)
     if requantized:
-        lines.append(f"{requantized:,} FP8 weights are quantized anew: look at 'retained', FP8 erases small changes")
+        lines.append(
+            f"{requantized:,} {title} weights are quantized anew: look at 'retained', {title} erases small changes"
+        )
     if plan.options.mtp:
         count = len({out.key for out in plan.changed if out.site is not None and out.site.mtp})
         lines.append(
@@ -222,7 +282,7 @@ def plan_report(plan: MergePlan, out: str, workers: int, *, verify: bool) -> Pla
         files_linked=[s.name for s in linked],
         tensors=sum(len(s.tensors) for s in plan.shards),
         tensors_changed=len(plan.changed),
-        tensors_raised=len(plan.dequantized),
+        tensors_dequantized=len(plan.dequantized),
         roles={r.value: roles[r.value] for r in Role if r.value in roles},
         bytes_read=read,
         bytes_written=plan.written_bytes,

@@ -11,23 +11,23 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from mla_tune.adapter.files import WEIGHTS_FILE
 from mla_tune.adapter.inputs import MergePaths, open_inputs
-from mla_tune.adapter.merge_options import DTYPES, MergeOptions
+from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
 from mla_tune.checkpoint.quantized.config import quantized_tensors
 from mla_tune.checkpoint.tensor_io import sha256
 from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
-from mla_tune.merge.absorb import write_absorbed
+from mla_tune.merge.absorb import AbsorbedReport, write_absorbed
 from mla_tune.merge.execute import execute
 from mla_tune.merge.export import REPORT_FILE, check_output, copy_auxiliary_files, write_index_of, write_manifest
 from mla_tune.merge.plan import MergePlan, plan_merge
-from mla_tune.merge.report import MergeResult, PlanReport, adapter_reports, notes, plan_report, role_reports
-from mla_tune.merge.staging import partial_folder, staged
+from mla_tune.merge.report import MergeResult, PlanReport, merge_result, plan_report
+from mla_tune.merge.staging import Staging, partial_folder, staged
 from mla_tune.progress import Progress, counter
 from mla_tune.verification.prover import Prover, start
 
@@ -89,104 +89,112 @@ def merge_absorb(
         plan = plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
         if prover:
             prover.begin(inputs, options, workers, progress)
-        return _merge(inputs.places, plan, prover, min_retained, overwrite, workers, progress, note)
+        return _Merge(
+            paths=inputs.places,
+            plan=plan,
+            prover=prover,
+            min_retained=min_retained,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+            note=note,
+        ).run()
     finally:
         if prover:
             prover.stop()
 
 
-def _merge(
-    places: MergePaths,
-    plan: MergePlan,
-    prover: Prover | None,
-    min_retained: float | None,
-    overwrite: bool,
-    workers: int,
-    progress: Progress | None,
-    note: Callable[[str], None],
-) -> MergeResult:
-    stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
-    check_output(places.out, overwrite, (places.base, *places.adapters), plan.written_bytes)
-    for item, _ in plan.adapters:
-        item.check_finite()
-    for one, other in plan.aliases:
-        if sha256(one) != sha256(other):
-            raise InputError(f"{one.file}: '{one.key}' and '{other.key}' are one tensor of the model, but they differ")
-    try:
-        with staged(places.out, plan, note) as staging:
-            # Again, under the lock: another merge may have finished in between.
-            check_output(places.out, overwrite, (places.base, *places.adapters), 0)
-            count = counter(progress, "merge", plan.model_bytes)
-            # Here, while the prover is loading what it needs: it is the slower one of the two.
-            hashed: dict[str, Future[str]] | None = {} if prover and prover.beside else None
-            retention = execute(plan, staging, workers=workers, min_retained=min_retained, hashed=hashed, done=count)
-            write_index_of(plan, staging.folder)
-            carried, left = copy_auxiliary_files(plan, staging.folder)
-            merged = Checkpoint.open(staging.folder)
-            absorbed = None
-            if plan.absorbed is not None:
-                still = quantized_tensors(merged) if plan.quantized else {}
-                absorbed = write_absorbed(
-                    plan.architecture,
-                    merged,
-                    staging.folder,
-                    plan.options.absorb,
-                    quantized=still,
-                    exact=plan.options.exact,
-                    workers=workers,
-                    progress=counter(progress, "absorb", plan.absorbed.bytes),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Merge:
+    """One merge on its way: the arguments of `merge_absorb`, with paths found and everything planned."""
+
+    paths: MergePaths
+    plan: MergePlan
+    prover: Prover | None
+    min_retained: float | None
+    overwrite: bool
+    workers: int
+    progress: Progress | None
+    note: Callable[[str], None]
+
+    def run(self) -> MergeResult:
+        """Check the inputs, build the output beside its place, and let it appear when it is proven."""
+        plan, out = self.plan, self.paths.out
+        stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
+        self._check_output(plan.written_bytes)
+        for adapter, _ in plan.adapters:
+            adapter.check_finite()
+        for one, other in plan.aliases:
+            if sha256(one) != sha256(other):
+                raise InputError(
+                    f"{one.file}: '{one.key}' and '{other.key}' are one tensor of the model, but they differ"
                 )
-            proven = prover.finish(staging.folder, list(hashed or ())) if prover else None
-            hashes = dict(proven.hashes if proven else {})
-            hashes |= {name: digest.result() for name, digest in (hashed or {}).items()}
-            for shard in plan.shards:
-                shard.source.check_unchanged()
-            for file, stamp in stamps:
-                if Stamp.of(file) != stamp:
-                    raise FileError(f"{file}: changed while it was merged: run again")
-            report = MergeResult(
-                output=str(places.out.absolute()),
-                base=str(places.base.absolute()),
-                adapters=adapter_reports(plan),
-                model_type=plan.architecture.model_type,
-                options=plan.options.to_json(),
-                dtype=_dtypes(plan),
-                tensors=sum(len(shard.tensors) for shard in plan.shards),
-                tensors_changed=len(plan.changed),
-                tensors_raised=len(plan.dequantized),
-                replaced=sorted(plan.replaced),
-                bytes=plan.model_bytes,
-                files_linked=sum(e["how"] in ("linked", "reflinked") for e in staging.finished.values()),
-                files_written=sum(e["how"] in ("written", "copied") for e in staging.finished.values()),
-                roles=role_reports(plan, retention),
-                absorbed=asdict(absorbed) if absorbed is not None else None,
-                proof=proven.proof if proven else None,
-                logits=proven.logits if proven else None,
-                retention={key: (s.relative, s.retained, s.cosine) for key, s in retention.items()},
-                notes=notes(plan),
-                carried=carried,
-                left_behind=left,
-            )
-            write_manifest(plan, staging, hashes)
-            write_json(staging.folder / REPORT_FILE, report.to_json())
-    except MlaTuneError:
-        raise
-    except OSError as error:
-        raise _failed(error, places.out) from error
-    except KeyboardInterrupt:
-        note(_left_behind(places.out, "run"))
-        raise
-    return report
+        try:
+            with staged(out, plan, self.note) as staging:
+                # Again, under the lock: another merge may have finished in between.
+                self._check_output(0)
+                return self._build(staging, stamps)
+        except MlaTuneError:
+            raise
+        except OSError as error:
+            raise _failed(error, out) from error
+        except KeyboardInterrupt:
+            self.note(_left_behind(out, "run"))
+            raise
+
+    def _check_output(self, bytes_needed: int) -> None:
+        check_output(self.paths.out, self.overwrite, (self.paths.base, *self.paths.adapters), bytes_needed)
+
+    def _build(self, staging: Staging, stamps: Sequence[tuple[Path, Stamp]]) -> MergeResult:
+        """Write, prove and describe the output in the folder of `staging`.
+
+        Raises `FileError` where the base, or an adapter's file that `stamps` lists, has changed meanwhile.
+        """
+        plan, prover = self.plan, self.prover
+        # Files are hashed here, while the prover is loading what it needs: it is the slower one of the two.
+        hashed: dict[str, Future[str]] | None = {} if prover and prover.beside else None
+        count = counter(self.progress, "merge", plan.model_bytes)
+        retention = execute(
+            plan, staging, workers=self.workers, min_retained=self.min_retained, hashed=hashed, done=count
+        )
+        write_index_of(plan, staging.folder)
+        carried, left = copy_auxiliary_files(plan, staging.folder)
+        absorbed = self._absorb(Checkpoint.open(staging.folder))
+        proven = prover.finish(staging.folder, list(hashed or ())) if prover else None
+        hashes = dict(proven.hashes if proven else {})
+        hashes |= {name: digest.result() for name, digest in (hashed or {}).items()}
+        for shard in plan.shards:
+            shard.source.check_unchanged()
+        for file, stamp in stamps:
+            if Stamp.of(file) != stamp:
+                raise FileError(f"{file}: changed while it was merged: run again")
+        result = merge_result(
+            plan, self.paths, staging, retention, absorbed=absorbed, proven=proven, carried=carried, left_behind=left
+        )
+        write_manifest(plan, staging, hashes)
+        write_json(staging.folder / REPORT_FILE, result.to_json())
+        return result
+
+    def _absorb(self, merged: Checkpoint) -> AbsorbedReport | None:
+        """Write the absorbed tensors beside the `merged` checkpoint, where they were asked for."""
+        plan = self.plan
+        if plan.absorbed is None:
+            return None
+        return write_absorbed(
+            plan.architecture,
+            merged,
+            merged.folder,
+            plan.options.absorb,
+            quantized=quantized_tensors(merged) if plan.quantized else {},
+            exact=plan.options.exact,
+            workers=self.workers,
+            progress=counter(self.progress, "absorb", plan.absorbed.bytes),
+        )
 
 
 def default_workers() -> int:
     """Threads that merge: more than four wait for the disk."""
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def _dtypes(plan: MergePlan) -> str:
-    names = {name: word for word, name in DTYPES.items()} | {"F8_E4M3": "float8_e4m3"}
-    return ", ".join(sorted({names.get(out.dtype, out.dtype) for out in plan.changed}))
 
 
 def _failed(error: OSError, out: Path) -> MlaTuneError:

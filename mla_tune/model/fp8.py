@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.base import QuantizedTensor
 from mla_tune.checkpoint.quantized.fp8 import fp8_weights, read_scales
 from mla_tune.errors import InputError
+from mla_tune.model.quantized_base import QuantizedConfig
 from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, check_experts
 from mla_tune.tiling import DEQUANTIZED_TILE
 
@@ -33,10 +33,12 @@ METHOD = "mla_tune_fp8"
 
 @dataclass(frozen=True, slots=True)
 class ScaleLayout:
-    """How the scales of a parameter lie.  `block` is (rows, columns); `parts` matrices lie one above the other, each
-    with blocks of its own (gate and up of an expert: their rows need not be whole blocks)."""
+    """How the scales of a parameter lie in memory."""
 
+    #: Rows and columns that share a scale.
     block: tuple[int, int]
+    #: Matrices that lie one above the other, each with blocks of its own: gate and up of an expert, whose rows need not
+    #: be whole blocks.
     parts: int = 1
 
     def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -59,6 +61,7 @@ class Fp8Weight(QuantizedWeight):
         self.register_buffer("scales", scales)
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
+        """code · scale (out, in) of one matrix, computed in float32 and rounded once to `dtype`."""
         codes, scales = (self.codes, self.scales) if expert is None else (self.codes[expert], self.scales[expert])
         codes = codes.view(torch.float8_e4m3fn).view(self.shape[-2:])
         rows, columns = codes.shape
@@ -123,12 +126,47 @@ def _is_mtp(key: str, arch: Architecture) -> bool:
     return bool(found) and number.isdecimal() and int(number) >= arch.num_layers
 
 
-class Fp8Config(QuantizationConfigMixin):
-    """What the loader below needs to know."""
+class Fp8Config(QuantizedConfig):
+    """The FP8 parameters of a model and the layout of their scales, for the loader below; `where` is for messages."""
 
     def __init__(self, layouts: Mapping[str, ScaleLayout], where: Path) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
+        self.parameters = tuple(layouts)
         self.layouts, self.where = dict(layouts), where
+
+    def locate(self, model: Any, parameter: str) -> tuple[Any, str]:
+        """The module of a parameter, and its name there.  Raises `InputError` where the model has no such matrix."""
+        path, _, name = parameter.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            module = None
+        if not hasattr(module, name) or not (type(module) is nn.Linear or path.endswith(".experts")):
+            raise InputError(
+                f"{self.where}: '{parameter}' is FP8, but transformers' model has no linear layer of that name"
+            )
+        if name != "weight":
+            check_experts(module, parameter)
+        return module, name
+
+    def empty_weight(self, parameter: str, shape: tuple[int, ...]) -> Fp8Weight:
+        """Codes and scales of the shapes that the checkpoint has, on `meta`."""
+        layout = self.layouts[parameter]
+        codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
+        scales = torch.empty(layout.scales(shape), dtype=torch.float32, device="meta")
+        return Fp8Weight(codes, scales, layout)
+
+
+def make_config(arch: Architecture, folder: Path | None, through: torch.device | None) -> Fp8Config:
+    """Read from headers which weights of a checkpoint are FP8, and check their scales (`QUANTIZED_BASES`).
+
+    `through` is unused: nothing is quantized here.  Raises `InputError` for a checkpoint that can't be kept in FP8.
+    """
+    assert folder is not None, "codes are read from a folder"
+    checkpoint = Checkpoint.open(folder)
+    found = layouts(checkpoint, arch)
+    check_scales(checkpoint)
+    return Fp8Config(found, folder)
 
 
 @register_quantizer(METHOD)
@@ -142,16 +180,16 @@ class Fp8Loader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         self.dtype = dtype
         for parameter, layout in self.quantization_config.layouts.items():
-            module, name = _place(model, parameter, self.quantization_config.where)
+            module, name = self.quantization_config.locate(model, parameter)
             shape = tuple(getattr(module, name).shape)
             for suffix, size, kind in (("", shape, torch.float8_e4m3fn), ("_scale_inv", layout.scales(shape), None)):
                 empty = torch.empty(size, dtype=kind or torch.float32, device="meta")
                 setattr(module, name + suffix, nn.Parameter(empty, requires_grad=False))
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Add the renaming of compressed-tensors' scales to transformers' conversions of this family."""
         from transformers.core_model_loading import WeightRenaming
 
-        # compressed-tensors' names.
         names = [
             WeightRenaming(source_patterns=r"\.weight_scale$", target_patterns=".weight_scale_inv"),
             WeightRenaming(source_patterns=r"(_proj)_scale$", target_patterns=r"\1_scale_inv"),
@@ -161,7 +199,7 @@ class Fp8Loader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # In the order of the layers: PEFT wraps a module's parameters in the order in which they were set.
         for parameter, layout in self.quantization_config.layouts.items():
-            module, name = _place(model, parameter, self.quantization_config.where)
+            module, name = self.quantization_config.locate(model, parameter)
             codes, scales = (module._parameters.pop(name + suffix).data for suffix in ("", "_scale_inv"))
             attach_quantized_weight(
                 module, name, Fp8Weight(codes, scales, layout), self.dtype or torch.get_default_dtype()
@@ -169,31 +207,10 @@ class Fp8Loader(HfQuantizer):
         return model
 
     def is_serializable(self) -> Any:
+        """False: adapters are saved, never the base."""
         return False
 
     @property
     def is_trainable(self) -> Any:
+        """True: adapters can be trained on such a model."""
         return True
-
-
-def put_empty(model: Any, layouts: Mapping[str, ScaleLayout], where: Path, dtype: torch.dtype) -> None:
-    """Matrices without numbers, on `meta`, in a model of which another process reads the weights."""
-    for parameter, layout in layouts.items():
-        module, name = _place(model, parameter, where)
-        shape = tuple(getattr(module, name).shape)
-        codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
-        scales = torch.empty(layout.scales(shape), dtype=torch.float32, device="meta")
-        attach_quantized_weight(module, name, Fp8Weight(codes, scales, layout), dtype)
-
-
-def _place(model: Any, parameter: str, where: Path) -> tuple[Any, str]:
-    path, _, name = parameter.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        module = None
-    if not hasattr(module, name) or not (type(module) is nn.Linear or path.endswith(".experts")):
-        raise InputError(f"{where}: '{parameter}' is FP8, but transformers' model has no linear layer of that name")
-    if name != "weight":
-        check_experts(module, parameter)
-    return module, name

@@ -19,9 +19,10 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.lookup import load_config
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quantized.config import FIELDS, quantized_kind
+from mla_tune.checkpoint.quantized.config import FIELDS, quantization_field, quantized_kind
 from mla_tune.errors import CheckError, InputError
 from mla_tune.model.auto import auto_class, set_experts
+from mla_tune.model.quantized_base import QUANTIZED_BASES, format_in_memory, put_empty
 from mla_tune.model.quantized_linear import EXPERTS, QuantizedWeight, register_experts
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
@@ -73,6 +74,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16 on a GPU that has it, else float32."""
     if name != "auto":
         return name
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
@@ -130,7 +132,10 @@ def load_model(
         hub = {"revision": section.revision} if section.revision and folder is None else {}
         kwargs |= {"trust_remote_code": section.trust_remote_code, **hub}
         if kind:
-            model = _quantized(base, folder, arch, kind, kwargs, device, place, empty)
+            if folder is None and quantization_field(config):
+                raise InputError(f"{base}: the weights are quantized ({kind}); download it and give its folder")
+            name = format_in_memory(config, section.quantize, where)
+            model = _quantized(base, folder, arch, name, kwargs, device=device, place=place, empty=empty)
         else:
             model = _from_pretrained(base, **kwargs)
     check_sites(model, arch)
@@ -171,56 +176,42 @@ def _quantized(
     base: str,
     folder: Path | None,
     arch: Architecture,
-    kind: str,
+    name: str,
     kwargs: dict[str, Any],
+    *,
     device: torch.device,
     place: bool,
     empty: bool,
 ) -> PreTrainedModel:
-    """A model whose matrices stay quantized, read straight onto `device`, or (not `place`) into host memory."""
-    from mla_tune.model import fp8, nf4
+    """A model whose matrices stay quantized, read straight onto `device`, or (not `place`) into host memory.
 
+    `name` is the format's in `QUANTIZED_BASES`.
+    """
     options = {k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs}
     config: Any = AutoConfig.from_pretrained(base, **options)
-    scheme: Any
-    if kind == "nf4":
-        # Host memory is filled by way of the GPU, which quantizes much faster.
-        scheme = nf4.Nf4Config(nf4.parameters(arch), None if place else device)
-        experts = any(site.is_experts for site in arch)
-    elif folder is None:
-        raise InputError(f"{base}: the weights are quantized ({kind}); download it and give its folder")
-    else:
-        checkpoint = Checkpoint.open(folder)
-        layouts = fp8.layouts(checkpoint, arch)
-        fp8.check_scales(checkpoint)
-        scheme = fp8.Fp8Config(layouts, folder)
-        experts = any(site.is_experts and site.parameter in layouts for site in arch)
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
-            for name in FIELDS:
-                if hasattr(part, name):
-                    delattr(part, name)
+    # Host memory is filled by way of the GPU, which quantizes much faster.
+    scheme = QUANTIZED_BASES.get(name)(arch, folder, None if place else device)
+    # Or transformers would quantize the model in its own way.
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for field in FIELDS:
+            if hasattr(part, field):
+                delattr(part, field)
     model: Any
     if empty:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(config, **{k: v for k, v in kwargs.items() if k != "revision"})
-        if kind == "nf4":
-            nf4.put_empty(model, scheme.parameters, kwargs["dtype"])
-        else:
-            fp8.put_empty(model, scheme.layouts, scheme.where, kwargs["dtype"])
-        if experts:
-            register_experts()
-            set_experts(model, EXPERTS)
-        return model
-    where = device if place else torch.device("cpu")
-    model = _from_pretrained(base, config=config, quantization_config=scheme, device_map={"": where}, **kwargs)
-    # To all others this is a plain model: what is special about it, its layers know.
-    model.hf_quantizer.remove_quantization_config(model)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = False
-    if experts:
+        put_empty(model, scheme, kwargs["dtype"])
+    else:
+        where = device if place else torch.device("cpu")
+        model = _from_pretrained(base, config=config, quantization_config=scheme, device_map={"": where}, **kwargs)
+        # To all others this is a plain model: what is special about it, its layers know.
+        model.hf_quantizer.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+    if any(site.is_experts and site.parameter in scheme.parameters for site in arch):
         register_experts()
         set_experts(model, EXPERTS)
     return model

@@ -7,17 +7,18 @@ and 97 % of the weights of a DeepSeek-V3, so both are kept the same way here: `N
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mla_tune.arch.roles import ADAPTABLE
 from mla_tune.arch.site import Architecture
-from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, check_experts, placeholder
+from mla_tune.model.quantized_base import QuantizedConfig
+from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, placeholder
 
 METHOD = "mla_tune_nf4"
 #: Numbers that share a scale, and scales that share one.
@@ -64,6 +65,7 @@ class Nf4Weight(QuantizedWeight):
         self.register_buffer("outer_table", create_dynamic_map().to(device))
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
+        """The numbers (out, in) of one matrix, as bitsandbytes dequantizes them."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         i, count = expert or 0, len(self.mean)
@@ -81,10 +83,10 @@ class Nf4Weight(QuantizedWeight):
         return dequantize_4bit(self.codes.view(count, -1)[i].unsqueeze(1), state)
 
 
-def _sizes(numbers: int) -> tuple[torch.Tensor, ...]:
-    """What `quantize_4bit` makes of so many numbers, on `meta`."""
-    blocks = -(-numbers // BLOCK)
-    sizes = ((-(-numbers // 2),), (blocks,), (-(-blocks // OUTER),), ())
+def _sizes(count: int) -> tuple[torch.Tensor, ...]:
+    """The tensors that `quantize_4bit` makes of `count` numbers, on `meta`."""
+    blocks = -(-count // BLOCK)
+    sizes = ((-(-count // 2),), (blocks,), (-(-blocks // OUTER),), ())
     kinds = (torch.uint8, torch.uint8, torch.float32, torch.float32)
     return tuple(torch.empty(s, dtype=k, device="meta") for s, k in zip(sizes, kinds, strict=True))
 
@@ -95,12 +97,21 @@ def parameters(arch: Architecture) -> tuple[str, ...]:
     return tuple(site.parameter for site in arch if site.role in ADAPTABLE)
 
 
-class Nf4Config(QuantizationConfigMixin):
-    """What the loader below needs to know."""
+class Nf4Config(QuantizedConfig):
+    """The parameters to quantize and the device that does it, for the loader below."""
 
     def __init__(self, parameters: tuple[str, ...], through: torch.device | None = None) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.parameters, self.through = parameters, through
+
+    def empty_weight(self, parameter: str, shape: tuple[int, ...]) -> Nf4Weight:
+        """Codes and scales of a matrix of this shape, on `meta`."""
+        return Nf4Weight(torch.empty(shape, device="meta"))
+
+
+def make_config(arch: Architecture, folder: Path | None, through: torch.device | None) -> Nf4Config:
+    """All matrices that an adapter may sit on, quantized on the device `through` (`QUANTIZED_BASES`)."""
+    return Nf4Config(parameters(arch), through)
 
 
 @register_quantizer(METHOD)
@@ -113,14 +124,14 @@ class Nf4Loader(HfQuantizer):
         self.dtype = dtype or torch.get_default_dtype()
         self.made: dict[str, Nf4Weight] = {}
         for parameter in self.quantization_config.parameters:
-            path, _, name = parameter.rpartition(".")
-            if name != "weight":
-                check_experts(model.get_submodule(path), parameter)
+            self.quantization_config.locate(model, parameter)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter that was read is to be quantized."""
         return param_name in self.quantization_config.parameters
 
     def get_quantize_ops(self) -> ConversionOps:
+        """The operation that quantizes a parameter and leaves a placeholder in its place."""
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -131,22 +142,13 @@ class Nf4Loader(HfQuantizer):
         return model
 
     def is_serializable(self) -> Any:
+        """False: adapters are saved, never the base."""
         return False
 
     @property
     def is_trainable(self) -> Any:
+        """True: adapters can be trained on such a model."""
         return True
-
-
-def put_empty(model: Any, parameters: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Matrices without numbers, on `meta`, in a model of which another process reads the weights."""
-    for parameter in parameters:
-        path, _, name = parameter.rpartition(".")
-        module = model.get_submodule(path)
-        if name != "weight":
-            check_experts(module, parameter)
-        shape = getattr(module, name).shape
-        attach_quantized_weight(module, name, Nf4Weight(torch.empty(shape, device="meta")), dtype)
 
 
 class _Quantize(ConversionOps):

@@ -27,10 +27,14 @@ EXPERTS = "mla_tune_frozen"
 
 
 class QuantizedWeight(nn.Module):
-    """A quantized weight, of shape (out, in) or, for stacked experts, (E, out, in)."""
+    """A quantized weight in memory: its codes and scales are buffers of this module.
 
+    Not `checkpoint.quantized.base.QuantizedTensor`, which says where a weight lies in a file and holds no numbers.
+    """
+
+    #: (out, in) or, for stacked experts, (E, out, in).
     shape: tuple[int, ...]
-    #: What grows with the weight: of a sharded model each process has a part.
+    #: Names of the buffers that grow with the weight: of a sharded model each process has a part of them.
     large: tuple[str, ...] = ()
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
@@ -39,6 +43,7 @@ class QuantizedWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes and scales in this process."""
         return sum(b.nbytes for b in [*self.buffers(), *self.parameters()])
 
 
@@ -64,11 +69,12 @@ def linear(x: torch.Tensor, matrix: QuantizedWeight, expert: int | None = None) 
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer whose `weight` is a stand-in and whose numbers are in `weight_matrix`."""
+    """A linear layer whose `weight` is a placeholder and whose numbers are in `weight_matrix`."""
 
     weight_matrix: QuantizedWeight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input (…, in) → (…, out), with what PEFT adds to the weight and with the bias."""
         out = linear(input, self.weight_matrix)
         change = _change(self, "weight")
         if change is not None:
@@ -89,7 +95,7 @@ def attach_quantized_weight(module: nn.Module, name: str, matrix: QuantizedWeigh
 
 
 def prepare_for_fsdp(model: nn.Module) -> None:
-    """Make frozen parameters of the codes, which fully_shard shards, and hide the stand-ins, which it would fill."""
+    """Make frozen parameters of the codes, which fully_shard shards, and hide the placeholders, which it would fill."""
     for module in model.modules():
         for name, matrix in list(module._modules.items()):
             if isinstance(matrix, QuantizedWeight):
@@ -104,6 +110,7 @@ def prepare_for_fsdp(model: nn.Module) -> None:
 
 
 def placeholder(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """One NaN expanded to `shape`: what code that reads the weight instead of calling the layer gets."""
     return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
@@ -189,6 +196,7 @@ def _by_expert(experts: Any, name: str) -> Callable[[torch.Tensor, int], torch.T
 
 
 def register_experts() -> None:
+    """Enter `quantized_experts` into transformers' table of implementations of the routed experts."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if EXPERTS not in ALL_EXPERTS_FUNCTIONS:

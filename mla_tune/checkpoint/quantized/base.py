@@ -66,6 +66,8 @@ class QuantFormat(ABC):
     title: str
     #: What the format's tensors are called in a message that lists what is understood.
     understood: str
+    #: What reports call the dtype of the codes; None: its name in safetensors.
+    dtype_name: str | None = None
     #: Bytes that a weight takes, scales included (preflight counts them).
     bytes_per_weight: float
 

@@ -122,4 +122,5 @@ def module_of(key: str) -> str:
 
 
 def joined(old: Iterable[str] | None, new: Iterable[str]) -> list[str]:
+    """The names of a list in config.json (which may be missing) and new ones, each once."""
     return list(dict.fromkeys([*(old or ()), *new]))

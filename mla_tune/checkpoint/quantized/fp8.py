@@ -233,6 +233,7 @@ class _Fp8(QuantFormat):
     """E4M3 codes under the weight's own key, and scales beside them: see the module's docstring."""
 
     title = "FP8"
+    dtype_name = "float8_e4m3"
     understood = UNDERSTOOD
     #: A byte for the code, and four for the scale of a block of 128 × 128.
     bytes_per_weight = 1 + 4 / 128**2
