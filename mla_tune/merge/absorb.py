@@ -90,8 +90,8 @@ def write_absorbed(
     `quantized` tells how quantized weights are to be read.  `fold` multiplies in float32; in float64 with `exact`, and
     for float32 weights.  `context` is the S of the costs.  `workers` tensors are made at a time, one thread each.
     numpy's own threads should be off (OPENBLAS_NUM_THREADS=1): they wait for each other at every head.  `progress` is
-    told the bytes of each piece written.  Files of an earlier run go first; the index, where there are several files, is
-    written last.
+    told the bytes of each piece written.  Files of an earlier run go first; the index, where there are several files,
+    is written last.
 
     Raises what `plan_absorbed` raises, and `CheckError` where a product does not fit the dtype of the weights.
     """
