@@ -34,8 +34,8 @@ from mla_tune.merge.plan import MergePlan, OutTensor, WeightedDelta
 _BLOCK = 1 << 17
 #: Bytes read and written at once.
 PIECE_BYTES = 1 << 23
-#: Sites whose factors are kept at hand: the files of a checkpoint alternate between gate, up and down of the experts.
-KEPT_FACTORS = 4
+#: Sites whose factors are cached: the files of a checkpoint alternate between gate, up and down of the experts.
+CACHED_FACTORS = 4
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class DeltaRetention:
     #: ‖Δ‖²
     delta2: float = 0.0
     #: ‖Q(W+Δ)-W‖²
-    kept2: float = 0.0
+    written2: float = 0.0
     #: ‖W‖²
     weight2: float = 0.0
 
@@ -55,7 +55,7 @@ class DeltaRetention:
         """Add the sums of another matrix, in place."""
         self.inner += other.inner
         self.delta2 += other.delta2
-        self.kept2 += other.kept2
+        self.written2 += other.written2
         self.weight2 += other.weight2
 
     @property
@@ -71,7 +71,7 @@ class DeltaRetention:
     @property
     def cosine(self) -> float | None:
         """Cosine between what was asked for and what was written; None where either is zero."""
-        both = (self.delta2 * self.kept2) ** 0.5
+        both = (self.delta2 * self.written2) ** 0.5
         return self.inner / both if both else None
 
 
@@ -134,16 +134,16 @@ class Merger:
             if (code := out.requantize) is not None:
                 absmax = self._absmax(out) if code.format.needs_absmax(code) else None
                 block[...], scales = code.format.encode(merged, code, rng=self._rng(out.key, begin), absmax=absmax)
-                kept = code.format.decode_fresh(block, scales, code, self.float_type)
+                written = code.format.decode_fresh(block, scales, code, self.float_type)
             else:
-                kept = self._round(merged, out, begin, block)
+                written = self._round(merged, out, begin, block)
             if retention is None or added is None:
-                if not np.isfinite(kept).all():
+                if not np.isfinite(written).all():
                     raise _not_finite(out, W)
                 continue
-            np.subtract(kept, W, out=kept)
-            part = DeltaRetention(_dot(kept, added), _dot(added, added), _dot(kept, kept), _dot(W, W))
-            if not np.isfinite(part.kept2):
+            np.subtract(written, W, out=written)
+            part = DeltaRetention(_dot(written, added), _dot(added, added), _dot(written, written), _dot(W, W))
+            if not np.isfinite(part.written2):
                 raise _not_finite(out, W)
             retention.add(part)
         return codes, retention
@@ -234,7 +234,7 @@ class Merger:
                 B = np.ascontiguousarray(B.reshape(len(B), -1, E).transpose(2, 0, 1))
                 B *= self.float_type(delta.scale * weight)
                 self._factors[name] = (A.reshape(E, -1, A.shape[1]), B)
-                if len(self._factors) > KEPT_FACTORS * len(self.plan.adapters):
+                if len(self._factors) > CACHED_FACTORS * len(self.plan.adapters):
                     self._factors.popitem(last=False)
             self._factors.move_to_end(name)
             return self._factors[name]

@@ -54,12 +54,13 @@ def execute(
     hashed: dict[str, Future[str]] | None = None,
     done: Callable[[int], None] = lambda _: None,
 ) -> dict[str, DeltaRetention]:
-    """Write every shard that `staging` does not have yet, and return by key what survived of each tensor's delta.
+    """Write every shard that `staging` does not have yet, and return by key what the rounding retained of each
+    tensor's delta.
 
     `hashed` gets the sha256 of each file that is written, some time later: while it still lies in the page cache.  It
     is given where another process gets ready to prove them: then the threads let it go first, too (on Linux).
     Raises `WorkError` for results that are not finite, `FileError` where the base changes meanwhile, `CheckError` where
-    less than `min_retained` of a delta was kept, `OSError` where the disk is full or fails.
+    less than `min_retained` of a delta was retained, `OSError` where the disk is full or fails.
     """
     todo = []
     for shard in plan.shards:
@@ -185,7 +186,7 @@ class _Executor:
             work.shard.source.check_unchanged()
             work.writer.commit()
             self.open.discard(work.writer)
-            retention = {key: [s.inner, s.delta2, s.kept2, s.weight2] for key, s in sums.items()}
+            retention = {key: [s.inner, s.delta2, s.written2, s.weight2] for key, s in sums.items()}
             what = {"bytes": work.writer.nbytes, "how": "written", "retention": retention}
             self.staging.record(work.shard.name, what)
             if self.hashed is not None:
@@ -199,7 +200,7 @@ class _Executor:
         if poor:
             self.staging.keep = True
             worst = sorted(poor.items(), key=lambda item: item[1])
-            lines = "".join(f"\n  {key}: {kept:.1%}" for key, kept in worst[:10])
+            lines = "".join(f"\n  {key}: {share:.1%}" for key, share in worst[:10])
             more = f"\n  … and {len(worst) - 10} more" if len(worst) > 10 else ""
             raise CheckError(
                 f"--min-retained {self.min_retained:g}: rounding leaves less of the adapter's change in {len(poor)} "

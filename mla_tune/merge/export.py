@@ -117,7 +117,8 @@ def _config(plan: MergePlan) -> dict[str, Any]:
     """The base's config.json with what the merge has changed."""
     config = dict(plan.checkpoint.config)
     if plan.dequantized:
-        config = edit_config(config, plan.dequantized, plan.quantized)
+        # In the checkpoint's order: that of a set differs from process to process.
+        config = edit_config(config, [key for key in plan.quantized if key in plan.dequantized], plan.quantized)
     if plan.options.dtype != "keep":
         # transformers 4 wrote torch_dtype, transformers 5 writes dtype and reads both.
         present = [name for name in ("dtype", "torch_dtype") if name in config]

@@ -15,7 +15,7 @@ from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.adapter.methods import title_of
 from mla_tune.arch.roles import Role
 from mla_tune.console import human_count
-from mla_tune.merge.apply import KEPT_FACTORS, PIECE_BYTES, DeltaRetention
+from mla_tune.merge.apply import CACHED_FACTORS, PIECE_BYTES, DeltaRetention
 from mla_tune.merge.plan import MergePlan, OutTensor
 
 if TYPE_CHECKING:
@@ -306,4 +306,4 @@ def _memory(plan: MergePlan, workers: int) -> int:
         }.values(),
         reverse=True,
     )
-    return _PROCESS_BYTES + workers * (_WORKER_BYTES + 2 * PIECE_BYTES) + sum(factors[:KEPT_FACTORS])
+    return _PROCESS_BYTES + workers * (_WORKER_BYTES + 2 * PIECE_BYTES) + sum(factors[:CACHED_FACTORS])

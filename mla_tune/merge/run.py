@@ -76,7 +76,7 @@ def merge_absorb(
     output appears whole and proven, or not at all; what was finished of a merge that was killed is taken up again.
 
     Raises `FileError` and `InputError` before anything is written, `WorkError` where writing fails, `CheckError` where
-    what was written is not what it should be or too little of a delta survived.
+    what was written is not what it should be or too little of a delta was retained.
     """
     if min_retained is not None and not 0 <= min_retained <= 1:
         raise InputError(f"--min-retained {min_retained:g}: a share from 0 to 1 was expected")

@@ -19,7 +19,7 @@ from mla_tune.verification.decoders import DECODERS, Decoder
 from mla_tune.verification.read import TORCH, read_whole
 
 #: Sites whose factors are kept at hand: two threads, each with gate and up, and down, of the experts of a layer.
-_KEPT_FACTORS = 4
+_CACHED_FACTORS = 4
 
 
 class Values:
@@ -76,7 +76,7 @@ class FactorCache:
         with self._lock:
             name = (f"{delta.A.file}:{delta.A.key}", dtype)
             if name not in self._kept:
-                if len(self._kept) >= _KEPT_FACTORS:
+                if len(self._kept) >= _CACHED_FACTORS:
                     self._kept.pop(next(iter(self._kept)))
                 A, B = read_whole(delta.A, dtype), read_whole(delta.B, dtype)
                 A = A.view(delta.experts, delta.rank, -1) * (delta.scale * weight)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mla_tune.adapter.merge_options import MergeOptions
+from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
 from mla_tune.merge.run import merge_absorb
 from tests.helpers.fp8 import FORMATS, dequantized, make_fp8
@@ -94,6 +95,8 @@ def test_to_bf16(name: str, tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.kv_b_proj" in named
     assert "model.layers.0.self_attn.kv_a_proj_with_mqa" in named
     assert not any("shared_experts" in n for n in named)
+    order = [key.removesuffix(".weight") for key in Checkpoint.open(fp8).tensors if key != "lm_head.weight"]
+    assert [n for n in named if n in order] == [n for n in order if n in named], "the same in every process"
     index = tmp_path / "out" / "model.safetensors.index.json"
     assert json.loads(index.read_text())["metadata"]["total_size"] == sum(t.nbytes for t in out.values())
 
