@@ -55,7 +55,6 @@ def command(
 ) -> None:
     """Answer prompts with a model, merged or with unmerged adapters, several in one batch."""
     import sys
-    from dataclasses import asdict
 
     from mla_tune.console import err, out, print_json
     from mla_tune.errors import InputError
@@ -79,7 +78,7 @@ def command(
     shown = (lambda text: print(text, end="", flush=True)) if stream else None
     answers = session.answer(requests, settings, shown)
     if json:
-        print_json([asdict(a) for a in answers] if prompts or len(answers) > 1 else asdict(answers[0]))
+        print_json([a.to_json() for a in answers] if prompts or len(answers) > 1 else answers[0].to_json())
         return
     for answer in answers:
         if len(answers) > 1:

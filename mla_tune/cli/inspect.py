@@ -46,28 +46,22 @@ def command(
 
     Reads config.json only: no weights, no GPU. Also shows the MLA dimensions and the size of the KV cache.
     """
-    from mla_tune.arch.build import architecture
-    from mla_tune.arch.lookup import load_config
+    from mla_tune.api import inspect
     from mla_tune.console import out, print_json
-    from mla_tune.preflight.inspect import DEFAULT_RANK, inspect_architecture
 
-    config, where, _ = load_config(model)
-    arch = architecture(config, where)
-    placement = None
+    loaded = None
     if recipe:
-        from mla_tune.adapter.placement import place
         from mla_tune.recipe.load import load_recipe
 
         loaded = load_recipe(recipe, [] if rank is None else [f"adapter.rank={rank}"])
-        placement = place(arch, loaded.adapter)
-        rank = loaded.adapter.rank
-    document = {"model": model, **inspect_architecture(arch, rank or DEFAULT_RANK, placement=placement)}
+    found = inspect(model, recipe=loaded, rank=rank)
+    document = found.to_json()
     if recipe:
         document["recipe"] = recipe
     if check_weights is not None:
         from mla_tune.preflight.check_weights import check_weights as compare
 
-        document["weights"] = compare(arch, check_weights)
+        document["weights"] = compare(found.architecture, check_weights)
     if as_json:
         print_json(document)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -41,24 +41,10 @@ def command(
         return
     if recipe is None:
         raise InputError("--recipe is missing: a recipe file, or the name of a shipped recipe")
-    from mla_tune.preflight.plan import plan
-    from mla_tune.training.resolve import resolve
+    from mla_tune.api import plan
 
-    resolved = resolve(load_recipe(recipe, list(set_ or [])))
-    loaded = resolved.recipe
-    summary, steps = _data(resolved) if data else (None, loaded.train.max_steps)
-    gpu, dtype = _machine(loaded)
-    document = plan(
-        loaded,
-        resolved.arch,
-        resolved.placement,
-        resolved.quantized,
-        data=summary,
-        steps=steps,
-        gpu=gpu,
-        dtype=dtype,
-    )
-    document["warnings"] += resolved.notes
+    found = plan(load_recipe(recipe, list(set_ or [])), data=data)
+    document, loaded = found.to_json(), found.resolved.recipe
     if json:
         print_json(document)
         return
@@ -94,29 +80,3 @@ def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool
             out.print()
         print_fit(document)
     out.print(NOTE)
-
-
-def _data(resolved: Any) -> tuple[dict[str, Any], int]:
-    """Read and tokenize the data: its summary, and the optimizer steps that it makes."""
-    from mla_tune.console import err
-    from mla_tune.data.prepare import prepare, steps_of
-    from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
-    from mla_tune.training.resolve import check_held_out
-
-    recipe, section = resolved.recipe, resolved.recipe.model
-    tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
-    prepared = prepare(recipe, resolved.arch, tokenizer)
-    for line in prepared.lines:
-        err.print(line, markup=False, soft_wrap=True)
-    check_held_out(recipe, prepared)
-    return prepared.summary(), steps_of(recipe, prepared.train_rows)
-
-
-def _machine(recipe: Any) -> tuple[bool, str]:
-    """Whether train would use a GPU on this machine, and the dtype that it would choose."""
-    import torch
-
-    wanted = recipe.model.device
-    gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    dtype = recipe.model.dtype
-    return gpu, ("bfloat16" if gpu else "float32") if dtype == "auto" else dtype

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -58,15 +58,26 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """One answer; `tokens` counts the new ones, `seconds` are those of its batch, `batch` its rows."""
+    """One answer."""
 
+    #: The prompt, or the last message of a chat.
     prompt: str
+    #: The answer.
     text: str
+    #: Number of new tokens.
     tokens: int
+    #: Seconds that the answer's batch took.
     seconds: float
+    #: What ended it: the end of the text, or the limit on tokens.
     stopped: str
+    #: The adapter that answered; None for the model without one.
     adapter: str | None = None
+    #: Rows of the batch.
     batch: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as `mla-tune generate --json` prints it."""
+        return asdict(self)
 
 
 class Session:

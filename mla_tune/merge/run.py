@@ -53,9 +53,9 @@ def plan_only(
 
 
 def merge_absorb(
-    adapter: Path | Sequence[Weighted],
+    adapter: Path | str | Sequence[Weighted],
     base: Path | str | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
     *,
     options: MergeOptions | None = None,
     min_retained: float | None = None,
@@ -67,13 +67,17 @@ def merge_absorb(
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> MergeResult:
-    """Merge adapters (PEFT adapter folders or run folders, each with a weight) into `base` and write to `out`.
+    """Merge adapters into their base, split the result for absorbed decoding, and prove it.
 
-    `base` and `out` are found as `find_paths` says where they are None; the base `embedded` is the model that ships
-    with mla-tune.  `min_retained` is the share of its delta that every tensor must keep through the rounding.  `verify`
-    reopens the output and proves it; `logits`: compares logits too.  `overwrite`: replaces an earlier output.
-    `prover` is one that was started earlier, to save time.  `note` is told what a user should know while it runs.  The
-    output appears whole and proven, or not at all; what was finished of a merge that was killed is taken up again.
+    `adapter`: a run folder or a PEFT adapter folder, or several of them as (folder, weight).  `base`: the base model's
+    folder, or "embedded"; by default the one that the run recorded.  `out`: the folder to write; by default `merged` in
+    the run folder.  `options`: what is written (`MergeOptions`).  `min_retained`: fail where rounding keeps less than
+    this share (0 to 1) of a tensor's change.  `verify`: reopen the output and prove every number.  `logits`: compare
+    logits too.  `overwrite`: replace an earlier output.  `workers`: threads.  `prover`: one that was started earlier,
+    to save time.  `progress(stage, bytes done, bytes in all)` and `note(sentence)` are called while it runs.
+
+    Memory does not grow with the model.  The output appears whole and proven, or not at all; what was finished of a
+    merge that was killed is taken up again.
 
     Raises `FileError` and `InputError` before anything is written, `WorkError` where writing fails, `CheckError` where
     what was written is not what it should be or too little of a delta was retained.
@@ -81,7 +85,8 @@ def merge_absorb(
     if min_retained is not None and not 0 <= min_retained <= 1:
         raise InputError(f"--min-retained {min_retained:g}: a share from 0 to 1 was expected")
     workers = workers or default_workers()
-    weighted = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
+    weighted = [(Path(adapter), 1.0)] if isinstance(adapter, Path | str) else list(adapter)
+    out = Path(out) if out is not None else None
     options = options or MergeOptions()
     prover = (prover or start(logits)) if verify else None
     try:

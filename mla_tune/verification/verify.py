@@ -127,7 +127,7 @@ class MergeProof:
 
 
 def verify(
-    out: Path,
+    out: Path | str,
     base: Path | str | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
     *,
@@ -142,6 +142,7 @@ def verify(
     and near it otherwise.
     Raises `FileError` and `InputError` for folders that are missing, damaged, or not told of.
     """
+    out = Path(out)
     merged = Checkpoint.open(out)
     manifest = read_manifest(out, MergeOptions().to_json())
     named = list(adapters) or [(Path(str(a["path"])), float(a["weight"])) for a in manifest.get("adapters", ())]
