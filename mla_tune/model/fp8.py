@@ -22,7 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.base import QuantizedTensor
-from mla_tune.checkpoint.quantized.fp8 import fp8_weights, read_scales
+from mla_tune.checkpoint.quantized.config import quantized_tensors
+from mla_tune.checkpoint.quantized.fp8 import FP8_BLOCK, read_scales
 from mla_tune.errors import InputError
 from mla_tune.model.quantized_base import QuantizedConfig
 from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, check_experts
@@ -82,7 +83,13 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout
 
     Raises `InputError` for a checkpoint that can't be kept in FP8, with the tensor that is the reason.
     """
-    weights = fp8_weights(checkpoint)
+    weights = quantized_tensors(checkpoint)
+    for weight in weights.values():
+        if weight.format.title != FP8_BLOCK.title:
+            raise InputError(
+                f"{weight.codes.file}: '{weight.codes.key}' is {weight.format.title}, which is not kept in memory as it "
+                "is; train on the bfloat16 checkpoint of the same model"
+            )
     found: dict[str, ScaleLayout] = {}
     for site in arch:
         keys = site.disk_keys() if site.is_experts else [f"{site.path}.weight"]
@@ -104,7 +111,7 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout
 
 def check_scales(checkpoint: Checkpoint) -> None:
     """Raises `InputError` unless every scale is positive and finite."""
-    for weight in fp8_weights(checkpoint).values():
+    for weight in quantized_tensors(checkpoint).values():
         read_scales(weight)
 
 
