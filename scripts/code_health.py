@@ -11,7 +11,7 @@ import argparse
 import ast
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +72,31 @@ def functions(file: Path, root: Path) -> Iterator[Function]:
     yield from walk(tree, (), True)
 
 
+def bases(files: list[Path]) -> dict[str, list[str]]:
+    """Class → its bases, by name."""
+    return {
+        node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def inherited(found: list[Function], classes: dict[str, list[str]]) -> list[Function]:
+    """The functions, with a method documented where the method that it overrides is (as `inspect.getdoc` sees it)."""
+    documented = {f.name for f in found if f.documented}
+
+    def has(owner: str, method: str) -> bool:
+        above = classes.get(owner, [])
+        return any(f"{base}.{method}" in documented or has(base, method) for base in above if base != owner)
+
+    result = []
+    for f in found:
+        owner, _, method = f.name.rpartition(".")
+        result.append(f if f.documented or not owner else replace(f, documented=has(owner, method)))
+    return result
+
+
 def is_command(function: Function) -> bool:
     """Commands of the CLI: typer reads their arguments as options, so they are many by nature."""
     return function.file.startswith("mla_tune/cli/") and function.name in ("command", "decode", "train", "root")
@@ -84,7 +109,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="name every public function without a docstring")
     args = parser.parse_args()
     files = sorted(args.folder.resolve().rglob("*.py"))
-    found = [f for file in files for f in functions(file, ROOT)]
+    found = inherited([f for file in files for f in functions(file, ROOT)], bases(files))
     long = [f for f in found if f.lines > LONGEST and not is_command(f)]
     many = [f for f in found if f.positional > MOST_POSITIONAL and not is_command(f)]
     large = [f for f in files if len(f.read_text(encoding="utf-8").splitlines()) > LONG_FILE]

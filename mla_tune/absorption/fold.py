@@ -69,6 +69,7 @@ class Form:
 
     @property
     def params(self) -> int:
+        """Parameters of both sides together."""
         return self.query_params + self.output_params
 
 

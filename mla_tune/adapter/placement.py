@@ -31,6 +31,7 @@ class PlannedSite:
 
     @property
     def lora_params(self) -> int:
+        """Parameters of A (r, in) and B (out, r), over all experts of a stack."""
         return self.site.lora_params(self.rank)
 
 
@@ -63,6 +64,7 @@ class Placement:
         return tuple(r for r in Role if r in present)
 
     def by_role(self, role: Role) -> list[PlannedSite]:
+        """The planned matrices of one role, in the order of the layers."""
         return [p for p in self.sites if p.site.role == role]
 
     @property
@@ -72,6 +74,7 @@ class Placement:
 
     @property
     def modules_to_save_params(self) -> int:
+        """Parameters of the modules that are trained whole."""
         return sum(count for _, count in self.modules_to_save)
 
     @property

@@ -40,6 +40,7 @@ class ConfigReader:
         return ConfigReader({**self.config, **others}, self.family, self.where) if others else self
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key under any of its names, else the family's default, else `default`."""
         linear = self.config.get("linear_attn_config")
         if key in _LINEAR and isinstance(linear, Mapping) and _LINEAR[key] in linear:
             return linear[_LINEAR[key]]  # it wins, as in transformers
@@ -50,6 +51,7 @@ class ConfigReader:
         return self.family.defaults.get(key, default)
 
     def int(self, key: str) -> int:
+        """The value of a key that must be a whole number of at least 0.  Raises `InputError` that names the key."""
         value = self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             got = "missing" if value is None else f"{value!r}"
@@ -58,6 +60,7 @@ class ConfigReader:
 
 
 def dims_of(c: ConfigReader, D: int) -> MLADims:
+    """The MLA dimensions that a config.json gives; `D` is the hidden size.  Raises `InputError` for a missing key."""
     H = c.int("num_attention_heads")
     L = c.get("q_lora_rank") if c.family.compresses_query else None
     V = c.get("v_head_dim") or D // H
@@ -87,4 +90,5 @@ def letters_of(c: ConfigReader, family: Family) -> dict[str, int]:
 
 
 def numbers_of(d: MLADims) -> dict[str, int]:
+    """The dimension letters of a module with their sizes, for shapes such as "H*P+H*R"; L is 0 without W_DQ."""
     return {"H": d.H, "P": d.P, "R": d.R, "V": d.V, "C": d.C, "L": d.L or 0}

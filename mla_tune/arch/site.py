@@ -50,10 +50,12 @@ class Site:
 
     @property
     def params(self) -> int:
+        """Number of parameters: out × in, times the experts of a stack."""
         return self.count * (self.shape[0] * self.shape[1] + (self.shape[0] if self.bias else 0))
 
     @property
     def is_experts(self) -> bool:
+        """Whether this is a fused stack of routed experts."""
         return self.role in (Role.EXPERTS_GATE_UP, Role.EXPERTS_DOWN)
 
     @property
@@ -143,6 +145,7 @@ class Architecture:
 
     @property
     def attention_paths(self) -> tuple[str, ...]:
+        """Module paths of all MLA modules, in the order of the layers."""
         return tuple(a.path for a in self.attention)
 
     @property
@@ -154,10 +157,12 @@ class Architecture:
 
     @property
     def embedding(self) -> str:
+        """Name of the embedding's parameter in the model."""
         return f"{self.prefix}.embed_tokens.weight"
 
     @property
     def tower_counted(self) -> bool:
+        """Whether totals include the vision or audio tower: there is none, or its layout is known."""
         return self.wrapper is None or self.wrapper.tower is not None
 
     def dims_at(self, path: str) -> MLADims:
@@ -170,6 +175,7 @@ class Architecture:
         return (*self.sites, *self.mtp_sites)
 
     def by_role(self, role: Role) -> list[Site]:
+        """The matrices of one role, in the order of the layers."""
         return [s for s in self.sites if s.role == role]
 
     @property

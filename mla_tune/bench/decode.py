@@ -131,6 +131,7 @@ class DecodeBench:
         return all(t.cache_bytes_per_token == formula for at in self.contexts for t in at.ways)
 
     def to_json(self) -> dict[str, Any]:
+        """The document that `mla-tune bench decode --json` prints."""
         return asdict(self) | {"cache_agrees": self.cache_agrees}
 
 
@@ -187,7 +188,17 @@ def measure(
         prefill = _prefill(model, contexts[0], ways, device, runs, say)
         token = arch.kv_bytes(loaded.dtype)[0]
         found = [
-            _at_context(model, S, batch, ways, device, bandwidth, token * batch * S / bandwidth * 1e3, runs, say)
+            _at_context(
+                model,
+                S,
+                batch,
+                ways,
+                device=device,
+                bandwidth=bandwidth,
+                floor=token * batch * S / bandwidth * 1e3,
+                runs=runs,
+                say=say,
+            )
             for S in contexts
         ]
     return DecodeBench(
@@ -213,6 +224,7 @@ def _at_context(
     S: int,
     batch: int,
     ways: list[BenchCase],
+    *,
     device: torch.device,
     bandwidth: float,
     floor: float,

@@ -77,7 +77,10 @@ def command(
     # Torch takes seconds to import, processes seconds to start; what can be wrong with the recipe is found before.
     resolved = resolve(loaded, _planned_worker(launch, processes) if starts_others else None)
     if starts_others:
-        _start(loaded, recipe, overrides, resume, allow_changes, json, launch, processes)
+        options = {"--resume": resume, "--allow-changes": allow_changes, "--json": json}
+        arguments = ["--recipe", recipe, *(x for text in overrides for x in ("--set", text))]
+        arguments += [option for option, given in options.items() if given]
+        _start_processes(loaded, arguments, launch, processes)
         return
     for note in resolved.warnings:
         err.print(f"note: {note}")
@@ -108,28 +111,17 @@ def command(
         out.print(f"next: mla-tune merge-absorb {shlex.quote(directory)}", soft_wrap=True)
 
 
-def _start(
-    loaded: Any,
-    recipe: str,
-    overrides: list[str],
-    resume: bool,
-    allow_changes: bool,
-    json: bool,
-    launch: str | None,
-    processes: int | None,
-) -> None:
+def _start_processes(recipe: Any, arguments: list[str], launch: str | None, processes: int | None) -> None:
+    """Run `mla-tune train` with these arguments in several processes, and wait for them."""
     from mla_tune.errors import WorkError
     from mla_tune.training.distributed.launch import launch_processes
 
-    arguments = ["train", "--recipe", recipe, *(x for s in overrides for x in ("--set", s))]
-    for option, given in (("--resume", resume), ("--allow-changes", allow_changes), ("--json", json)):
-        arguments += [option] * given
     try:
-        launch_processes(arguments, launch, processes)
+        launch_processes(["train", *arguments], launch, processes)
     except WorkError as error:
         from mla_tune.runs.folder import RunFolder, mark_killed
 
-        raise WorkError(f"{error}{mark_killed(RunFolder(Path(loaded.output.dir).expanduser()))}") from None
+        raise WorkError(f"{error}{mark_killed(RunFolder(Path(recipe.output.dir).expanduser()))}") from None
 
 
 def _planned_worker(launch: str | None, processes: int | None) -> Any:

@@ -28,6 +28,7 @@ KEYS = ("template", "train_on", "on_overflow", "on_invalid_row")
 
 
 def cache_folder() -> Path:
+    """Where tokenized rows are kept: $MLA_TUNE_CACHE/tokens, else ~/.cache/mla-tune/tokens."""
     root = os.environ.get("MLA_TUNE_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mla-tune"
     return (Path(root) if root else base) / "tokens"

@@ -43,9 +43,11 @@ class Table:
     """What is wrong with each line that isn't among the rows, with its place; only where lines may be skipped."""
 
     def where(self, index: int) -> str:
+        """Where row `index` stands, for messages: file and line, or row number."""
         return f"{self.name}: {self.unit} {self.places[index]}"
 
     def first(self, count: int) -> Table:
+        """A table of the first `count` rows."""
         return Table(self.name, self.rows[:count], self.places[:count], self.unit, self.faults)
 
 

@@ -77,6 +77,7 @@ class Prepared:
 
     @property
     def streamed(self) -> bool:
+        """Whether training rows are read as they are needed (`data.streaming`)."""
         return not isinstance(self.train_rows, list)
 
     def count(self, side: str) -> int:

@@ -169,6 +169,7 @@ def _split_text(row: Row, fraction: float) -> tuple[list[Row], list[Row]]:
 
 
 def canonical(row: Row) -> str:
+    """A row as one line of JSON with sorted keys: equal rows give equal texts."""
     return json.dumps(row, sort_keys=True)
 
 

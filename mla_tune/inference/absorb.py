@@ -64,6 +64,7 @@ def expand(model: Model) -> Model:
 
 
 def is_absorbed(model: nn.Module) -> bool:
+    """Whether `absorb` is in effect on a model."""
     return any(hasattr(module, STATE) for module in mla_modules(model))
 
 

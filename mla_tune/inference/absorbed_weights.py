@@ -37,6 +37,7 @@ class AbsorbedWeights:
     _taken: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def matches(self, weight: torch.Tensor) -> bool:
+        """Whether these tensors belong to `weight`, unchanged since they were found."""
         return weight is self.weight and weight._version == self._version
 
     def take(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

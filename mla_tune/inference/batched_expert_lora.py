@@ -29,9 +29,9 @@ from mla_tune.errors import CheckError, InputError
 from mla_tune.inference.lora_tensors import refuse_merged
 
 #: A (E, r, in), B (E, out, r) and s of one adapter.
-Factors = tuple[torch.Tensor, torch.Tensor, float]
+StackFactors = tuple[torch.Tensor, torch.Tensor, float]
 #: What the tokens of one choice of adapters add, by the name of the parameter.
-ExpertFactors = dict[str, list[Factors]]
+ExpertFactors = dict[str, list[StackFactors]]
 
 
 def is_experts(layer: Any) -> bool:
@@ -90,7 +90,7 @@ class ExpertLora:
                 found[wrapper.parameter_name] = [self._factors(wrapper, name, keep) for name in here]
         return found
 
-    def _factors(self, wrapper: Any, name: str, keep: bool) -> Factors:
+    def _factors(self, wrapper: Any, name: str, keep: bool) -> StackFactors:
         """Views of PEFT's parameters, but for a kept B."""
         E, key = wrapper.num_experts, (wrapper.parameter_name, name)
         A, p = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
@@ -177,7 +177,7 @@ class Pairs:
 class PairStack:
     """The weights W (E, out, in) of all experts, with the factors of each choice, for transformers' batched form."""
 
-    def __init__(self, W: torch.Tensor, choices: list[list[Factors]], pairs: Pairs) -> None:
+    def __init__(self, W: torch.Tensor, choices: list[list[StackFactors]], pairs: Pairs) -> None:
         self.W, self.choices, self.pairs = W, choices, pairs
 
     def __getitem__(self, ids: torch.Tensor) -> _Picked:
@@ -241,7 +241,7 @@ def _by_loop(
 class LoopStack:
     """W (E, out, in) with the factors of one choice, for a loop over the experts."""
 
-    def __init__(self, W: torch.Tensor, factors: list[Factors]) -> None:
+    def __init__(self, W: torch.Tensor, factors: list[StackFactors]) -> None:
         self.W, self.factors = W, factors
 
     def __getitem__(self, e: Any) -> _LoopExpert:
@@ -251,7 +251,7 @@ class LoopStack:
 class _LoopExpert:
     """W (out, in), A (r, in), B (out, r) and s of one expert, which only `linear` asks for numbers."""
 
-    def __init__(self, W: torch.Tensor, factors: list[Factors]) -> None:
+    def __init__(self, W: torch.Tensor, factors: list[StackFactors]) -> None:
         self.W, self.factors = W, factors
 
     @classmethod

@@ -158,6 +158,7 @@ def drop_stale_adapter_names(model: nn.Module) -> None:
 
 
 def disable_batched_lora(model: nn.Module) -> None:
+    """Give every adapted layer PEFT's own forward back."""
     for module in model.modules():
         found = module.__dict__.get("forward")
         if isinstance(found, BatchedLoraForward):
@@ -165,6 +166,7 @@ def disable_batched_lora(model: nn.Module) -> None:
 
 
 def undo(forward: BatchedLoraForward) -> None:
+    """Give one layer the forward back that it had before."""
     layer = forward.layer
     del layer.forward
     if getattr(forward.original, "__func__", None) is not type(layer).forward:

@@ -24,7 +24,7 @@ from torch import nn
 
 from mla_tune.inference.absorbed_weights import AbsorbedWeights, base_layer
 from mla_tune.inference.batched_lora import batched_lora_forward
-from mla_tune.inference.latent_cache import side_by_side
+from mla_tune.inference.latent_cache import joined_rows
 from mla_tune.inference.lora_tensors import BatchedLoraFactors, LayerLora, LoraFactors, is_adapted
 
 #: Numbers of a block of scores, on a CPU and elsewhere: queries are taken a few at a time beyond it.
@@ -217,7 +217,7 @@ def _attention(
     B, T, H, C = q.shape
     S = latent.shape[1]
     # Of each row of the batch, queries and heads are rows of one product: (B, T·H, C+R) × (B, C+R, S).
-    rows = None if torch.compiler.is_compiling() else side_by_side(latent, k_rope)
+    rows = None if torch.compiler.is_compiling() else joined_rows(latent, k_rope)
     if rows is not None:
         q = torch.cat((q, q_rope), dim=-1)
         if sinks is None and not keep_weights and _fits_fused(q, mask):

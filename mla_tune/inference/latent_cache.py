@@ -49,6 +49,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def reset(self) -> None:
+        """Drop all tokens and the memory that was taken ahead."""
         super().reset()
         self.memory = None
 
@@ -83,7 +84,7 @@ class LatentCache(DynamicCache):
         self.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
 
-def side_by_side(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor | None:
+def joined_rows(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor | None:
     """Rows (B, S, C+R) of latent (B, S, C) and rope key (B, S, R) where they lie in one memory, as here; else None."""
     if k_rope.shape[-1] == 0:
         return latent

@@ -32,7 +32,7 @@ _FRAME = "frame"
 _NOT_ON_PARAMETERS = {"use_dora": "DoRA", "lora_dropout": "dropout", "lora_bias": "lora_bias"}
 
 
-def side_by_side(
+def load_adapters(
     model: nn.Module, adapters: Mapping[str, Adapter], internal: Mapping[str, str], base: str
 ) -> tuple[Any, str]:
     """(a `PeftModel` on `model` with these adapters, the tensor of the base that it has lost, or "").

@@ -85,6 +85,7 @@ class LayerLora:
         return ""
 
     def forget(self) -> None:
+        """Drop everything that was derived from the parameters; it is made anew when it is needed."""
         self._rows = self._reason = None
         self._norms.clear()
 
@@ -178,6 +179,7 @@ class VersionGuard:
             self._marks.append((p, p._version, p.data_ptr()))
 
     def holds(self) -> bool:
+        """Whether nothing has changed since this guard was made."""
         layer = self._layer
         if layer.get_base_layer() is not self._base or layer.merged_adapters != self._merged:
             return False
@@ -204,4 +206,5 @@ def refuse_merged(layer: Any) -> None:
 
 
 def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has put an adapter on this module."""
     return isinstance(module, BaseTunerLayer)

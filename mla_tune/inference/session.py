@@ -22,7 +22,7 @@ from mla_tune.errors import FileError, InputError, did_you_mean
 from mla_tune.inference.absorb import absorb, unsupported_reasons
 from mla_tune.inference.batched_lora import drop_stale_adapter_names, supports_batched_lora
 from mla_tune.inference.latent_cache import LatentCache
-from mla_tune.inference.load_adapters import has_whole_modules, side_by_side, without_whole_modules
+from mla_tune.inference.load_adapters import has_whole_modules, load_adapters, without_whole_modules
 from mla_tune.inference.lora_tensors import BASE
 from mla_tune.model.load import base_hash, load_model, quiet
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
@@ -106,7 +106,7 @@ class Session:
         #: The tensor that the base has lost to its one adapter; empty: the base is whole.
         self._lost = ""
         if opened:
-            self.net, self._lost = side_by_side(self.net, opened, self._internal, str(self.loaded.base))
+            self.net, self._lost = load_adapters(self.net, opened, self._internal, str(self.loaded.base))
         absorb(self.net, attention)
         #: Adapters that rows of a mixed batch can't have.
         self._alone = {
@@ -118,6 +118,7 @@ class Session:
 
     @property
     def adapters(self) -> list[str]:
+        """Names of the adapters that were loaded, in their order."""
         return list(self._internal)
 
     def not_absorbed(self) -> str:

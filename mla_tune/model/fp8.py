@@ -87,8 +87,8 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout
     for weight in weights.values():
         if weight.format.title != FP8_BLOCK.title:
             raise InputError(
-                f"{weight.codes.file}: '{weight.codes.key}' is {weight.format.title}, which is not kept in memory as it "
-                "is; train on the bfloat16 checkpoint of the same model"
+                f"{weight.codes.file}: '{weight.codes.key}' is {weight.format.title}, which is not kept in memory as "
+                "it is; train on the bfloat16 checkpoint of the same model"
             )
     found: dict[str, ScaleLayout] = {}
     for site in arch:
@@ -141,7 +141,7 @@ class Fp8Config(QuantizedConfig):
         self.parameters = tuple(layouts)
         self.layouts, self.where = dict(layouts), where
 
-    def locate(self, model: Any, parameter: str) -> tuple[Any, str]:
+    def find_parameter(self, model: Any, parameter: str) -> tuple[Any, str]:
         """The module of a parameter, and its name there.  Raises `InputError` where the model has no such matrix."""
         path, _, name = parameter.rpartition(".")
         try:
@@ -187,7 +187,7 @@ class Fp8Loader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         self.dtype = dtype
         for parameter, layout in self.quantization_config.layouts.items():
-            module, name = self.quantization_config.locate(model, parameter)
+            module, name = self.quantization_config.find_parameter(model, parameter)
             shape = tuple(getattr(module, name).shape)
             for suffix, size, kind in (("", shape, torch.float8_e4m3fn), ("_scale_inv", layout.scales(shape), None)):
                 empty = torch.empty(size, dtype=kind or torch.float32, device="meta")
@@ -206,7 +206,7 @@ class Fp8Loader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # In the order of the layers: PEFT wraps a module's parameters in the order in which they were set.
         for parameter, layout in self.quantization_config.layouts.items():
-            module, name = self.quantization_config.locate(model, parameter)
+            module, name = self.quantization_config.find_parameter(model, parameter)
             codes, scales = (module._parameters.pop(name + suffix).data for suffix in ("", "_scale_inv"))
             attach_quantized_weight(
                 module, name, Fp8Weight(codes, scales, layout), self.dtype or torch.get_default_dtype()

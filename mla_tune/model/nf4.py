@@ -124,7 +124,7 @@ class Nf4Loader(HfQuantizer):
         self.dtype = dtype or torch.get_default_dtype()
         self.made: dict[str, Nf4Weight] = {}
         for parameter in self.quantization_config.parameters:
-            self.quantization_config.locate(model, parameter)
+            self.quantization_config.find_parameter(model, parameter)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter that was read is to be quantized."""

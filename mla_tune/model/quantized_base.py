@@ -29,7 +29,7 @@ class QuantizedConfig(QuantizationConfigMixin):
     #: The parameters that stay quantized, in the order of the layers.
     parameters: tuple[str, ...]
 
-    def locate(self, model: Any, parameter: str) -> tuple[Any, str]:
+    def find_parameter(self, model: Any, parameter: str) -> tuple[Any, str]:
         """The module of a parameter, and the parameter's name in it.
 
         Raises `InputError` for experts that can't be computed with quantized weights.
@@ -80,6 +80,6 @@ def format_in_memory(config: Mapping[str, Any], quantize: str, where: Any) -> st
 def put_empty(model: Any, config: QuantizedConfig, dtype: torch.dtype) -> None:
     """Give a model weights without numbers, on `meta`: another process reads them."""
     for parameter in config.parameters:
-        module, name = config.locate(model, parameter)
+        module, name = config.find_parameter(model, parameter)
         weight = config.empty_weight(parameter, tuple(getattr(module, name).shape))
         attach_quantized_weight(module, name, weight, dtype)

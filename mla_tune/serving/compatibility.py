@@ -68,13 +68,16 @@ class Check:
 
     @property
     def verdict(self) -> str:
+        """What the engine does with the item: the fact's verdict, or `unknown` without a fact."""
         return self.fact.verdict if self.fact else "unknown"
 
     @property
     def says(self) -> str:
+        """The sentence of the fact that decides; empty without one."""
         return self.fact.says if self.fact else _UNKNOWN
 
     def to_json(self) -> dict[str, Any]:
+        """The check as `mla-tune serve-check --json` prints it."""
         fact = self.fact
         return {
             "about": self.item.about,
@@ -108,6 +111,7 @@ class CompatibilityReport:
 
     @property
     def checks(self) -> tuple[Check, ...]:
+        """All checks, of the model and then of the adapter."""
         return self.model + self.adapter
 
     @property

@@ -70,6 +70,7 @@ class Fact:
     instead: str
 
     def fits(self, about: str, subject: str, seen: Mapping[str, Any]) -> bool:
+        """Whether the fact is about this subject and what was seen of it."""
         if about != self.about or subject not in self.of:
             return False
         return all(_holds(wanted, seen.get(name)) for name, wanted in self.when.items())

@@ -109,6 +109,7 @@ class LayoutCheck:
         self.renamed = {base.quantized[key].codes.key: key for key in self.dequantized}
 
     def failures(self) -> list[Failure]:
+        """Everything that is wrong with keys, shapes, dtypes, formats, fused layers and files, in this order."""
         return [
             Failure(key, what)
             for found in (self._keys(), self._dtypes(), self._quantized(), self._fused(), self._files())

@@ -48,7 +48,8 @@ class Prover(Protocol):
         """
         ...
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """End the prover, whatever it is doing."""
 
 
 def start(logits: bool) -> Prover:

@@ -33,13 +33,16 @@ class Pipes:
         Thread(target=self._listen, daemon=True).start()
 
     def next(self) -> dict[str, Any]:
+        """The next message of the process that merges; waits for it."""
         return json.loads(self._lines.get())
 
     def say(self, message: dict[str, Any]) -> None:
+        """Send a message to the process that merges."""
         with self._lock:
             print(json.dumps(message), file=self._out, flush=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
+        """Tell how far a stage is, in bytes; not more than ten times a second."""
         now = time.monotonic()
         if done >= total or now - self._told.get(stage, 0) > _PAUSE:
             self._told[stage] = now
@@ -52,6 +55,7 @@ class Pipes:
 
 
 def main() -> None:
+    """Read the job, prove what is written, and send the result or the error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that merges, and so this one
     hush_imports()
     pipes = Pipes()

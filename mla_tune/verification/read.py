@@ -55,6 +55,7 @@ class TensorReader:
         return self.bytes(ref, begin * width, (end - begin) * width, name)
 
     def bytes(self, ref: TensorRef, offset: int, count: int, name: str) -> torch.Tensor:
+        """`count` bytes of a tensor from `offset` on, in this thread's buffer of that name."""
         buffers: dict[str, bytearray] = self._local.__dict__.setdefault("buffers", {})
         if len(buffers.get(name, b"")) < count:
             buffers[name] = bytearray(count)

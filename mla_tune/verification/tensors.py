@@ -104,6 +104,7 @@ class TensorCheck:
 
     @property
     def unsure(self) -> bool:
+        """Whether the quick check can not tell a right tensor from a wrong one: give it to a `thorough` one."""
         return self.skipped and not self.wrong and self._off_projection() != ""
 
     def verdict(self) -> str:

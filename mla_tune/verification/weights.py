@@ -53,6 +53,7 @@ class ProofReport:
     failures: tuple[Failure, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """The document under `proof` in the results of `verify` and `merge-absorb`."""
         return asdict(self) | {"failures": [asdict(failure) for failure in self.failures]}
 
 

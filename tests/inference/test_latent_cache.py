@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import mla_tune
 from mla_tune.inference import latent_attention as latent
 from mla_tune.inference.absorb import mla_modules
-from mla_tune.inference.latent_cache import LatentCache, PreallocatedLayer, side_by_side
+from mla_tune.inference.latent_cache import LatentCache, PreallocatedLayer, joined_rows
 from mla_tune.inference.lora_tensors import BASE
 from tests.helpers.inference import NAMES, adapt, build, generate, ids, logits, merged, near, stepped
 from tests.helpers.marks import fast_families
@@ -167,13 +167,13 @@ def test_side_by_side() -> None:
     """Rows are taken as one only where they are."""
     memory = torch.arange(2 * 9 * 7.0).view(2, 9, 7)
     latent_, k_rope = memory[:, :5, :4], memory[:, :5, 4:]
-    rows = side_by_side(latent_, k_rope)
+    rows = joined_rows(latent_, k_rope)
     assert rows is not None
     assert torch.equal(rows, memory[:, :5])
-    assert side_by_side(latent_.contiguous(), k_rope.contiguous()) is None
-    assert side_by_side(memory[:, :5, :4], memory[:, 1:6, 4:]) is None
-    assert side_by_side(memory[:, :5, :3], memory[:, :5, 4:]) is None
-    assert side_by_side(latent_, k_rope[..., :0]) is latent_
+    assert joined_rows(latent_.contiguous(), k_rope.contiguous()) is None
+    assert joined_rows(memory[:, :5, :4], memory[:, 1:6, 4:]) is None
+    assert joined_rows(memory[:, :5, :3], memory[:, :5, 4:]) is None
+    assert joined_rows(latent_, k_rope[..., :0]) is latent_
 
 
 @pytest.mark.parametrize("kind", [LatentCache, DynamicCache])

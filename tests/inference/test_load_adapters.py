@@ -23,7 +23,7 @@ from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
-from mla_tune.inference.load_adapters import has_whole_modules, side_by_side, without_whole_modules
+from mla_tune.inference.load_adapters import has_whole_modules, load_adapters, without_whole_modules
 from mla_tune.inference.lora_tensors import BASE
 from mla_tune.model.attach import attach, attached_loras
 from mla_tune.recipe.load import load_recipe
@@ -82,7 +82,7 @@ def together(base: Path, folders: dict[str, Path]) -> Any:
 
 def with_loss(base: Path, folders: dict[str, Path]) -> tuple[Any, str]:
     adapters = {name: opened(base, folder) for name, folder in folders.items()}
-    return side_by_side(load(base), adapters, {name: f"adapter_{name}" for name in folders}, "the base")
+    return load_adapters(load(base), adapters, {name: f"adapter_{name}" for name in folders}, "the base")
 
 
 def digest(folder: Path) -> str:

@@ -80,6 +80,7 @@ class LogitsReport:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
+        """The document under `logits` in the results of `verify` and `merge-absorb`."""
         return asdict(self)
 
 
@@ -192,7 +193,11 @@ class LogitsComparison:
         arch = self.arch.located(checkpoint.tensors)
         weights = Weights(checkpoint, arch)
         model = build(checkpoint, arch, attention)
-        return StreamedModel(model, arch, weights, _DTYPES[self.dtype], *readers, chunk, self._passed)
+        reader, ahead = readers
+        dtype = _DTYPES[self.dtype]
+        return StreamedModel(
+            model, arch, weights, dtype, reader=reader, ahead=ahead, chunk=chunk, progress=self._passed
+        )
 
     def _unmerged(self, readers: tuple[Executor, int]) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
         """(logits of the base, logits with the adapters, why there are none), logits (T, vocabulary) in float32."""

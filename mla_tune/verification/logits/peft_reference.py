@@ -113,6 +113,7 @@ class PairedForward:
                 self._split(module)
 
     def parts(self, module: nn.Module) -> list[Callable[[], None] | None]:
+        """The contexts in which the two halves of a batch run through `module`."""
         if module not in self._switches:
             return [None]
         return [partial(self._switch, module, False), partial(self._switch, module, True)]

@@ -94,6 +94,7 @@ class StreamedModel:
         arch: Architecture,
         weights: Weights,
         dtype: torch.dtype,
+        *,
         reader: Executor,
         ahead: int,
         chunk: int | None,
@@ -125,6 +126,7 @@ class StreamedModel:
                 parameter.data = torch.empty(0)
 
     def slots(self) -> Iterator[Slot]:
+        """All slots of the model, part by part."""
         for piece in self.pieces.values():
             yield from piece.slots
             for stack in piece.stacks.values():

@@ -89,12 +89,15 @@ class Slot:
 
     @property
     def value(self) -> torch.Tensor:
+        """The parameter or buffer as the module has it now."""
         return getattr(self.module, self.leaf)
 
     def put(self, tensor: torch.Tensor) -> None:
+        """Make `tensor` the parameter of the module."""
         self.module._parameters[self.leaf] = nn.Parameter(tensor, requires_grad=False)
 
     def empty(self) -> None:
+        """Put a parameter without memory in the place of the one that was read."""
         # Whoever still holds the parameter (PEFT's parametrizations, until they are collected) keeps no memory with it.
         if not self.value.is_meta:
             self.value.data = torch.empty(0)
@@ -147,6 +150,7 @@ class BufferPool:
             self._all = torch.empty(numbers, dtype=dtype)
 
     def take(self, shape: torch.Size) -> torch.Tensor:
+        """The next tensor of this shape; valid until the next `reserve`."""
         begin, self._used = self._used, self._used + _padded(shape.numel())
         return self._all[begin : begin + shape.numel()].view(shape)
 
