@@ -11,7 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-from mla_tune.absorption.fold import FOLD_FACTS
 from mla_tune.arch.build import architecture
 from mla_tune.arch.families import FAMILIES, Family
 from mla_tune.arch.lookup import ALIASES
@@ -79,7 +78,7 @@ def row(family: Family) -> str:
         family.title,
         "no" if family.carries_state else "yes",
         attention(family),
-        "yes" if family.model_type in FOLD_FACTS else "refused",
+        "yes" if family.fold else "refused",
         "yes" if family.mtp else "–",
         not_adapted(family),
         disk,

@@ -15,13 +15,14 @@ needed for them.  Absorption is DeepSeek-V2's (arXiv:2405.04434, section 2.1.2 a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
 
 from mla_tune.arch.dims import MLADims
+from mla_tune.arch.families import FAMILIES, Family
 
 #: `--absorb` → the tensors of one attention module, and their layout in words.
 LAYOUTS = {"split": "W_UK (H, C, P), W_UV (H, V, C)", "fold": "W_QK (H, Q, C), W_VO (H, D, C)"}
@@ -108,38 +109,16 @@ def _sum(a: Form, b: Form) -> Form:
     return Form(a.name, *(getattr(a, n) + getattr(b, n) for n in numbers))
 
 
-@dataclass(frozen=True, slots=True)
-class FoldFacts:
-    """Why `fold` is exact in one family: what stands between its factors.  `scaled_latents`: the query and the normed
-    latent are multiplied by √(D/L) and √(D/C)."""
-
-    reason: str
-    scaled_latents: bool = False
+def foldable_families() -> tuple[str, ...]:
+    """Model types of the families for which folding is known to be exact (`Family.fold`)."""
+    return tuple(family.model_type for family in FAMILIES if family.fold)
 
 
-_PLAIN = (
-    "q_b_proj and kv_b_proj have no bias; nothing but the split into nope and rope lies between them and the scores"
-)
-#: Families whose attention in transformers 5.23 was read for it (`modeling_*.py`, the module with `expand_kv`).
-FOLD_FACTS: Mapping[str, FoldFacts] = {
-    "axk1": FoldFacts(_PLAIN),
-    "deepseek_v2": FoldFacts(_PLAIN),
-    "deepseek_v3": FoldFacts(_PLAIN),
-    "glm4_moe_lite": FoldFacts(_PLAIN),
-    "minicpm3": FoldFacts(f"{_PLAIN}; its half-split rope is on the other part of the query"),
-    "longcat_flash": FoldFacts(
-        "as deepseek_v3, but for a number on the query and one on the latent: numbers pass through products",
-        scaled_latents=True,
-    ),
-    "youtu": FoldFacts(_PLAIN),
-}
-
-
-def latent_scales(model_type: str, d: MLADims) -> dict[str, float]:
-    """Numbers that the family multiplies the query (both parts) and the latent with, and that are in no tensor."""
-    if not FOLD_FACTS[model_type].scaled_latents:
+def latent_scales(family: Family, d: MLADims) -> dict[str, float]:
+    """Numbers that a family multiplies the query (both parts) and the latent with, and that are in no tensor."""
+    if not family.scaled_latents:
         return {}
-    assert d.L is not None, f"{model_type} always compresses the query"
+    assert d.L is not None, f"{family.model_type} always compresses the query"
     return {"query": sqrt(d.D / d.L), "latent": sqrt(d.D / d.C)}
 
 

@@ -40,7 +40,9 @@ def detected(config: Mapping[str, Any], kind: str, where: str) -> tuple[Family, 
     has_experts = bool(config.get("n_routed_experts"))
     pattern = BY_TYPE["deepseek_v2" if has_experts else "minicpm3"]
     defaults = {k: v for k, v in pattern.defaults.items() if k != "tie_word_embeddings"}
-    family = replace(pattern, model_type=kind, title=kind, aliases=(), architecture=None, defaults=defaults)
+    # Nobody has read its attention: whether folding would be exact is not known.
+    plain = {"aliases": (), "architecture": None, "defaults": defaults, "fold": None}
+    family = replace(pattern, model_type=kind, title=kind, **plain)
     return family, (
         f"model_type '{kind}' is not known: it is read as a plain relative of {pattern.title}, from its keys alone. "
         "Shapes are compared with the weights before anything is trained or merged",

@@ -33,6 +33,8 @@ class MoELayout:
     path: str = "mlp"
     router: str = "gate"
     router_reason: str = "router: an adapter would re-route tokens and unbalance the experts"
+    #: transformers reads the router's weight instead of calling it: an adapter there acts only once it is merged.
+    router_read_directly: bool = False
     router_bias_key: str | None = None
     experts_key: str = "n_routed_experts"
     identity_experts_key: str | None = None
@@ -91,6 +93,11 @@ class Family:
     keeps_dtype: tuple[str, ...] = ("e_score_correction_bias",)
     eager_only: bool = False
     not_reloaded: tuple[Role, ...] = ()
+    #: Why `--absorb fold` is exact here: what stands between its factors in transformers' code; None where nobody has
+    #: read it for that, and then folding is refused.
+    fold: str | None = None
+    #: The query and the normed latent are multiplied by √(D/L) and √(D/C), numbers that are in no tensor.
+    scaled_latents: bool = False
 
     @property
     def carries_state(self) -> bool:
@@ -101,6 +108,13 @@ class Family:
     def needs_mask(self) -> bool:
         """Its attention can't do with the borders of samples alone: indexers choose keys by a mask."""
         return self.indexers is not None or self.carries_state
+
+
+#: Why folding is exact in a family like DeepSeek's (read in `modeling_*.py` of transformers 5.23, the module with
+#: `expand_kv`).
+_FOLD_PLAIN = (
+    "q_b_proj and kv_b_proj have no bias; nothing but the split into nope and rope lies between them and the scores"
+)
 
 
 def _matrices(role: Role, **shapes: tuple[str, ...]) -> tuple[Part, ...]:
@@ -147,6 +161,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "axk1",
         "A.X-K1",
+        fold=_FOLD_PLAIN,
         moe=MoELayout("mlp_layer_types"),
         parts={"moe": (Part("mlp.post_mlp_layernorm", ("D",)),)},
         defaults={"n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1},
@@ -215,6 +230,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "deepseek_v2",
         "DeepSeek-V2",
+        fold=_FOLD_PLAIN,
         moe=MoELayout("first_k_dense"),
         peft_remaps_experts=True,
         defaults={"first_k_dense_replace": 0, "n_shared_experts": 2, "num_experts_per_tok": 6},
@@ -222,6 +238,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "deepseek_v3",
         "DeepSeek-V3",
+        fold=_FOLD_PLAIN,
         moe=MoELayout("first_k_dense"),
         peft_remaps_experts=True,
         aliases=("kimi_k2",),
@@ -261,6 +278,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "glm4_moe_lite",
         "GLM-4.7-Flash",
+        fold=_FOLD_PLAIN,
         moe=MoELayout("mlp_layer_types_only"),
         peft_remaps_experts=True,
         defaults={"n_shared_experts": 1, "num_experts_per_tok": 4, "dense_layers": 1},
@@ -370,6 +388,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "longcat_flash",
         "LongCat-Flash",
+        fold="as deepseek_v3, but for a number on the query and one on the latent: numbers pass through products",
+        scaled_latents=True,
         attention=("self_attn.0", "self_attn.1"),
         dense_mlp=("mlps.0", "mlps.1"),
         dense_beside_moe=True,
@@ -377,6 +397,7 @@ FAMILIES: tuple[Family, ...] = (
             "all",
             router="router.classifier",
             router_reason="router: its weight is read directly, so a LoRA there does nothing until it is merged",
+            router_read_directly=True,
             router_bias_key="router_bias",
             identity_experts_key="zero_expert_num",
             top_k_key="moe_topk",
@@ -393,6 +414,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "minicpm3",
         "MiniCPM3",
+        fold=f"{_FOLD_PLAIN}; its half-split rope is on the other part of the query",
         defaults={"tie_word_embeddings": True},
     ),
     Family(
@@ -446,6 +468,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "youtu",
         "Youtu-LLM",
+        fold=_FOLD_PLAIN,
         aliases=("youtu_llm",),
         defaults={"tie_word_embeddings": True},
     ),

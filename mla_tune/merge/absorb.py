@@ -181,7 +181,7 @@ class _Job:
         }
         if self.plan.mode == "fold":
             about["stays"] = "the R rope rows of each head in q_b_proj (q_proj): they can't be folded"
-            about["latent_scales"] = json.dumps(latent_scales(self.arch.family.model_type, self.arch.dims))
+            about["latent_scales"] = json.dumps(latent_scales(self.arch.family, self.arch.dims))
         return about
 
     def _dims(self, paths: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mla_tune.absorption.fold import FOLD_FACTS, LAYOUTS, absorbed_shapes, unsupported_reason
+from mla_tune.absorption.fold import LAYOUTS, absorbed_shapes, foldable_families, unsupported_reason
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.checkpoint.absorbed import ABSORBED_FILE
@@ -117,11 +117,10 @@ def _shards(layout: TensorLayout, limit: int) -> dict[str, tuple[str, ...]]:
 
 
 def _refuse_inexact_fold(arch: Architecture, tensors: Headers, where: str) -> None:
-    family = arch.family.model_type
-    if family not in FOLD_FACTS:
+    if arch.family.fold is None:
         raise InputError(
             f"{where}: --absorb fold: whether it is exact for model_type '{arch.model_type}' is not known; known for "
-            f"{', '.join(FOLD_FACTS)}. Use --absorb split"
+            f"{', '.join(foldable_families())}. Use --absorb split"
         )
     paths = set(arch.attention_paths)
     for key in tensors:

@@ -24,9 +24,6 @@ from mla_tune.checkpoint.writer import TensorLayout
 from mla_tune.errors import InputError
 from mla_tune.merge.absorb_plan import AbsorbedPlan, plan_absorbed
 
-#: Families whose router is a Linear that is never called, only read: an adapter on it acts once merged, not before.
-_ROUTER_READ_DIRECTLY = frozenset({"longcat_flash"})
-
 
 @dataclass(frozen=True, slots=True)
 class WeightedDelta:
@@ -266,7 +263,8 @@ class _Changes:
                 "tensor of all"
             )
         what = f"{adapter.folder}: adapts {site.path} ({site.reason})"
-        if site.role == Role.ROUTER and self.arch.family.model_type in _ROUTER_READ_DIRECTLY:
+        moe = self.arch.family.moe
+        if site.role == Role.ROUTER and moe is not None and moe.router_read_directly:
             raise InputError(f"{what}: merged, it would not be the model that was trained")
         if site.role == Role.LM_HEAD and self.arch.tied:
             if not self.options.untie_embeddings:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mla_tune.absorption.fold import (
-    FOLD_FACTS,
     LAYOUTS,
     absorbed_shapes,
     fold_output,
     fold_query,
+    foldable_families,
     forms,
     latent_scales,
     split_heads,
@@ -24,7 +24,7 @@ from mla_tune.absorption.fold import (
 from mla_tune.absorption.split import split_kv_b
 from mla_tune.arch.build import architecture
 from mla_tune.arch.dims import MLADims
-from mla_tune.arch.families import FAMILIES
+from mla_tune.arch.families import BY_TYPE, FAMILIES
 
 ROOT = Path(__file__).parents[2]
 DIMS = MLADims(H=3, P=5, R=4, V=7, C=11, L=9, D=13)
@@ -129,13 +129,13 @@ def test_flops_are_those_of_the_products_that_are_made(d: MLADims) -> None:
 
 def test_judged_families_are_in_the_table_and_have_nothing_in_between() -> None:
     """The others are refused (`tests.merge.test_families`)."""
-    judged = [family for family in FAMILIES if family.model_type in FOLD_FACTS]
-    assert len(judged) == len(FOLD_FACTS)
+    judged = [family for family in FAMILIES if family.fold]
+    assert len(judged) == len(foldable_families())
     for family in judged:
         assert not family.parts.get("mla")
         assert not family.needs_mask
-    assert latent_scales("deepseek_v3", V3) == {}
-    assert latent_scales("longcat_flash", MLADims(64, 128, 64, 128, 512, 1536, 6144)) == {
+    assert latent_scales(BY_TYPE["deepseek_v3"], V3) == {}
+    assert latent_scales(BY_TYPE["longcat_flash"], MLADims(64, 128, 64, 128, 512, 1536, 6144)) == {
         "query": 2.0,
         "latent": pytest.approx(12**0.5),
     }
@@ -152,7 +152,7 @@ def test_the_scales_are_those_of_transformers() -> None:
     )  # fmt: skip
     module = LongcatFlashMLA(config, 0)
     expected = {"query": module.mla_scale_q_lora, "latent": module.mla_scale_kv_lora}
-    assert latent_scales("longcat_flash", d) == pytest.approx(expected, rel=1e-15)
+    assert latent_scales(BY_TYPE["longcat_flash"], d) == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_the_cost_table_of_the_docs() -> None:
     text = (ROOT / "docs" / "absorption.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([a-z0-9.-]+) \| ([\d.]+) → ([\d.]+) \| ([\d.]+) → ([\d.]+) \| ([\d.]+)× \|$", text, re.M)
     configs = {file.stem: json.loads(file.read_text()) for file in (ROOT / "configs" / "models").glob("*.json")}
-    folded = {name for name, c in configs.items() if architecture(c).family.model_type in FOLD_FACTS}
+    folded = {name for name, c in configs.items() if architecture(c).family.fold}
     assert {row[0] for row in rows} == folded
     for name, *figures in rows:
         config = json.loads((ROOT / "configs" / "models" / f"{name}.json").read_text())

@@ -487,10 +487,13 @@ def test_what_no_mode_can_do(base_of: Any, mode: str) -> None:
 def test_other_families_and_modes_are_refused(base_of: Any) -> None:
     arch, merged = opened(base_of())
     headers = {key: (ref.dtype, ref.shape) for key, ref in merged.tensors.items()}
-    other = replace(arch, model_type="hy_v4", family=replace(arch.family, model_type="hy_v4"))
+    other = replace(arch, model_type="hy_v4", family=replace(arch.family, model_type="hy_v4", fold=None))
     with pytest.raises(InputError, match="exact for model_type 'hy_v4' is not known; known for axk1"):
         plan_absorbed(other, headers, "fold")
     assert plan_absorbed(other, headers, "split").bytes > 0
+    unknown = architecture(merged.config | {"model_type": "deepseek_v9"})
+    with pytest.raises(InputError, match="exact for model_type 'deepseek_v9' is not known"):
+        plan_absorbed(unknown, headers, "fold")
     with pytest.raises(InputError, match="--absorb melt: allowed are split, fold and none"):
         plan_absorbed(arch, headers, "melt")
 

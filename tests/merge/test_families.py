@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mla_tune.absorption.fold import FOLD_FACTS
+from mla_tune.absorption.fold import foldable_families
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.build import architecture
 from tests.helpers.expert_tree import Tree
@@ -115,7 +115,7 @@ def test_fold_is_exact_or_refused(cli, name: str, tmp_path: Path) -> None:
     options = ("--base", tmp_path / "base", "--out", tmp_path / "out", "--absorb", "fold", "--json")
     done = cli("merge-absorb", tmp_path / "adapter", *options)
     family = architecture(FAMILIES[name]).family.model_type
-    if family in FOLD_FACTS:
+    if family in foldable_families():
         assert done.code == 0, done.err
         assert json.loads(done.out)["logits"]["absorbed"]["max_error"] < 1e-4
     else:
