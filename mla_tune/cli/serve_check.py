@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mla_tune.serving.engines import engine_names
+
 if TYPE_CHECKING:
     from mla_tune.serving.compatibility import Check, CompatibilityReport
 
@@ -21,7 +23,9 @@ def command(
             metavar="ADAPTER_OR_MODEL", help="An adapter folder, a run folder, a model folder, or 'embedded'."
         ),
     ],
-    engine: Annotated[str, typer.Option(metavar="NAME", help="vllm, sglang, llama.cpp or mlx.")],
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help=f"The inference engine: one of {', '.join(engine_names())}.")
+    ],
     base: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Folder of the adapter's base model. Default: the one the adapter records."),

@@ -11,6 +11,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.preflight.memory import RunShape, estimate
 from mla_tune.recipe.checks import warnings
 from mla_tune.recipe.schema import Recipe
+from mla_tune.serving.unmerged import unmerged_notes
 
 
 def role_rates(placement: Placement, recipe: Recipe) -> dict[str, float]:
@@ -24,26 +25,11 @@ def role_rates(placement: Placement, recipe: Recipe) -> dict[str, float]:
     return rates | dict.fromkeys(placement.modules_to_save_names, base * o.modules_to_save_lr_scale)
 
 
-def serving_notes(arch: Architecture, placement: Placement) -> list[str]:
-    """Where this adapter can't be served unmerged, or only with care."""
-    notes = []
-    roles = set(placement.roles)
-    if Role.W_UKV in roles:
-        notes.append(
-            "W_UKV: vLLM loads an unmerged kv_b_proj adapter and applies it nowhere (issue 48974), llama.cpp's "
-            "converter refuses it; SGLang applies it. Merge it with mla-tune merge-absorb, or leave W_UKV out"
-        )
-    if Role.W_DKV in roles:
-        notes.append("W_DKV: changes the latent, so a cached prefix can't be shared between this adapter and the base")
-    if roles & {Role.EXPERTS_GATE_UP, Role.EXPERTS_DOWN}:
-        notes.append("experts: few engines serve an unmerged adapter on routed experts; merge it")
-    if len({(p.rank, p.alpha) for p in placement.sites}) > 1:
-        notes.append(
-            "ranks differ by role: an engine that reads only r and lora_alpha would scale it wrongly; merge it"
-        )
-    if placement.method == "dora":
-        notes.append("DoRA: vLLM and SGLang refuse unmerged DoRA adapters; merge it")
-    return notes
+def cache_notes(placement: Placement) -> list[str]:
+    """What an adapter on these roles means for a cache that is shared between it and the base."""
+    if Role.W_DKV not in placement.roles:
+        return []
+    return ["W_DKV: changes the latent, so a cached prefix can't be shared between this adapter and the base"]
 
 
 def _not_estimated(arch: Architecture) -> list[str]:
@@ -116,7 +102,12 @@ def plan(
             "total": memory.total,
             "measured_as": "allocated on the GPU" if gpu else "resident, of the process",
         },
-        "warnings": [*warnings(recipe), *_not_estimated(arch), *serving_notes(arch, placement)],
+        "warnings": [
+            *warnings(recipe),
+            *_not_estimated(arch),
+            *cache_notes(placement),
+            *unmerged_notes(arch, placement),
+        ],
     }
 
 

@@ -25,7 +25,7 @@ from mla_tune.serving.engines import VERDICTS, Engine, Fact
 from mla_tune.sockets import ADAPTER_METHODS
 
 #: The other half of an adapted layer that engines fuse.
-_PARTNERS = {
+PARTNERS = {
     Role.W_DQ: Role.W_DKV,
     Role.W_DKV: Role.W_DQ,
     Role.GATE: Role.UP,
@@ -268,7 +268,7 @@ def adapter_items(adapter: Adapter, arch: Architecture) -> list[Item]:
         by_role.setdefault((delta.site.role, layout), []).append(delta)
     paths = {(d.site.path.rpartition(".")[0], d.site.role) for d in adapter.deltas}
     for (role, layout), deltas in by_role.items():
-        partner = _PARTNERS.get(role)
+        partner = PARTNERS.get(role)
         alone = [d for d in deltas if (d.site.path.rpartition(".")[0], partner) not in paths]
         seen = {"layout": layout, "partner": "none" if partner is None else "not adapted" if alone else "adapted"}
         count = sum(d.site.count if d.expert is None else 1 for d in deltas)

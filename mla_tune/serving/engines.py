@@ -110,6 +110,11 @@ def load_engines(file: Path = FILE) -> dict[str, Engine]:
     return engines
 
 
+def engine_names(file: Path = FILE) -> list[str]:
+    """The ids of all engines, without checking their facts: for help texts."""
+    return list(json.loads(file.read_text(encoding="utf-8"))["engines"])
+
+
 def find_engine(name: str, file: Path = FILE) -> Engine:
     """The engine of this id.  Raises `InputError` with those there are."""
     engines = load_engines(file)
