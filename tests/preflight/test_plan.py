@@ -56,10 +56,10 @@ def test_epochs_become_steps(cli, rows_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "recipe, sets, words",
     [
-        ("W_UKV-priority", [], "vLLM loads an unmerged kv_b_proj adapter and applies it nowhere"),
+        ("W_UKV-priority", [], "W_UKV, served unmerged: vLLM would leave it out without an error"),
         ("all-linear", [], "a cached prefix can't be shared"),
-        ("all-linear", [], "routed experts"),
-        ("attention-only", ["adapter.method=dora"], "DoRA"),
+        ("all-linear", [], "experts_gate_up, experts_down, served unmerged"),
+        ("attention-only", ["adapter.method=dora"], "dora, served unmerged"),
         ("safe", ["optimizer.mla_lr_scale=0.4"], "0.5 to 0.8"),
         ("safe", ["optimizer.lora_plus_ratio=16"], "makes the rate of B 0.0208"),
     ],
