@@ -1,0 +1,8 @@
+"""What inference engines do with a checkpoint or an adapter, judged by the facts in engines.json.
+
+engines        `engines.json`: what was seen that an inference engine does with MLA checkpoints and adapters
+compatibility  What an inference engine will do with a checkpoint or an adapter: items seen in the files, judged by
+               `engines.json`
+unmerged       What inference engines would do with an adapter that is planned, if it is served unmerged: from
+               `engines.json`
+"""
