@@ -13,10 +13,10 @@ from pathlib import Path
 
 from mla_tune.arch.build import architecture
 from mla_tune.arch.families import FAMILIES, Family
-from mla_tune.arch.lookup import ALIASES
 from mla_tune.arch.multimodal import WRAPPERS
 from mla_tune.arch.roles import Role
 from mla_tune.console import human_count
+from mla_tune.recipe.model_source import ALIASES
 from mla_tune.resources import CONFIGS, model_names
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"

@@ -15,5 +15,4 @@ config       A text model's config.json as the registry reads it: keys under all
 build        config.json → `Architecture`
 fallback     A model type that has MLA and no entry in the family table: taken for a plain relative of DeepSeek, or
              refused
-lookup       MODEL as a user types it → the parsed config.json, without weights and without torch
 """

@@ -13,12 +13,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mla_tune.adapter.placement import Placement, place
-from mla_tune.arch.lookup import described
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.quantized.config import quantized_kind
 from mla_tune.errors import InputError
 from mla_tune.preflight.family_limits import apply_family_limits, check_window, unsupported_when_sharded
 from mla_tune.recipe.checks import check_quantized, warnings
+from mla_tune.recipe.model_source import described
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.distributed.launch import Worker
 
