@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from mla_tune.arch.build import architecture
-from mla_tune.arch.families import FAMILIES, Family
+from mla_tune.arch.families import FAMILIES
+from mla_tune.arch.family import Family
 from mla_tune.arch.multimodal import WRAPPERS
 from mla_tune.arch.roles import Role
 from mla_tune.console import human_count

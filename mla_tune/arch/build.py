@@ -8,15 +8,15 @@ from typing import Any
 
 from mla_tune.arch.config import Config, ConfigReader, dims_of, letters_of, numbers_of
 from mla_tune.arch.dims import MLADims
-from mla_tune.arch.fallback import detected
-from mla_tune.arch.families import BY_TYPE, FAMILIES, Family
+from mla_tune.arch.family import Family
 from mla_tune.arch.key_mapping import KeyMapping
 from mla_tune.arch.layer_types import INDEXERS, KINDS, LAYER_DIMS, MOE_LAYERS
-from mla_tune.arch.multimodal import WRAPPERS, Wrapper, tower_parts, unwrapped
+from mla_tune.arch.multimodal import Wrapper, tower_parts, unwrapped
 from mla_tune.arch.parts import Part, numbers, size
+from mla_tune.arch.recognize import family_of, model_type_of
 from mla_tune.arch.roles import REASONS, Role
 from mla_tune.arch.site import HEAD, Architecture, Attention, Site
-from mla_tune.errors import InputError, NotMLAError
+from mla_tune.errors import InputError
 
 
 def architecture(config: Config, where: str = "config.json") -> Architecture:
@@ -27,7 +27,7 @@ def architecture(config: Config, where: str = "config.json") -> Architecture:
     Raises `NotMLAError` for a model without MLA and `InputError` for a family or key that is not known.
     """
     text, kind, wrapper = unwrapped(config)
-    family, warnings = _family(config, text, kind, where)
+    family, warnings = family_of(config, text, kind, where)
     return _Builder(config, ConfigReader(text, family, where), family, wrapper, warnings).build()
 
 
@@ -79,7 +79,7 @@ class _Builder:
         main = next((a for a in attention if not a.window and a.dims.R), attention[0])
         quantization = self.config.get("quantization_config") or self.c.config.get("quantization_config")
         return Architecture(
-            model_type=_model_type(self.config) or self.family.model_type,
+            model_type=model_type_of(self.config) or self.family.model_type,
             family=self.family,
             num_layers=self.n,
             dims=main.dims,
@@ -271,42 +271,3 @@ def _naming(family: Family, wrapper: Wrapper | None) -> KeyMapping:
     return replace(
         family.key_mapping, ways=tuple((*inner, *outer) for outer in around for inner in family.key_mapping.ways)
     )
-
-
-def _family(config: Config, text: Config, kind: str | None, where: str) -> tuple[Family, tuple[str, ...]]:
-    """The family of a text model, and warnings about it."""
-    kind = kind or _model_type(config)
-    if not kind:
-        raise InputError(f"{where}: no 'model_type': not a Hugging Face model configuration")
-    if not text.get("kv_lora_rank"):
-        inner = config.get("text_config")
-        if text is config and isinstance(inner, Mapping) and inner.get("kv_lora_rank"):
-            raise InputError(
-                f"{where}: model_type '{kind}' is a wrapper around an MLA text model ('{inner.get('model_type')}'), "
-                f"and its layout is not known; known: {', '.join(sorted(WRAPPERS))}"
-            )
-        what = _what_it_is(text, kind)
-        raise NotMLAError(f"{where}: {what}. mla-tune is for models with Multi-head Latent Attention")
-    if kind in BY_TYPE:
-        return BY_TYPE[kind], ()
-    return detected(text, kind, where)
-
-
-def _model_type(config: Config) -> str | None:
-    """The config's `model_type`; where it has none (LongCat-Flash's published file), that of its architecture."""
-    if config.get("model_type"):
-        return str(config["model_type"])
-    names = config.get("architectures") or []
-    return next((f.model_type for f in FAMILIES if f.architecture in names), None)
-
-
-def _what_it_is(config: Config, kind: str) -> str:
-    """A sentence on a model that has no MLA, from the keys that tell attention kinds apart."""
-    name = f"model_type '{kind}' has no 'kv_lora_rank'"
-    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if not heads:
-        return f"{name} and no attention heads that could be read"
-    if groups in (None, heads):
-        return f"{name}: multi-head attention with {heads} heads"
-    kind = "multi-query" if groups == 1 else "grouped-query"
-    return f"{name}: {kind} attention with {heads} query and {groups} key/value heads"

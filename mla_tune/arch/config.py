@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mla_tune.arch.dims import MLADims
-from mla_tune.arch.families import Family
+from mla_tune.arch.family import Family
 from mla_tune.errors import InputError
 
 Config = Mapping[str, Any]

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mla_tune.arch.families import BY_TYPE, Family
+from mla_tune.arch.families import BY_TYPE
+from mla_tune.arch.family import Family
 from mla_tune.errors import InputError
 
 #: Keys of parts that a plain relative doesn't have: with one of them set, names and sizes would be guesses.

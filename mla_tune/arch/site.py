@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mla_tune.arch.dims import DTYPE_BYTES, MLADims
-from mla_tune.arch.families import Family
+from mla_tune.arch.family import Family
 from mla_tune.arch.key_mapping import KeyMapping
 from mla_tune.arch.multimodal import Wrapper
 from mla_tune.arch.roles import ADAPTABLE, Role
