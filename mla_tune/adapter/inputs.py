@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_tune.adapter.files import CONFIG_FILE, RUN_SUBFOLDER, Adapter, adapter_folder, open_adapter
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import CONFIG_FILE, RUN_SUBFOLDER, adapter_folder, open_adapter
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint

@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE
 from mla_tune.adapter.inputs import Inputs, open_inputs
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.checkpoint.absorbed import absorbed_tensors

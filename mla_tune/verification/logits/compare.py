@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from mla_tune.absorption.fold import absorbed_shapes
-from mla_tune.adapter.files import Adapter
+from mla_tune.adapter.deltas import Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import WorkError
