@@ -10,7 +10,6 @@ deltas           What an opened adapter consists of: its low-rank updates (`Lora
                  (`SavedTensor`)
 files            A PEFT adapter folder → which low-rank factors sit on which site, and which whole tensors replace the
                  base's
-inputs           From what the user names to the folders of a merge: adapters, base, output
 merge_options    What a user may choose about a merge: the options of `merge-absorb`, and which values they can have
 megatron         Names that NVIDIA's NeMo, Megatron-Bridge and Automodel give to adapters on MLA → sites
 import_megatron  An adapter in the names of NeMo, Megatron-Bridge or Automodel → a PEFT adapter for transformers'

@@ -54,12 +54,12 @@ def _named(judgment: CompatibilityReport, verdict: str) -> list[str]:
 
 def _judge(what: Path, engine: Any, base: str | None) -> tuple[CompatibilityReport, dict[str, Any]]:
     from mla_tune.adapter.files import RUN_SUBFOLDER
-    from mla_tune.adapter.inputs import EMBEDDED, open_inputs
     from mla_tune.adapter.settings import CONFIG_FILE
     from mla_tune.arch.build import architecture
     from mla_tune.checkpoint.index import Checkpoint
     from mla_tune.errors import FileError, InputError
     from mla_tune.resources import EMBEDDED_MODEL
+    from mla_tune.runs.merge_inputs import EMBEDDED, open_inputs
     from mla_tune.serving.compatibility import check_compatibility
 
     folder = EMBEDDED_MODEL if str(what) == EMBEDDED else what.expanduser()

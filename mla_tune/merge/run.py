@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_tune.adapter.files import WEIGHTS_FILE
-from mla_tune.adapter.inputs import MergePaths, open_inputs
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
@@ -29,6 +28,7 @@ from mla_tune.merge.plan import MergePlan, plan_merge
 from mla_tune.merge.report import MergeResult, PlanReport, merge_result, plan_report
 from mla_tune.merge.staging import Staging, partial_folder, staged
 from mla_tune.progress import Progress, counter
+from mla_tune.runs.merge_inputs import MergePaths, open_inputs
 from mla_tune.verification.prover import Prover, start
 
 #: An adapter or run folder, and the weight of its delta.

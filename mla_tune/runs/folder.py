@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_tune.adapter.files import RUN_SUBFOLDER
-from mla_tune.adapter.inputs import OUT_NAME, RUN_FILE
 from mla_tune.checkpoint.atomic_files import replacing
 from mla_tune.errors import FileError, InputError, MlaTuneError
 from mla_tune.recipe.load import dump, load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.runs.checkpoints import checkpoints, newest_whole
+from mla_tune.runs.merge_inputs import OUT_NAME, RUN_FILE
 from mla_tune.runs.record import RunRecord
 
 

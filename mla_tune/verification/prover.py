@@ -25,8 +25,8 @@ from mla_tune.progress import Progress
 from mla_tune.verification.result import Proven
 
 if TYPE_CHECKING:
-    from mla_tune.adapter.inputs import Inputs
     from mla_tune.adapter.merge_options import MergeOptions
+    from mla_tune.runs.merge_inputs import Inputs
 
 WORKER = "mla_tune.verification.prover_worker"
 

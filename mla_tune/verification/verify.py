@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from mla_tune.adapter.deltas import Adapter
 from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE
-from mla_tune.adapter.inputs import Inputs, open_inputs
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.checkpoint.absorbed import absorbed_tensors
 from mla_tune.checkpoint.atomic_files import sha256_of
@@ -20,6 +19,7 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from mla_tune.errors import CheckError, FileError, InputError
 from mla_tune.progress import Progress, counter
+from mla_tune.runs.merge_inputs import Inputs, open_inputs
 from mla_tune.verification.absorbed import prove_absorbed
 from mla_tune.verification.layout import Failure
 from mla_tune.verification.result import Proven, VerifyResult

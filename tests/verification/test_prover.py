@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from mla_tune.adapter.inputs import Inputs, open_inputs
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import CheckError, FileError, WorkError
 from mla_tune.merge.run import merge_absorb
+from mla_tune.runs.merge_inputs import Inputs, open_inputs
 from mla_tune.verification.prover import _Beside, _Here, start
 from tests.helpers.logits import ATTENTION
 from tests.helpers.merging import edit_tensors, make_adapter, make_base
