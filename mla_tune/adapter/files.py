@@ -25,17 +25,17 @@ from mla_tune.sockets import ADAPTER_METHODS
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 #: Where a run folder keeps its adapter.
-RUN_SUBFOLDER = "adapter"
+ADAPTER_SUBFOLDER = "adapter"
 #: Parameters and persistent buffers of the modules of these models; other endings on disk (FP8 scales) are none.
 _LEAVES = ("weight", "bias", "e_score_correction_bias")
 
 
 def adapter_folder(path: Path) -> Path:
     """The folder with adapter_config.json: `path` itself or, for a run folder, `path/adapter`."""
-    for folder in (path, path / RUN_SUBFOLDER):
+    for folder in (path, path / ADAPTER_SUBFOLDER):
         if (folder / CONFIG_FILE).is_file():
             return folder
-    what = f"holds neither {CONFIG_FILE} nor {RUN_SUBFOLDER}/{CONFIG_FILE}" if path.is_dir() else "no such folder"
+    what = f"holds neither {CONFIG_FILE} nor {ADAPTER_SUBFOLDER}/{CONFIG_FILE}" if path.is_dir() else "no such folder"
     raise FileError(f"{path}: {what}: give a PEFT adapter folder or a run folder of mla-tune train")
 
 

@@ -48,7 +48,7 @@ def plan_only(
     writes, but for an output that is in the way."""
     options = options or MergeOptions()
     inputs = open_inputs(adapters, base, out, options.mtp)
-    places, plan = inputs.places, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
+    places, plan = inputs.paths, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
     return plan_report(plan, str(places.out.absolute()), workers or default_workers(), verify=verify)
 
 
@@ -95,7 +95,7 @@ def merge_absorb(
         if prover:
             prover.begin(inputs, options, workers, progress)
         return _Merge(
-            paths=inputs.places,
+            paths=inputs.paths,
             plan=plan,
             prover=prover,
             min_retained=min_retained,

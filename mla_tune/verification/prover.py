@@ -26,7 +26,7 @@ from mla_tune.verification.result import Proven
 
 if TYPE_CHECKING:
     from mla_tune.adapter.merge_options import MergeOptions
-    from mla_tune.runs.merge_inputs import Inputs
+    from mla_tune.runs.merge_inputs import MergeInputs
 
 WORKER = "mla_tune.verification.prover_worker"
 
@@ -37,7 +37,7 @@ class Prover(Protocol):
     #: Whether it computes while the merge runs.
     beside: bool
 
-    def begin(self, inputs: Inputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
+    def begin(self, inputs: MergeInputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
         """Raises nothing: what goes wrong is told by `finish`."""
         ...
 
@@ -63,7 +63,7 @@ class _Here:
     def __init__(self, logits: bool) -> None:
         self._logits = logits
 
-    def begin(self, inputs: Inputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
+    def begin(self, inputs: MergeInputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
         self._job = {"logits": self._logits, "workers": workers, "progress": progress}
         self._inputs = (inputs, options)
 
@@ -100,12 +100,12 @@ class _Beside:
         self._listener.start()
         self._say({"logits": logits})
 
-    def begin(self, inputs: Inputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
+    def begin(self, inputs: MergeInputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
         self._progress = progress
         adapters = [
-            (str(path), weight) for path, (_, weight) in zip(inputs.places.adapters, inputs.adapters, strict=True)
+            (str(path), weight) for path, (_, weight) in zip(inputs.paths.adapters, inputs.adapters, strict=True)
         ]
-        base, out = str(inputs.places.base), str(inputs.places.out)
+        base, out = str(inputs.paths.base), str(inputs.paths.out)
         self._say({"adapters": adapters, "base": base, "out": out, "options": options.to_json(), "workers": workers})
 
     def finish(self, folder: Path, hashed: Sequence[str]) -> Proven:

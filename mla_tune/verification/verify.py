@@ -19,7 +19,7 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from mla_tune.errors import CheckError, FileError, InputError
 from mla_tune.progress import Progress, counter
-from mla_tune.runs.merge_inputs import Inputs, open_inputs
+from mla_tune.runs.merge_inputs import MergeInputs, open_inputs
 from mla_tune.verification.absorbed import prove_absorbed
 from mla_tune.verification.layout import Failure
 from mla_tune.verification.result import Proven, VerifyResult
@@ -40,7 +40,7 @@ class Checked:
 
 
 def check(
-    inputs: Inputs,
+    inputs: MergeInputs,
     merged: Checkpoint,
     *,
     strict: bool,
@@ -91,7 +91,7 @@ class MergeProof:
     """The proof of what merge-absorb writes: `begin` computes the logits that need no output, `finish` all else."""
 
     def __init__(
-        self, inputs: Inputs, options: MergeOptions, logits: bool, workers: int, progress: Progress | None
+        self, inputs: MergeInputs, options: MergeOptions, logits: bool, workers: int, progress: Progress | None
     ) -> None:
         self.inputs, self.options, self.workers, self.progress = inputs, options, workers, progress
         passed = counter(progress, "logits", 2 * inputs.base.nbytes)
@@ -158,7 +158,7 @@ def verify(
         )
     mtp = bool(manifest["options"]["mtp"]) if manifest else True
     inputs = open_inputs(named, manifest.get("base") if base is None else base, out, mtp)
-    places, opened = inputs.places, inputs.adapters
+    places, opened = inputs.paths, inputs.adapters
     for adapter, _ in opened:
         adapter.check_finite()
     notes = _other_inputs(manifest, inputs.base, opened)
@@ -177,7 +177,7 @@ def verify(
     return VerifyResult(str(out.absolute()), str(places.base.absolute()), used, found.proof, found.logits, notes)
 
 
-def _comparison(inputs: Inputs, absorb: str, progress: Callable[[int], None]) -> LogitsComparison:
+def _comparison(inputs: MergeInputs, absorb: str, progress: Callable[[int], None]) -> LogitsComparison:
     # transformers and PEFT take seconds to load.
     from mla_tune.verification.logits.compare import LogitsComparison
 

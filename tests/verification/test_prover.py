@@ -20,7 +20,7 @@ import pytest
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import CheckError, FileError, WorkError
 from mla_tune.merge.run import merge_absorb
-from mla_tune.runs.merge_inputs import Inputs, open_inputs
+from mla_tune.runs.merge_inputs import MergeInputs, open_inputs
 from mla_tune.verification.prover import _Beside, _Here, start
 from tests.helpers.logits import ATTENTION
 from tests.helpers.merging import edit_tensors, make_adapter, make_base
@@ -39,7 +39,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def inputs(merged: Path) -> Inputs:
+def inputs(merged: Path) -> MergeInputs:
     return open_inputs([(merged / "adapter", 1.0)], merged / "base", merged / "out")
 
 
@@ -73,7 +73,7 @@ def test_here_where_torch_is_loaded() -> None:
 
 
 @pytest.mark.slow
-def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
+def test_both_say_the_same(merged: Path, inputs: MergeInputs) -> None:
     here = _Here(logits=True)
     here.begin(inputs, MergeOptions(), 2, None)
     expected = here.finish(merged / "out", [])
@@ -97,7 +97,7 @@ def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
         assert counts[-1][0] == counts[-1][1]
 
 
-def test_what_is_wrong_is_told(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
+def test_what_is_wrong_is_told(merged: Path, inputs: MergeInputs, beside: _Beside, tmp_path: Path) -> None:
     merge_absorb(merged / "adapter", merged / "base", tmp_path / "out", verify=False)
     edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t[KEY].mul_(2))
     beside.begin(inputs, MergeOptions(), 2, None)
@@ -105,21 +105,21 @@ def test_what_is_wrong_is_told(merged: Path, inputs: Inputs, beside: _Beside, tm
         beside.finish(tmp_path / "out", [])
 
 
-def test_other_errors_keep_their_kind(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
-    gone = replace(inputs, places=replace(inputs.places, base=tmp_path / "gone"))
+def test_other_errors_keep_their_kind(merged: Path, inputs: MergeInputs, beside: _Beside, tmp_path: Path) -> None:
+    gone = replace(inputs, paths=replace(inputs.paths, base=tmp_path / "gone"))
     beside.begin(gone, MergeOptions(), 2, None)
     with pytest.raises(FileError, match="gone"):
         beside.finish(merged / "out", [])
 
 
-def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: _Beside) -> None:
+def test_a_worker_that_is_killed(merged: Path, inputs: MergeInputs, beside: _Beside) -> None:
     beside.begin(inputs, MergeOptions(), 2, None)
     os.kill(beside._process.pid, signal.SIGKILL)
     with pytest.raises(WorkError, match=r"was killed by signal 9 .*short of memory.*nothing was published"):
         beside.finish(merged / "out", [])
 
 
-def test_a_worker_with_a_bug(merged: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_a_worker_with_a_bug(merged: Path, inputs: MergeInputs, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr("mla_tune.verification.prover.WORKER", "mla_tune.merge.no_such_module")
     beside = _Beside(logits=False)
     beside.begin(inputs, MergeOptions(), 2, None)
@@ -130,7 +130,7 @@ def test_a_worker_with_a_bug(merged: Path, inputs: Inputs, monkeypatch: pytest.M
 
 
 def test_the_folder_of_the_user_is_not_imported_from(
-    merged: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merged: Path, inputs: MergeInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
