@@ -5,7 +5,8 @@
 
 S is computed in torch one precision above what is written: float32 for 16-bit and FP8 outputs, float64 for float32.
 With u the unit roundoff of a computation (2⁻²⁴, 2⁻⁵³) and r its ranks, a dot product is off by at most (r + 2)·u·P
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1); `_slack` sums this up for both sides.
+(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1); `ExactSum.slack` sums
+this up for both sides.
 
 Strict    |O - S| ≤ ulp/2 + slack, or < ulp + slack for stochastic rounding.
           Then |Σ(O - S)/ulp| ≤ 3√N + N/100 too, for N numbers: no drift.
@@ -26,27 +27,20 @@ f the part of an ulp that S lies above its lower neighbor.
 from __future__ import annotations
 
 import math
-import re
 
 import numpy as np
 import torch
 
-from mla_tune.arch.site import Site
 from mla_tune.checkpoint.index import TensorRef, matrix_shape
-from mla_tune.errors import InputError
 from mla_tune.verification.dequantize import FactorCache, Values
+from mla_tune.verification.exact_sum import ExactSum, Part
 from mla_tune.verification.layout import Expected, Rules
-from mla_tune.verification.read import PRECISION, TORCH, read_whole, ulp_of
+from mla_tune.verification.read import PRECISION, TORCH, ulp_of
 
 #: Numbers computed at once: a few float32 arrays of this size fit into a core's cache.
 _BLOCK = 1 << 19
 #: Where fewer than one number in this many differs from the nearest one, those are looked at alone.
 _FEW = 32
-
-#: Adapter methods that the proof recomputes by itself: W + Σ s·B·A, and DoRA's rows scaled to their magnitudes.
-RECOMPUTED = {"lora", "rslora", "dora"}
-#: Rows of a block, and A (r, in), scaled, and B (rows, r) that reach them.
-_Part = tuple[slice, torch.Tensor, torch.Tensor]
 
 
 class TensorCheck:
@@ -73,12 +67,8 @@ class TensorCheck:
         self.quant = out_values.decoder(name)
         self.shape = out_values.shape(out)
         self.thorough, self.skipped = thorough, False
-        self.dora = any(delta.method.name == "dora" for delta, _ in expected.updates)
-        unknown = {delta.method.name for delta, _ in expected.updates} - RECOMPUTED
-        if unknown:
-            raise InputError(f"{out.key}: the proof can't recompute {', '.join(sorted(unknown))} (`RECOMPUTED`)")
-        self.ranks = sum(delta.rank for delta, _ in expected.updates)
-        self.first_row, self.expert = _place(name, expected.site)
+        self.exact_sum = ExactSum(name, expected, factors, dtype=self.dtype, out_dtype=out.dtype, exact=rules.exact)
+        self.dora = self.exact_sum.dora
         self.worst, self.wrong, self.example = 0.5 if rules.rounding == "nearest" else 0.0, 0, ""
         self.got = self.due = self.delta2 = self.spread = 0.0
         self.projects = bool(expected.updates) and (not rules.strict or rules.rounding == "stochastic")
@@ -89,8 +79,6 @@ class TensorCheck:
         # Only what an adapter changes may be rounded otherwise than once to the nearest, by other tools too.
         quantized = values.name(expected.source) in values.quantized
         self.strict = rules.strict or not (expected.updates or quantized or self.quant is not None)
-        self.ours = 2.0**-53 if self.dtype == torch.float64 else 2.0**-24
-        self.theirs = 2.0**-53 if rules.exact else 2.0**-24
 
     def piece(self, raw: torch.Tensor, source: torch.Tensor, begin: int, end: int) -> None:
         """Bytes of rows [begin, end) of the output and of the source."""
@@ -128,20 +116,17 @@ class TensorCheck:
 
     def _block(self, O_raw: torch.Tensor, W_raw: torch.Tensor, begin: int, end: int) -> None:
         W = self.values.of(self.expected.source, W_raw, begin, end, self.dtype)
-        parts = self._parts(begin, end)
-        sums = self._sums(W, parts)
-        S, factor = (sums, None) if not self.dora else self._scaled(sums, begin, end)
+        parts = self.exact_sum.parts(begin, end)
+        sums = self.exact_sum.sums(W, parts)
+        S, factor = (sums, None) if not self.dora else self.exact_sum.scaled(sums, begin, end)
         if self._nearly_all_nearest(W, S, parts, O_raw, begin, end):
             return
         out = self.out_values.of(self.out, O_raw, begin, end, self.dtype)
         unit = None if self.quant is None else self.quant.unit(begin, end).to(self.dtype)
-        P = self._magnitudes(parts, W)
-        slack = self._slack(W, sums, P)
+        P = self.exact_sum.magnitudes(parts, W)
+        slack = self.exact_sum.slack(W, sums, P)
         if factor is not None:
-            # ‖S‖ is off by (n/2 + 2)u of itself and by what its numbers are off; the factor and the product round.
-            error = torch.linalg.vector_norm(slack, dim=1) / torch.linalg.vector_norm(sums, dim=1)
-            share = error + (S.shape[1] / 2 + 6) * (self.ours + self.theirs)
-            slack = slack * factor.abs().unsqueeze(1) + S.abs() * share.unsqueeze(1)
+            slack = self.exact_sum.scaled_slack(S, sums, slack, factor)
             P = P * factor.abs().unsqueeze(1)
         row, column = torch.arange(begin, end).unsqueeze(1), torch.arange(S.shape[1]).unsqueeze(0)
         slack = slack + self._of_others(P)
@@ -151,7 +136,7 @@ class TensorCheck:
         self._note_largest(O_raw, S, begin, end)
 
     def _nearly_all_nearest(
-        self, W: torch.Tensor, S: torch.Tensor, parts: list[_Part], O_raw: torch.Tensor, begin: int, end: int
+        self, W: torch.Tensor, S: torch.Tensor, parts: list[Part], O_raw: torch.Tensor, begin: int, end: int
     ) -> bool:
         """Whether nearly all numbers are the nearest ones: then the others are looked at alone, which is much faster.
 
@@ -179,8 +164,8 @@ class TensorCheck:
             w, s, q, out = (x.flatten()[index] for x in (W, S, Q, codes))
             at = None if unit is None else unit.flatten()[index]
             q, out = self._numbers(q, at), self._numbers(out, at)
-            P = self._magnitudes_at(parts, row, column)
-            self._compare(w, s, out, at, self._slack(w, s, P) + self._of_others(P), begin + row, column)
+            P = self.exact_sum.magnitudes_at(parts, row, column)
+            self._compare(w, s, out, at, self.exact_sum.slack(w, s, P) + self._of_others(P), begin + row, column)
             if self.projects:
                 self.got += float(torch.dot(out - q, s - w))
                 self.skipped = True  # σ, that is
@@ -207,77 +192,6 @@ class TensorCheck:
             codes, sums = self.largest
             self.quant.note(self.quant.codes(O_raw, end - begin).to(torch.float32), codes, begin, end)
             self.quant.note(S, sums, begin, end)
-
-    def _parts(self, begin: int, end: int) -> list[_Part]:
-        """(rows of the block, scaled A, B of these rows) of each update that reaches rows [begin, end)."""
-        if self.expected.is_bias:
-            result = []
-            for delta, weight in self.expected.updates:
-                assert delta.bias is not None
-                bias = read_whole(delta.bias, self.dtype) * (delta.scale * weight)
-                result.append((slice(0, 1), bias.unsqueeze(0), torch.ones(1, 1, dtype=self.dtype)))
-            return result
-        result = []
-        for delta, weight in self.expected.updates:
-            assert self.expected.site is not None
-            expert, row = self.expert, self.first_row + begin
-            if self.expected.site.is_experts and expert is None:
-                expert, row = divmod(begin, self.expected.site.shape[0])
-            if delta.expert is not None and delta.expert != expert:
-                continue
-            low, high = delta.rows or (0, self.expected.site.shape[0])
-            first, last = max(row, low), min(row + end - begin, high)
-            if first < last:
-                A, B = self.factors.of(delta, weight, self.dtype)
-                which = expert if delta.experts > 1 and expert is not None else 0
-                result.append((slice(first - row, last - row), A[which], B[which, first - low : last - low]))
-        return result
-
-    def _sums(self, W: torch.Tensor, parts: list[_Part]) -> torch.Tensor:
-        S = W
-        for rows, A, B in parts:
-            if len(B) == len(W):
-                S = torch.addmm(S, B, A)
-            else:
-                S = S.clone() if S is W else S
-                S[rows] += B @ A
-        return S
-
-    def _scaled(self, sums: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows scaled to the magnitude, the factor of each row)."""
-        (delta, _), *_ = self.expected.updates
-        (magnitude,) = delta.vectors
-        first = self.first_row + begin - (delta.rows[0] if delta.rows else 0)
-        m = read_whole(magnitude, self.dtype)[first : first + end - begin]
-        factor = m / torch.linalg.vector_norm(sums, dim=1)
-        return sums * factor.unsqueeze(1), factor
-
-    def _magnitudes(self, parts: list[_Part], W: torch.Tensor) -> torch.Tensor:
-        P = torch.zeros_like(W)
-        for rows, A, B in parts:
-            P[rows] += B.abs() @ A.abs()
-        return P
-
-    def _magnitudes_at(self, parts: list[_Part], row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """The same at single places of the block."""
-        P = torch.zeros(len(row), dtype=self.dtype)
-        for rows, A, B in parts:
-            inside = (row >= rows.start) & (row < rows.stop)
-            at = (row - rows.start).clamp(0, len(B) - 1)
-            P += inside * (B[at].abs() * A[:, column].T.abs()).sum(1)
-        return P
-
-    def _slack(self, W: torch.Tensor, S: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
-        """How far two sums, the one here and the one that was rounded, may lie from each other."""
-        k = len(self.expected.updates)
-        slack = P * ((self.ranks + 3 + 2 * k) * (self.ours + self.theirs))
-        if k:
-            slack = slack + W.abs() * ((self.ranks + 3) * self.ours)
-        if self.out.dtype != "F32" or self.rules.exact or self.dora:
-            slack = slack + S.abs() * (2 * self.theirs)  # the sum was rounded once before it was rounded to the dtype
-        if self.expected.source.dtype not in ("F32", "BF16", "F16"):
-            slack = slack + W.abs() * (self.ours + self.theirs)  # code · scale
-        return slack
 
     def _compare(
         self,
@@ -365,11 +279,3 @@ def _different(wanted: torch.Tensor, raw: torch.Tensor) -> np.ndarray:
     words = np.flatnonzero(a.view(np.uint64) != b.view(np.uint64))
     places = (words[:, None] * each + np.arange(each)).reshape(-1)
     return places[a.view(kind)[places] != b.view(kind)[places]]
-
-
-def _place(key: str, site: Site | None) -> tuple[int, int | None]:
-    """(first row of the site's matrix, expert) that a tensor holds."""
-    match = re.search(r"\.experts\.(\d+)\.(\w+)\.weight$", key)
-    if match is None or site is None or not site.is_experts:
-        return 0, None
-    return (site.shape[0] // 2 if match[2] in ("up_proj", "w3") else 0), int(match[1])
