@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mla_tune import __version__
 
 if TYPE_CHECKING:
-    from mla_tune.verification.logits.compare import LogitsReport
+    from mla_tune.verification.logits.differences import LogitsReport
     from mla_tune.verification.weights import ProofReport
 
 

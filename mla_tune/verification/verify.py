@@ -25,7 +25,8 @@ from mla_tune.verification.result import Proven, VerifyResult
 from mla_tune.verification.weights import ProofReport, prove, with_failures
 
 if TYPE_CHECKING:
-    from mla_tune.verification.logits.compare import LogitsComparison, LogitsReport
+    from mla_tune.verification.logits.compare import LogitsComparison
+    from mla_tune.verification.logits.differences import LogitsReport
 
 
 @dataclass(frozen=True, slots=True)

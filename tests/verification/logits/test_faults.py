@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from transformers import AutoModelForCausalLM
 
-import mla_tune.verification.logits.compare as compare_module
+import mla_tune.verification.logits.memory as memory_module
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError
 from tests.helpers import merging as merge_helpers
@@ -235,7 +235,7 @@ def test_memory_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["o_proj"])
     merged = merge(tmp_path, adapter)
-    monkeypatch.setattr(compare_module, "_free_memory", lambda: 1_000_000)
+    monkeypatch.setattr(memory_module, "free_memory", lambda: 1_000_000)
     report = run(tmp_path, adapter, merged)
     assert not report.ran
     assert "GB" in report.reason

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mla_tune.verification.logits.compare as compare_module
+import mla_tune.verification.logits.memory as memory_module
 import mla_tune.verification.logits.peft_reference as peft_reference
 import mla_tune.verification.logits.streamed_model as streamed_model
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
+from mla_tune.verification.logits.differences import difference
 from mla_tune.verification.logits.streamed_model import StreamedModel
 from mla_tune.verification.logits.streamed_weights import Weights
 from tests.helpers import merging as merge_helpers
@@ -58,8 +59,8 @@ def test_one_expert_at_a_time(
     make_base(tmp_path / "base", family)
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets(family))
     merged = merge(tmp_path, adapter, "split")
-    monkeypatch.setattr(compare_module, "_CHUNK", 1)
-    monkeypatch.setattr(compare_module, "_readers", lambda: readers)
+    monkeypatch.setattr(memory_module, "CHUNK", 1)
+    monkeypatch.setattr(memory_module, "reader_threads", lambda: readers)
     read_experts, chunks = StreamedModel._read_experts, []
 
     def recorded(self: StreamedModel, stack: Any, chunk: Any, memory: Any) -> Any:
@@ -104,7 +105,7 @@ def test_a_trained_head_that_is_no_adapter(tmp_path: Path) -> None:
 def test_three_experts_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: None) -> None:
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
-    monkeypatch.setattr(compare_module, "_CHUNK", 3 * 3 * 40 * 48 * 4)
+    monkeypatch.setattr(memory_module, "CHUNK", 3 * 3 * 40 * 48 * 4)
     report = run(tmp_path, adapter, merge(tmp_path, [(adapter, 2.0)]))
     check(report.merged, adapted(tmp_path / "base", adapter), logits(load(tmp_path / "out")))
     wrong(report.merged)
@@ -152,7 +153,7 @@ def test_experts_in_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         tensors["model.layers.3.enorm.weight"] = torch.ones(48)
 
     edit_tensors(tmp_path / "out" / WEIGHTS, fuse)
-    monkeypatch.setattr(compare_module, "_CHUNK", chunk)
+    monkeypatch.setattr(memory_module, "CHUNK", chunk)
     exact(run(tmp_path, adapter, Checkpoint.open(tmp_path / "out")).merged)
 
 
@@ -186,10 +187,10 @@ def test_bfloat16_where_float32_does_not_fit(tmp_path: Path, monkeypatch: pytest
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter, "split")
-    monkeypatch.setattr(compare_module, "_CHUNK", 1)
-    monkeypatch.setattr(compare_module, "_BESIDE", 0)
+    monkeypatch.setattr(memory_module, "CHUNK", 1)
+    monkeypatch.setattr(memory_module, "BESIDE", 0)
     full = run(tmp_path, adapter, merged)
-    monkeypatch.setattr(compare_module, "_free_memory", lambda: (full.memory - 1) / compare_module._SHARE)
+    monkeypatch.setattr(memory_module, "free_memory", lambda: (full.memory - 1) / memory_module.SHARE)
     report = run(tmp_path, adapter, merged)
     assert (full.dtype, report.dtype) == ("float32", "bfloat16")
     assert report.memory < full.memory
@@ -243,7 +244,7 @@ def test_figures_against_numpy() -> None:
     """The comparison itself, on logits that differ in every way."""
     generator = torch.Generator().manual_seed(5)
     a, b = (torch.randn(6, 11, generator=generator) * 4 for _ in range(2))
-    found = compare_module._compare("a", a, "b", b)
+    found = difference("a", a, "b", b)
     error, kl, top1 = figures(a.double().numpy(), b.double().numpy())
     assert found.max_error == pytest.approx(error)
     assert found.kl == pytest.approx(kl)
