@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mla_tune.adapter.inputs import MergePaths
     from mla_tune.merge.absorb import AbsorbedReport
     from mla_tune.merge.staging import Staging
-    from mla_tune.verification.result import Proven
+    from mla_tune.verification.result import ProofDocuments
 
 #: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).
 _PROCESS_BYTES, _WORKER_BYTES = 60_000_000, 8_000_000
@@ -136,7 +136,7 @@ def merge_result(
     retention: Mapping[str, DeltaRetention],
     *,
     absorbed: AbsorbedReport | None,
-    proven: Proven | None,
+    proven: ProofDocuments | None,
     carried: list[str],
     left_behind: list[str],
 ) -> MergeResult:

@@ -28,9 +28,9 @@ def test_a_readable_summary(cli: Cli, made: tuple[Path, Path], tmp_path: Path) -
     assert "lora merged into minicpm3, float32" in result.out
     row = next(line for line in result.out.splitlines() if "W_UKV" in line)
     assert "100.0%" in row
-    assert "proven   2 tensors computed again" in result.out
+    assert "changed    2 tensors" in result.out
     assert "absorbed tensors of 2 modules follow from what was written" in result.out
-    assert "logits   base + adapters → merged: off by at most" in result.out
+    assert "logits     base + adapter (PEFT) vs merged: same top token" in result.out
     assert f"next: mla-tune generate {tmp_path / 'out'} --prompt" in result.out
     assert (tmp_path / "out" / "absorbed.safetensors").is_file()
 

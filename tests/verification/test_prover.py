@@ -21,7 +21,7 @@ from mla_tune.adapter.inputs import Inputs, open_inputs
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import CheckError, FileError, WorkError
 from mla_tune.merge.run import merge_absorb
-from mla_tune.verification.prover import _Beside, _Here, start
+from mla_tune.verification.prover import InProcessProver, SubprocessProver, start
 from tests.helpers.logits import ATTENTION
 from tests.helpers.merging import edit_tensors, make_adapter, make_base
 
@@ -44,8 +44,8 @@ def inputs(merged: Path) -> Inputs:
 
 
 @pytest.fixture
-def beside() -> Iterator[_Beside]:
-    prover = _Beside(logits=False)
+def beside() -> Iterator[SubprocessProver]:
+    prover = SubprocessProver(logits=False)
     yield prover
     prover.stop()
 
@@ -69,16 +69,16 @@ def wait_for(what: Any, seconds: float = 60) -> Any:
 
 
 def test_here_where_torch_is_loaded() -> None:
-    assert isinstance(start(logits=True), _Here)
+    assert isinstance(start(logits=True), InProcessProver)
 
 
 @pytest.mark.slow
 def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
-    here = _Here(logits=True)
+    here = InProcessProver(logits=True)
     here.begin(inputs, MergeOptions(), 2, None)
     expected = here.finish(merged / "out", [])
     told: list[tuple[str, int, int]] = []
-    beside = _Beside(logits=True)
+    beside = SubprocessProver(logits=True)
     try:
         beside.begin(inputs, MergeOptions(), 2, lambda *message: told.append(message))
         found = beside.finish(merged / "out", [])
@@ -97,7 +97,7 @@ def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
         assert counts[-1][0] == counts[-1][1]
 
 
-def test_what_is_wrong_is_told(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
+def test_what_is_wrong_is_told(merged: Path, inputs: Inputs, beside: SubprocessProver, tmp_path: Path) -> None:
     merge_absorb(merged / "adapter", merged / "base", tmp_path / "out", verify=False)
     edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t[KEY].mul_(2))
     beside.begin(inputs, MergeOptions(), 2, None)
@@ -105,14 +105,14 @@ def test_what_is_wrong_is_told(merged: Path, inputs: Inputs, beside: _Beside, tm
         beside.finish(tmp_path / "out", [])
 
 
-def test_other_errors_keep_their_kind(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
+def test_other_errors_keep_their_kind(merged: Path, inputs: Inputs, beside: SubprocessProver, tmp_path: Path) -> None:
     gone = replace(inputs, places=replace(inputs.places, base=tmp_path / "gone"))
     beside.begin(gone, MergeOptions(), 2, None)
     with pytest.raises(FileError, match="gone"):
         beside.finish(merged / "out", [])
 
 
-def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: _Beside) -> None:
+def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: SubprocessProver) -> None:
     beside.begin(inputs, MergeOptions(), 2, None)
     os.kill(beside._process.pid, signal.SIGKILL)
     with pytest.raises(WorkError, match=r"was killed by signal 9 .*short of memory.*nothing was published"):
@@ -121,7 +121,7 @@ def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: _Beside) 
 
 def test_a_worker_with_a_bug(merged: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr("mla_tune.verification.prover.WORKER", "mla_tune.merge.no_such_module")
-    beside = _Beside(logits=False)
+    beside = SubprocessProver(logits=False)
     beside.begin(inputs, MergeOptions(), 2, None)
     with pytest.raises(WorkError, match="ended with exit code 1"):
         beside.finish(merged / "out", [])
@@ -134,7 +134,7 @@ def test_the_folder_of_the_user_is_not_imported_from(
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
-    beside = _Beside(logits=False)
+    beside = SubprocessProver(logits=False)
     beside.begin(inputs, MergeOptions(), 2, None)
     beside.finish(merged / "out", [])
     beside.stop()

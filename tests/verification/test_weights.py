@@ -571,8 +571,8 @@ def test_fused_layers_of_two_precisions(fp8: Path, tmp_path: Path) -> None:
     index["weight_map"][name] = with_scale.name
     (tmp_path / "out" / INDEX).write_text(json.dumps(index))
     found = wrong(tmp_path / "out", fp8, one)
-    assert "with which engines make one layer" in found["model.layers.1.self_attn.q_a_proj.weight"]
-    assert "quantization_config of config.json leaves it out" in found[f"{beside}.weight"]
+    assert "which engines fuse with it" in found["model.layers.1.self_attn.q_a_proj.weight"]
+    assert "quantization_config in config.json excludes it" in found[f"{beside}.weight"]
 
 
 def test_a_quantization_config_left_behind_or_taken_away(fp8: Path, adapter: Path, tmp_path: Path) -> None:
@@ -581,11 +581,14 @@ def test_a_quantization_config_left_behind_or_taken_away(fp8: Path, adapter: Pat
     ours = (out / "config.json").read_text()
     shutil.copy(fp8 / "config.json", out)
     found = wrong(out, fp8)
-    assert "is not quantized any more, but quantization_config" in found[KV_B]
+    assert "is no longer quantized, but quantization_config" in found[KV_B]
     assert "config.json" in found, "the manifest knows another one"
     (out / "config.json").write_text(ours)
     edit_config(out, lambda config: config["quantization_config"].update(weight_block_size=[8, 17]))
-    assert any("in blocks of 8 × 17, and in blocks of 8 × 16" in what for what in wrong(out, fp8).values())
+    assert any(
+        "each block of 8 × 17; the base has it with one scale for each block of 8 × 16" in what
+        for what in wrong(out, fp8).values()
+    )
     edit_config(out, lambda config: config.pop("quantization_config"))
     assert "has no quantization_config" in wrong(out, fp8)["config.json"]
     right = raised(fp8, tmp_path / "all", adapter, dequantized(fp8))
@@ -618,7 +621,7 @@ def test_total_size_as_a_count_of_tensors(base: Path, adapter: Path, tmp_path: P
     out = by_hand(base, tmp_path / "out", changes(base, adapter))
     index = json.loads((out / INDEX).read_text())
     edit_json(out / INDEX, metadata={"total_size": len(index["weight_map"])})
-    assert "total_size is 67, and the tensors have" in wrong(out, base, adapter)[INDEX]
+    assert "has total_size 67, but the tensors have" in wrong(out, base, adapter)[INDEX]
 
 
 def test_absorbed_tensors_split_before_dequantizing(fp8: Path, adapter: Path, tmp_path: Path) -> None:
@@ -718,7 +721,7 @@ def test_weights_of_another_dtype(base: Path, adapter: Path, tmp_path: Path) -> 
     merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(absorb="none"), verify=False)
     for key in (KV_B, "lm_head.weight"):
         edit(tmp_path / "out", key, lambda t: t.to(torch.float32))
-        assert "is F32, and BF16 is right" in wrong(tmp_path / "out", base)[key]
+        assert "has the dtype F32; BF16 is right" in wrong(tmp_path / "out", base)[key]
     # A tool that converts while it merges is not wrong; one that loses bits on the way is.
     out = by_hand(base, tmp_path / "via float16", changes(base, adapter), lambda W, c: once(W.half(), c))
     holds(out, base, adapter)
@@ -732,7 +735,7 @@ def test_a_file_that_is_the_bases_own(base: Path, adapter: Path, tmp_path: Path)
     (tmp_path / "out" / name).unlink()
     os.link(base / name, tmp_path / "out" / name)
     found = wrong(tmp_path / "out", base)
-    assert found[KV_B] == "the file is the base's own: the adapter is not in it"
+    assert found[KV_B] == "the file is the base's own: the adapter is not merged into it"
     assert found.keys() - {name} == changes(base, adapter).keys() & load_file(base / name).keys()
 
 
@@ -740,7 +743,7 @@ def test_keys_too_many_and_of_another_shape(base: Path, adapter: Path, tmp_path:
     out = by_hand(base, tmp_path / "out", changes(base, adapter))
     edit(out, NORM, lambda t: t[:-1])
     found = wrong(out, base, adapter)
-    assert found[NORM] == "is (47,), and (48,) is right"
+    assert found[NORM] == "has the shape (47,); (48,) is right"
     file = out / json.loads((out / INDEX).read_text())["weight_map"][KV_B]
     edit_tensors(file, lambda t: t.update({"model.layers.1.self_attn.extra": torch.ones(2)}))
     index = json.loads((out / INDEX).read_text())
@@ -748,7 +751,7 @@ def test_keys_too_many_and_of_another_shape(base: Path, adapter: Path, tmp_path:
     (out / INDEX).write_text(json.dumps(index))
     assert wrong(out, base, adapter)["model.layers.1.self_attn.extra"] == "is in the output and not in the base"
     edit_json(out / "config.json", kv_lora_rank=29)
-    assert wrong(out, base, adapter)["config.json"] == "describes another model than the base's"
+    assert wrong(out, base, adapter)["config.json"] == "describes a model other than the base"
 
 
 def test_numbers_that_are_not_finite(base: Path, adapter: Path, tmp_path: Path) -> None:
