@@ -17,7 +17,7 @@ from mla_tune.console import human_bytes, human_count, out
 #: At most so many wrong tensors and files are listed.
 LISTED = 20
 #: Columns of the labels before the lines on the proof.
-_LABEL_WIDTH = 11
+_LABEL_WIDTH = 10
 
 
 def print_merge_plan(plan: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def _print_logits(logits: dict[str, Any] | None) -> None:
             continue
         tokens, error = logits["tokens"], f"{found['max_error']:.2g} (largest logit {found['largest']:.3g})"
         _say(label, f"{pair}: same top token {found['top1'] * tokens:.0f} of {tokens} times;")
-        _say("", f"  largest difference {error}, KL divergence {found['kl']:.2g}")
+        _say("", f"largest difference {error}, KL divergence {found['kl']:.2g}")
         label = ""
     if logits["merged"] is not None and logits["merged"]["top1"] < 0.99:
         _say("", "Rounded weights change logits a little, most where a router picks another expert.")

@@ -49,10 +49,10 @@ def test_our_output_by_its_manifest(cli: Cli, made: Path, monkeypatch: pytest.Mo
     assert first == f"{made / 'out'}: adapter merged into {made / 'base'}"
     assert rest == [
         "proven by reading the output again and comparing it with base and adapter:",
-        "changed    2 tensors, 4.2 K numbers: each is base + adapter, rounded to nearest",
-        "unchanged  24 tensors: each equals the base's, byte for byte",
-        "absorbed   2 attention modules: tensors match the merged weights they come from",
-        "logits     not compared (--no-logits)",
+        "changed   2 tensors, 4.2 K numbers: each is base + adapter, rounded to nearest",
+        "unchanged 24 tensors: each equals the base's, byte for byte",
+        "absorbed  2 attention modules: tensors match the merged weights they come from",
+        "logits    not compared (--no-logits)",
     ]
     monkeypatch.chdir(made)
     assert cli("verify", "out", "--base", "base", "--adapter", "run", "--no-logits").code == 0
@@ -65,8 +65,8 @@ def test_logits_are_compared(cli: Cli, made: Path) -> None:
     assert document["logits"]["ran"]
     assert document["logits"]["absorbed"]["max_error"] < 1e-3
     lines = cli("verify", made / "out").out.splitlines()[5:]
-    assert lines[0] == "logits     base + adapter (PEFT) vs merged: same top token 16 of 16 times;"
-    assert lines[2] == "           merged vs absorbed attention: same top token 16 of 16 times;"
+    assert lines[0] == "logits    base + adapter (PEFT) vs merged: same top token 16 of 16 times;"
+    assert lines[2] == "          merged vs absorbed attention: same top token 16 of 16 times;"
     assert all("largest difference" in line and "KL divergence" in line for line in lines[1::2])
 
 
@@ -196,5 +196,5 @@ def test_a_terminal_shows_it_readably(width: int, made: Path, capsys: pytest.Cap
         tables.out = old
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line.rstrip()) <= width for line in lines)
-    assert all(line[:11].rstrip() in ("", "changed", "unchanged", "absorbed", "logits") for line in lines[1:])
+    assert all(line[:10].rstrip() in ("", "changed", "unchanged", "absorbed", "logits") for line in lines[1:])
     assert len(lines) <= 12

@@ -585,10 +585,7 @@ def test_a_quantization_config_left_behind_or_taken_away(fp8: Path, adapter: Pat
     assert "config.json" in found, "the manifest knows another one"
     (out / "config.json").write_text(ours)
     edit_config(out, lambda config: config["quantization_config"].update(weight_block_size=[8, 17]))
-    assert any(
-        "each block of 8 × 17; the base has it with one scale for each block of 8 × 16" in what
-        for what in wrong(out, fp8).values()
-    )
+    assert any("block of 8 × 17; the base has it" in what for what in wrong(out, fp8).values())
     edit_config(out, lambda config: config.pop("quantization_config"))
     assert "has no quantization_config" in wrong(out, fp8)["config.json"]
     right = raised(fp8, tmp_path / "all", adapter, dequantized(fp8))
