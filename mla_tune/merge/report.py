@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mla_tune import __version__
-from mla_tune.absorption.fold import costs
+from mla_tune.absorption.fold import model_costs
 from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.adapter.methods import title_of
 from mla_tune.arch.roles import Role
@@ -245,7 +245,7 @@ def notes(plan: MergePlan) -> list[str]:
 
 def _fold_cost(plan: MergePlan) -> str:
     """What folding costs against splitting, over all attention modules."""
-    by_name = {f.name: f for f in costs([a.dims for a in plan.architecture.attention], _CONTEXT)}
+    by_name = {f.name: f for f in model_costs([a.dims for a in plan.architecture.attention], _CONTEXT)}
     split, fold = by_name["split"], by_name["fold"]
     return (
         f"fold: {human_count(fold.params)} parameters where split has {human_count(split.params)} "

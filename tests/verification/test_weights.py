@@ -1,7 +1,7 @@
-"""The proof, attacked: right outputs of several tools must hold, and each fault of a naive one must be named.
+"""The proof must accept the right outputs of several tools, and name the tensors of wrong ones.
 
-The outputs are made by PEFT, by `merge_absorb`, and by hand in torch: `by_hand` is a merge of its own, with a place for
-every mistake.  "§5" marks the claims about published tools that a test covers.
+The outputs are made by PEFT, by `merge_absorb`, and by `by_hand`, a merge in torch into which tests put mistakes.  "§5"
+marks tests of mistakes that published tools make.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def adapter(root: Path, base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def even(root: Path, base: Path) -> Path:
-    """All weights between 0.13 and 0.24, so that none is small enough to show a small change: an ulp is 2⁻¹⁰."""
+    """A base with all weights between 0.13 and 0.24, whose ulp is 2⁻¹⁰, so that no weight shows a smaller change."""
     shutil.copytree(base, root / "even")
     generator = torch.Generator().manual_seed(0)
 
@@ -143,18 +143,18 @@ def changes(
 
 
 def once(W: torch.Tensor, c: Change) -> torch.Tensor:
-    """Float32, rounded once."""
+    """Compute in float32 and round once."""
     S = W.float() + c.delta
     return S if c.magnitude is None else S * (c.magnitude / S.norm(dim=1))[:, None]
 
 
 def delta_first(W: torch.Tensor, c: Change) -> torch.Tensor:
-    """As PEFT does for parameters: the delta is rounded to the dtype of the weight before it is added."""
+    """Round the delta to the dtype of the weight before adding it, as PEFT does for parameters."""
     return W.float() + c.delta.to(W.dtype).float()
 
 
 def all_bfloat16(W: torch.Tensor, c: Change) -> torch.Tensor:
-    """As on a GPU: factors, product, and scaled product each rounded to bfloat16."""
+    """Round factors, product and scaled product to bfloat16, as on a GPU."""
     product = (c.B.bfloat16().float() @ c.A.bfloat16().float()).bfloat16()
     S = W + (product * c.scale).bfloat16()
     if c.magnitude is None:
@@ -169,7 +169,7 @@ def by_hand(
     rule: Callable[[torch.Tensor, Change], torch.Tensor] = once,
     skip: tuple[str, ...] = (),
 ) -> Path:
-    """Every tensor of `deltas` changed by `rule` and rounded to its dtype, the others as they are."""
+    """Copy the base with every tensor of `deltas` changed by `rule` and rounded to its dtype."""
     shutil.copytree(base, out)
     for file in out.glob("*.safetensors"):
         tensors = load_file(file)
@@ -185,7 +185,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def scaled(adapter: Path, out: Path, factor: float, seed: int = 0) -> Path:
-    """The adapter with other numbers, and a change `factor` times as large."""
+    """Copy the adapter with other random numbers, and a change `factor` times as large."""
     generator = torch.Generator().manual_seed(seed)
     shutil.copytree(adapter, out)
 
@@ -210,7 +210,7 @@ def edit(folder: Path, key: str, change: Callable[[torch.Tensor], torch.Tensor |
         if new is not None:
             tensors[key] = new.contiguous()
 
-    os.link(files[0], files[0].with_suffix(".kept"))  # a linked file: the base's must not change
+    os.link(files[0], files[0].with_suffix(".kept"))  # a hard link to the base's file: the base must not change
     copy = files[0].with_suffix(".copy")
     shutil.copy(files[0], copy)
     files[0].unlink()
@@ -237,7 +237,7 @@ def bases(root: Path) -> Callable[[str, str], Path]:
 @fast_cases("rslora-bfloat16", "patterns-float32", "dora-bfloat16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("case", CASES)
-def test_pefts_merges_hold_and_so_do_ours(
+def test_merges_of_peft_and_of_mla_tune_hold(
     case: str, dtype: str, bases: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     family, settings = CASES[case]
@@ -271,7 +271,7 @@ def test_no_tool_is_accused_for_dequantizing_to_bfloat16_first(fp8: Path, adapte
     for size in (1e-3, 1e-2, 0.1, 1):
         for seed in range(5):
             this = scaled(adapter, tmp_path / f"adapter-{seed}-{size}", size, seed)
-            holds(raised(fp8, tmp_path / f"out-{seed}-{size}", this, values), fp8, this)
+            holds(dequantized_merge(fp8, tmp_path / f"out-{seed}-{size}", this, values), fp8, this)
 
 
 @pytest.mark.slow
@@ -303,13 +303,13 @@ OPTIONS: dict[str, MergeOptions] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_ours_hold_strictly(name: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_absorb_holds_strictly(name: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     merge_absorb(adapter, base, tmp_path / "out", options=OPTIONS[name], verify=False)
     proof = holds(tmp_path / "out", base).proof
     assert proof.strict
     assert proof.absorbed == (0 if OPTIONS[name].absorb == "none" else 3)
     assert proof.worst_ulp <= (1 if OPTIONS[name].round == "stochastic" else 0.5)
-    # Without the manifest, any of them is the work of a tool that is not known; only stochastic rounding shows.
+    # Without its manifest, an output counts as an unknown tool's: it holds too, unless it was rounded stochastically.
     if OPTIONS[name].round == "nearest":
         (tmp_path / "out" / "mla_tune_manifest.json").unlink()
         assert not holds(tmp_path / "out", base, adapter).proof.strict
@@ -318,7 +318,7 @@ def test_ours_hold_strictly(name: str, base: Path, adapter: Path, tmp_path: Path
 @fast_cases("deepseek-keep exact", "tensor-keep", "channel-bf16")
 @pytest.mark.parametrize("how", ["bf16", "keep", "keep exact", "keep stochastic", "float32"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_ours_on_fp8_hold_strictly(name: str, how: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_absorb_on_fp8_holds_strictly(name: str, how: str, base: Path, adapter: Path, tmp_path: Path) -> None:
     fp8 = make_fp8(base, tmp_path / "fp8", **FORMATS[name])
     rounding = "stochastic" if "stochastic" in how else "nearest"
     options = MergeOptions(
@@ -430,7 +430,7 @@ def test_fused_experts_on_disk(
 def test_an_adapter_that_is_missing_in_one_tensor(
     key: str, ulps: float, even: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    """Also where the change is far below an ulp, and every number alone is as good as another tool's rounding."""
+    """Also where the change is so far below an ulp that every single number could be another tool's rounding."""
     unit = changes(even, adapter)[key].delta.std() / 2**-10
     this = scaled(adapter, tmp_path / "adapter", float(ulps / unit))
     deltas = changes(even, this)
@@ -455,7 +455,7 @@ def test_rslora_scaled_by_alpha_over_r(size: float, base: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("size", [1e-2, 0.1, 1])
 def test_experts_read_expert_major(size: float, base: Path, adapter: Path, tmp_path: Path) -> None:
-    """Norms agree, values are scrambled."""
+    """The norms are right, but the values are in the wrong order."""
     this = scaled(adapter, tmp_path / "adapter", size)
     out = by_hand(base, tmp_path / "out", changes(base, this, expert_major=True))
     assert wrong(out, base, this).keys() == {key for key in changes(base, this) if ".experts." in key}
@@ -486,8 +486,8 @@ def test_merge_and_unload_drops_mtp_layers(base: Path, tmp_path: Path) -> None:
     holds(tmp_path / "out", whole)
 
 
-def raised(fp8: Path, out: Path, adapter: Path, values: dict[str, torch.Tensor]) -> Path:
-    """All FP8 weights as bfloat16 `values` with the changes on top, as a tool does that dequantizes first."""
+def dequantized_merge(fp8: Path, out: Path, adapter: Path, values: dict[str, torch.Tensor]) -> Path:
+    """Write all FP8 weights as bfloat16 `values` plus the changes, as a tool does that dequantizes first."""
     shutil.copytree(fp8, out, ignore=shutil.ignore_patterns("*.safetensors*"))
     deltas = changes(fp8, adapter)
     tensors = {}
@@ -508,7 +508,7 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def test_block_sizes_guessed_from_shapes(fp8: Path, adapter: Path, tmp_path: Path) -> None:
     """§5: guessing the block as ceil(576/5) cost another engine 5 points of GSM8K."""
-    holds(raised(fp8, tmp_path / "right", adapter, dequantized(fp8)), fp8, adapter)
+    holds(dequantized_merge(fp8, tmp_path / "right", adapter, dequantized(fp8)), fp8, adapter)
     tensors, values = tensors_of(fp8), dequantized(fp8)
     guessed = set()
     for key in values:
@@ -518,7 +518,7 @@ def test_block_sizes_guessed_from_shapes(fp8: Path, adapter: Path, tmp_path: Pat
             values[key] = tensors[key].float() * spread(scale, shape, (rows, columns))
             if (rows, columns) != (8, 16):
                 guessed.add(key)
-    found = wrong(raised(fp8, tmp_path / "naive", adapter, values), fp8, adapter)
+    found = wrong(dequantized_merge(fp8, tmp_path / "naive", adapter, values), fp8, adapter)
     assert "model.layers.1.self_attn.kv_a_proj_with_mqa.weight" in found
     assert found.keys() <= guessed
 
@@ -543,7 +543,7 @@ def test_deltas_on_raw_codes(fp8: Path, adapter: Path, tmp_path: Path) -> None:
 
 
 def test_fp8_scales_that_are_too_large(fp8: Path, adapter: Path, tmp_path: Path) -> None:
-    """Numbers that such codes stand for are as near as a rounding, of a step that is 64 times too wide."""
+    """The numbers are right within the distance of two codes, but that is 64 times too large."""
     merge_absorb(adapter, fp8, tmp_path / "out", options=MergeOptions(quantized="keep", absorb="none"), verify=False)
     wide, scale = 64.0, f"{KV_B}_scale_inv"
     W = dequantized(fp8)[KV_B] + changes(fp8, adapter)[KV_B].delta
@@ -588,7 +588,7 @@ def test_a_quantization_config_left_behind_or_taken_away(fp8: Path, adapter: Pat
     assert any("block of 8 × 17; the base has it" in what for what in wrong(out, fp8).values())
     edit_config(out, lambda config: config.pop("quantization_config"))
     assert "has no quantization_config" in wrong(out, fp8)["config.json"]
-    right = raised(fp8, tmp_path / "all", adapter, dequantized(fp8))
+    right = dequantized_merge(fp8, tmp_path / "all", adapter, dequantized(fp8))
     shutil.copy(fp8 / "config.json", right)
     assert "no tensor is F8_E4M3" in wrong(right, fp8, adapter)["config.json"]
 
@@ -665,7 +665,7 @@ def test_one_flipped_bit(absorb: str, base: Path, adapter: Path, tmp_path: Path)
 
 
 def test_one_flipped_bit_of_float32_and_of_codes(base: Path, fp8: Path, adapter: Path, tmp_path: Path) -> None:
-    """Float32 sums are not unique in the last bits: the fourth is certain.  A code has none to spare."""
+    """The last bits of a float32 sum depend on its order, so the fourth bit is flipped; for codes, the last."""
     options = {"float32": (base, MergeOptions(dtype="float32"), 3), "fp8": (fp8, MergeOptions(quantized="keep"), 0)}
     for name, (this, option, bit) in options.items():
         merge_absorb(adapter, this, tmp_path / name, options=option, verify=False)
@@ -686,7 +686,7 @@ def test_every_byte_is_compared(n: int) -> None:
 
 
 def test_numbers_that_are_off_by_more_than_a_rounding(base: Path, even: Path, adapter: Path, tmp_path: Path) -> None:
-    """Two units in the last place of a stochastic rounding, four of another tool's."""
+    """Off by two ulp where rounding was stochastic, and by four in another tool's output."""
     merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(round="stochastic", absorb="none"), verify=False)
     edit(tmp_path / "out", DOWN, flip(1))
     assert "1 of 1,920 numbers is wrong" in wrong(tmp_path / "out", base)[DOWN]

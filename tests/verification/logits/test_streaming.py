@@ -81,7 +81,7 @@ def test_one_expert_at_a_time(
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3"])
 def test_the_head_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """97 rows in tens; minicpm3's is the embedding."""
+    """97 rows, ten at a time; the head of minicpm3 is the embedding."""
     make_base(tmp_path / "base", family)
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=ATTENTION)
     monkeypatch.setattr(streamed_model, "_HEAD_BYTES", 10 * 48 * 4)
@@ -91,7 +91,7 @@ def test_the_head_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_trained_head_that_is_no_adapter(tmp_path: Path) -> None:
-    """`save_embedding_layers` adds the matrices as they are, and nothing marks their modules."""
+    """`save_embedding_layers` stores whole matrices, which PEFT does not mark in the module."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=ATTENTION)
     head = load_file(tmp_path / "base" / WEIGHTS)["lm_head.weight"]
@@ -157,8 +157,8 @@ def test_experts_in_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     exact(run(tmp_path, adapter, Checkpoint.open(tmp_path / "out")).merged)
 
 
-def test_a_peft_that_sums_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where PEFT's class that is replaced has another name, PEFT adds up all experts, and the figures are the same."""
+def test_a_peft_without_the_class_that_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then PEFT sums the deltas of all experts itself, and the logits are the same."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter)
@@ -183,7 +183,7 @@ def test_tokens_and_seed(tmp_path: Path) -> None:
 
 
 def test_bfloat16_where_float32_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: None) -> None:
-    """Rounded by up to 0.4 % at each step, the right merge is near, and twice the delta is not."""
+    """Each step rounds by up to 0.4 %: the right merge is close, a merge of twice the delta is not."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter, "split")
@@ -202,7 +202,7 @@ def test_bfloat16_where_float32_does_not_fit(tmp_path: Path, monkeypatch: pytest
     assert 0 < report.absorbed.kl < 0.05 * report.effect.kl
 
 
-def test_infinite_logits_are_said(tmp_path: Path) -> None:
+def test_infinite_logits_are_reported(tmp_path: Path) -> None:
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["o_proj"])
     merge(tmp_path, adapter)
@@ -213,8 +213,8 @@ def test_infinite_logits_are_said(tmp_path: Path) -> None:
     json.dumps(report.to_json(), allow_nan=False)
 
 
-def test_an_adapter_that_peft_takes_up_in_part(tmp_path: Path) -> None:
-    """PEFT only warns of factors that are not in the file, and starts them anew."""
+def test_an_adapter_that_peft_loads_in_part(tmp_path: Path) -> None:
+    """PEFT only warns of factors that are missing in the file, and initializes them."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["o_proj", "kv_b_proj"])
     edit_tensors(
@@ -254,7 +254,7 @@ def test_figures_against_numpy() -> None:
 
 
 def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
-    """Read ahead in another thread, it comes out here, not as garbage."""
+    """The file is read ahead in another thread: its error is raised here, and no garbage is computed with."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter)
