@@ -25,7 +25,7 @@ from mla_tune.errors import InputError
 from mla_tune.merge.run import merge_absorb
 from mla_tune.sockets import QUANT_FORMATS
 from mla_tune.verification.decoders import DECODERS, Decoder
-from mla_tune.verification.read import read_whole
+from mla_tune.verification.read import read_tensor
 from mla_tune.verification.verify import verify
 from tests.helpers.merging import make_adapter, make_base
 
@@ -79,7 +79,7 @@ class ToyDecoder(Decoder):
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__(tensor)
-        self.scales = read_whole(tensor.scale)
+        self.scales = read_tensor(tensor.scale)
 
     def codes(self, raw: torch.Tensor, rows: int) -> torch.Tensor:
         return raw.view(torch.int8).view(rows, -1)
@@ -93,11 +93,12 @@ class ToyDecoder(Decoder):
     def step(self, scaled: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(scaled)
 
-    def blocks(self) -> torch.Tensor:
+    def zeros(self) -> torch.Tensor:
         return torch.zeros_like(self.scales)
 
-    def note(self, x: torch.Tensor, seen: torch.Tensor, begin: int, end: int) -> None:
-        seen[begin:end] = torch.maximum(seen[begin:end], x.abs().to(seen.dtype).amax(1, keepdim=True))
+    def track_largest(self, x: torch.Tensor, largest: torch.Tensor, begin: int, end: int) -> None:
+        rows = largest[begin:end]
+        largest[begin:end] = torch.maximum(rows, x.abs().to(rows.dtype).amax(1, keepdim=True))
 
     def bad_scales(self, codes: torch.Tensor, sums: torch.Tensor, *, strict: bool) -> str:
         return "" if bool((codes >= 126).all()) or not strict else "has scales that are too large"

@@ -6,7 +6,7 @@
 
 A (r, in), B (out, r), m (out).  `sockets.ADAPTER_METHODS` holds the methods by the names that `adapter.method` of a
 recipe may have.  Settings, limits and the merge's arithmetic are asked of the method.  The proof
-(`verification.tensors`) and the absorbed runtime (`inference.lora_tensors`) have arithmetic of their own for each.
+(`verification.exact_sum`) and the absorbed runtime (`inference.lora_tensors`) have arithmetic of their own for each.
 No torch is imported here.
 """
 

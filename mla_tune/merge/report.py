@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mla_tune import __version__
-from mla_tune.absorption.fold import costs
+from mla_tune.absorption.fold import model_costs
 from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.adapter.methods import title_of
 from mla_tune.arch.roles import Role
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mla_tune.merge.absorb import AbsorbedReport
     from mla_tune.merge.staging import Staging
     from mla_tune.runs.merge_inputs import MergePaths
-    from mla_tune.verification.result import Proven
+    from mla_tune.verification.result import ProofDocuments
 
 #: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).
 _PROCESS_BYTES, _WORKER_BYTES = 60_000_000, 8_000_000
@@ -136,7 +136,7 @@ def merge_result(
     retention: Mapping[str, DeltaRetention],
     *,
     absorbed: AbsorbedReport | None,
-    proven: Proven | None,
+    proven: ProofDocuments | None,
     carried: list[str],
     left_behind: list[str],
 ) -> MergeResult:
@@ -245,7 +245,7 @@ def notes(plan: MergePlan) -> list[str]:
 
 def _fold_cost(plan: MergePlan) -> str:
     """What folding costs against splitting, over all attention modules."""
-    by_name = {f.name: f for f in costs([a.dims for a in plan.architecture.attention], _CONTEXT)}
+    by_name = {f.name: f for f in model_costs([a.dims for a in plan.architecture.attention], _CONTEXT)}
     split, fold = by_name["split"], by_name["fold"]
     return (
         f"fold: {human_count(fold.params)} parameters where split has {human_count(split.params)} "

@@ -157,7 +157,7 @@ class _Merge:
         """
         plan, prover = self.plan, self.prover
         # Files are hashed here, while the prover is loading what it needs: it is the slower one of the two.
-        hashed: dict[str, Future[str]] | None = {} if prover and prover.beside else None
+        hashed: dict[str, Future[str]] | None = {} if prover and prover.is_separate_process else None
         count = counter(self.progress, "merge", plan.model_bytes)
         retention = execute(
             plan, staging, workers=self.workers, min_retained=self.min_retained, hashed=hashed, done=count

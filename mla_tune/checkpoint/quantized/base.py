@@ -4,7 +4,7 @@
     QuantizedTensor   one weight in it: where its codes and scales lie
 
 `sockets.QUANT_FORMATS` holds the formats by name.  Planning, merging, absorption and reports ask the format; nothing
-else knows how codes become numbers.  The proof has decoders of its own (`verification.dequantize.DECODERS`) under the
+else knows how codes become numbers.  The proof has decoders of its own (`verification.decoders.DECODERS`) under the
 same names, and models in memory have layers of their own (`model.quantized_linear`).
 
 Rows here are rows of the matrix (out, in): a format may pack several numbers of a row into one stored element, but no
