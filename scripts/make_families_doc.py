@@ -110,7 +110,7 @@ def page() -> str:
         "|---|---|---|",
     ]
     for wrapper in WRAPPERS.values():
-        text = f"`{wrapper.text}`" if wrapper.text else "any family above"
+        text = f"`{wrapper.text_model_type}`" if wrapper.text_model_type else "any family above"
         lines.append(f"| `{wrapper.model_type}` | {text} | {'yes' if wrapper.tower else 'no'} |")
     lines += [
         "",

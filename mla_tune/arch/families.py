@@ -1,8 +1,9 @@
-"""The family table: one entry for each model type whose layout mla-tune knows.  Data only.
+"""The family table: one entry for each model type whose layout mla-tune knows.
 
-An entry says where transformers puts the matrices of a decoder layer, which config.json keys give their sizes, and how
-checkpoints name them.  `registry.architecture()` turns an entry and a config.json into sites; `schedules` has the rules
-that say what each layer is; models around a text model (vision, audio) are in `wrappers`.
+An entry (`arch.family.Family`) says where transformers puts the matrices of a decoder layer, which keys of config.json
+give their sizes, and how checkpoints name them.  `arch.build.architecture` turns an entry and a config.json into sites.
+`arch.layer_types` has the rules that say what each layer is.  Models around a text model (vision, audio) are in
+`arch.multimodal`.
 """
 
 from __future__ import annotations
@@ -12,31 +13,33 @@ from mla_tune.arch.key_mapping import KeyMapping
 from mla_tune.arch.parts import Part
 from mla_tune.arch.roles import GROUPS, Role
 
-#: Why folding is exact in a family like DeepSeek's (read in `modeling_*.py` of transformers 5.23, the module with
-#: `expand_kv`).
+#: Why folding is exact in a family like DeepSeek's (read in `modeling_*.py` of transformers 5.23, the attention module
+#: with `expand_kv`).
 _FOLD_PLAIN = (
     "q_b_proj and kv_b_proj have no bias; nothing but the split into nope and rope lies between them and the scores"
 )
 
 
 def _matrices(role: Role, **shapes: tuple[str, ...]) -> tuple[Part, ...]:
+    """Return a part of this role for each path=shape; `__` in a path stands for a dot."""
     return tuple(Part(path.replace("__", "."), shape, role) for path, shape in shapes.items())
 
 
-#: DeepSeek Sparse Attention; X index heads of Y numbers each.
+#: The indexer of DeepSeek Sparse Attention: X index heads of Y numbers each.
 _INDEXER = (
     *_matrices(Role.INDEXER, wq_b=("X*Y", "L"), wk=("Y", "D"), weights_proj=("X", "D")),
     Part("k_norm", ("2*Y",)),
 )
-#: Kimi Delta Attention (arXiv:2510.26692), K heads of Z numbers each, F taps of the short convolution.
-_KDA_ANY = _matrices(
+#: Kimi Delta Attention (KDA, arXiv:2510.26692): K heads of Z numbers each, F taps of the short convolution.  These
+#: matrices are in every family that has it.
+_KDA_COMMON = _matrices(
     Role.LINEAR_ATTENTION,
     q_proj=("K*Z", "D"), k_proj=("K*Z", "D"), v_proj=("K*Z", "D"), conv1d=("3*K*Z", "F"),
     b_proj=("K", "D"), o_proj=("D", "K*Z"),
 )  # fmt: skip
 _KDA_VECTORS = (Part("forget_gate.A_log", ("K",)), Part("forget_gate.dt_bias", ("K*Z",)), Part("o_norm", ("Z",)))
 _KDA = (
-    *_KDA_ANY,
+    *_KDA_COMMON,
     *_matrices(
         Role.LINEAR_ATTENTION,
         forget_gate__f_a_proj=("Z", "D"), forget_gate__f_b_proj=("K*Z", "Z"),
@@ -44,14 +47,16 @@ _KDA = (
     ),
     *_KDA_VECTORS,
 )  # fmt: skip
-#: q, k and v convolutions are three tensors on disk.
-_CONV = (("conv1d", ("q_conv1d", "k_conv1d", "v_conv1d")),)
+#: The convolution of q, k and v is one parameter in memory and three tensors on disk.
+_CONV_SPLIT = (("conv1d", ("q_conv1d", "k_conv1d", "v_conv1d")),)
+#: Endings of KDA tensors that transformers keeps in float32.
 _KDA_FLOAT32 = ("A_log", "dt_bias", "conv1d.weight")
-_FORGET = (r"\.forget_gate\.", ".")
+#: What belongs to the forget gate lies directly in the attention on disk.
+_FLAT_FORGET_GATE = (r"\.forget_gate\.", ".")
 
 
-def _hyper(path: str, rows: str, scales: str) -> tuple[Part, ...]:
-    """A hyper-connection of S residual streams."""
+def _hyper_connection(path: str, rows: str, scales: str) -> tuple[Part, ...]:
+    """Return the parts of a hyper-connection of S residual streams."""
     return (
         Part(f"{path}.fn", (rows, "S*D"), Role.HYPER_CONNECTION, is_parameter=True),
         Part(f"{path}.base", (rows,)),
@@ -107,7 +112,7 @@ FAMILIES: tuple[Family, ...] = (
         parts={
             "mla": (Part("g_proj", ("H", "D"), Role.ATTENTION_GATE),),
             "linear": (
-                *_KDA_ANY,
+                *_KDA_COMMON,
                 *_matrices(Role.LINEAR_ATTENTION, forget_gate__f_proj=("K*Z", "D"), g_proj=("K*Z", "D")),
                 *_KDA_VECTORS,
             ),
@@ -120,11 +125,11 @@ FAMILIES: tuple[Family, ...] = (
             (
                 (
                     (r"^(.*\.)?embed_tokens\b", r"\1word_embeddings"), (r"\.self_attn\.o_proj\b", ".self_attn.dense"),
-                    (r"\.self_attn\b", ".attention"), _FORGET,
+                    (r"\.self_attn\b", ".attention"), _FLAT_FORGET_GATE,
                     (r"\.gate\.e_score_correction_bias$", ".gate.expert_bias"),
                 ),
             ),
-            splits=_CONV,
+            splits=_CONV_SPLIT,
         ),
         keeps_dtype=("expert_bias", *_KDA_FLOAT32),
         mtp=True,
@@ -200,7 +205,7 @@ FAMILIES: tuple[Family, ...] = (
                 Part("index_kpool_compress_gate", ("Y", "D"), Role.INDEXER, is_parameter=True),
                 Part("index_kpool_compress_ape", ("G", "Y"), Role.INDEXER, is_parameter=True),
             ),
-            "layer": (*_hyper("attn_hc", "2*S+S*S", "3"), *_hyper("ffn_hc", "2*S+S*S", "3")),
+            "layer": (*_hyper_connection("attn_hc", "2*S+S*S", "3"), *_hyper_connection("ffn_hc", "2*S+S*S", "3")),
         },
         defaults={
             "n_shared_experts": 1, "num_experts_per_tok": 8, "dense_layers": 3, "qk_rope_head_dim": 0,
@@ -211,7 +216,8 @@ FAMILIES: tuple[Family, ...] = (
             "e_score_correction_bias", "hc_attn_base", "hc_attn_scale", "hc_ffn_base", "hc_ffn_scale", *_KDA_FLOAT32,
         ),
         key_mapping=KeyMapping(
-            ((_FORGET, (r"\.attn_hc\.(\w+)$", r".hc_attn_\1"), (r"\.ffn_hc\.(\w+)$", r".hc_ffn_\1")),), splits=_CONV
+            ((_FLAT_FORGET_GATE, (r"\.attn_hc\.(\w+)$", r".hc_attn_\1"), (r"\.ffn_hc\.(\w+)$", r".hc_ffn_\1")),),
+            splits=_CONV_SPLIT,
         ),
     ),
     Family(
@@ -241,7 +247,7 @@ FAMILIES: tuple[Family, ...] = (
         parts={
             "mla": (Part("gate_proj", ("H*V", "D"), Role.ATTENTION_GATE), Part("sinks", ("H",))),
             "indexer": _INDEXER,
-            "layer": (*_hyper("attn_hc", "2*S", "2"), *_hyper("ffn_hc", "2*S", "2")),
+            "layer": (*_hyper_connection("attn_hc", "2*S", "2"), *_hyper_connection("ffn_hc", "2*S", "2")),
             "decoder": (
                 Part("hc_head.hc_fn", ("S", "S*D"), Role.HYPER_CONNECTION, is_parameter=True),
                 Part("hc_head.hc_base", ("S",)),
@@ -262,7 +268,7 @@ FAMILIES: tuple[Family, ...] = (
                     (r"\.ffn_hc\.(\w+)$", r".hc_pre.hc_mlp_layer.hc_\1"),
                     (r"\.hc_head\.hc_(\w+)$", r".hc_pre.hc_head.hc_head_\1"),
                 )
-                # transformers writes the MLPs' gates under the name of the attention's
+                # The second variant is what transformers writes: it names the MLPs' gates like the attention's.
                 for mlp_gate in ((), ((r"\.gate_proj\b", ".linear_gate"),))
             )
         ),
@@ -279,18 +285,18 @@ FAMILIES: tuple[Family, ...] = (
         },
         key_mapping=KeyMapping(
             (
-                (_FORGET, (r"\.mlp\.(experts|gate|shared_experts)\b", r".block_sparse_moe.\1")),
-                # as transformers writes it: the dense MLPs too
-                (_FORGET, (r"\.mlp\b", ".block_sparse_moe")),
+                (_FLAT_FORGET_GATE, (r"\.mlp\.(experts|gate|shared_experts)\b", r".block_sparse_moe.\1")),
+                # What transformers writes: the dense MLPs have the name of the experts' block, too.
+                (_FLAT_FORGET_GATE, (r"\.mlp\b", ".block_sparse_moe")),
             ),
             experts=("w1", "w3", "w2"),
-            splits=_CONV,
+            splits=_CONV_SPLIT,
         ),
     ),
     Family(
         "longcat_flash",
         "LongCat-Flash",
-        fold="as deepseek_v3, but for a number on the query and one on the latent: numbers pass through products",
+        fold="as in deepseek_v3; one number scales the query and one the latent, and both commute with the products",
         scaled_latents=True,
         attention=("self_attn.0", "self_attn.1"),
         dense_mlp=("mlps.0", "mlps.1"),
@@ -316,7 +322,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "minicpm3",
         "MiniCPM3",
-        fold=f"{_FOLD_PLAIN}; its half-split rope is on the other part of the query",
+        fold=f"{_FOLD_PLAIN}; its half-split rope acts on the rope part of the query alone",
         defaults={"tie_word_embeddings": True},
     ),
     Family(
@@ -376,4 +382,5 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )  # fmt: skip
 
+#: Entries by model type, aliases included.
 BY_TYPE: dict[str, Family] = {name: f for f in FAMILIES for name in (f.model_type, *f.aliases)}

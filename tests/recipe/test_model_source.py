@@ -1,4 +1,4 @@
-"""What MODEL may be, and what is said when it is nothing."""
+"""What a user may name as a model, and the error for a name that is none of these."""
 
 from __future__ import annotations
 
