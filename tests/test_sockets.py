@@ -33,7 +33,7 @@ CODES, SCALE = "_q8", "_q8_scale"
 
 
 class ToyFormat(QuantFormat):
-    name, title, understood, bytes_per_weight = "toy-int8", "INT8", "quant_method 'toy'", 1.0
+    name, title, kind, understood, bytes_per_weight = "toy-int8", "INT8", "int8", "quant_method 'toy'", 1.0
 
     def claims(self, quant: Mapping[str, Any]) -> bool:
         return quant.get("quant_method") == "toy"

@@ -19,13 +19,14 @@ from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.lookup import load_config
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quantized.config import FIELDS, quantization_field, quantized_kind
+from mla_tune.checkpoint.quantized.config import FIELDS, format_in_memory, format_kind, quantization_field
 from mla_tune.errors import CheckError, InputError
 from mla_tune.model.auto import auto_class, set_experts
-from mla_tune.model.quantized_base import QUANTIZED_BASES, format_in_memory, put_empty
+from mla_tune.model.quantized_base import put_empty
 from mla_tune.model.quantized_linear import EXPERTS, QuantizedWeight, register_experts
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
+from mla_tune.sockets import QUANTIZED_BASES
 from mla_tune.user_files import read_json_object
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -108,7 +109,8 @@ def load_model(
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
-    kind = None if section.preset else quantized_kind(config, section.quantize)
+    quantized_format = None if section.preset else format_in_memory(config, section.quantize, where)
+    kind = format_kind(quantized_format)
     if kind and not quantized:
         raise InputError(f"{where}: the weights are quantized ({kind}), which only train works with; give a bf16 model")
     device = pick_device(section.device)
@@ -131,11 +133,10 @@ def load_model(
                 read_json_object(folder / "generation_config.json", "the settings for sampling")
         hub = {"revision": section.revision} if section.revision and folder is None else {}
         kwargs |= {"trust_remote_code": section.trust_remote_code, **hub}
-        if kind:
+        if quantized_format:
             if folder is None and quantization_field(config):
                 raise InputError(f"{base}: the weights are quantized ({kind}); download it and give its folder")
-            name = format_in_memory(config, section.quantize, where)
-            model = _quantized(base, folder, arch, name, kwargs, device=device, place=place, empty=empty)
+            model = _quantized(base, folder, arch, quantized_format, kwargs, device=device, place=place, empty=empty)
         else:
             model = _from_pretrained(base, **kwargs)
     check_sites(model, arch)

@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 
+from mla_tune.checkpoint.quantized.config import format_in_memory
 from mla_tune.errors import InputError
-from mla_tune.model.quantized_base import QUANTIZED_BASES, format_in_memory
-from mla_tune.sockets import QUANT_FORMATS
+from mla_tune.sockets import QUANT_FORMATS, QUANTIZED_BASES
 
 WHERE = Path("config.json")
 #: What is asked of a format before a weight is read.
 TOY: Any = SimpleNamespace(
-    name="toy-int8", title="INT8", understood="toys", claims=lambda quant: quant["quant_method"] == "toy"
+    name="toy-int8",
+    title="INT8",
+    understood="toys",
+    claims=lambda quant: quant["quant_method"] == "toy",
+    check_config=lambda config, where: None,
 )
 
 

@@ -64,16 +64,21 @@ class QuantFormat(ABC):
     name: str
     #: How people write it: "FP8".
     title: str
+    #: Short name in run.json and in the tables of `plan`, which formats may share that differ in their scales: "fp8".
+    kind: str
     #: What the format's tensors are called in a message that lists what is understood.
     understood: str
     #: What reports call the dtype of the codes; None: its name in safetensors.
     dtype_name: str | None = None
-    #: Bytes that a weight takes, scales included (preflight counts them).
+    #: Bytes that a weight takes, scales included, on disk and in memory; the memory estimate counts with it.
     bytes_per_weight: float
 
     @abstractmethod
     def claims(self, quant: Mapping[str, Any]) -> bool:
         """Whether `quant`, the description of quantized weights in config.json, is of this format."""
+
+    def check_config(self, config: Mapping[str, Any], where: Any) -> None:  # noqa: B027 - most formats have nothing to add
+        """Raises `InputError` for a config.json (at `where`) of this format whose details it can't decode."""
 
     @abstractmethod
     def find(self, checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:

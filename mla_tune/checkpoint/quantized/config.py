@@ -15,7 +15,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.base import QuantFormat, QuantizedTensor
 from mla_tune.errors import InputError
-from mla_tune.sockets import QUANT_FORMATS
+from mla_tune.sockets import QUANT_FORMATS, QUANTIZED_BASES
 
 #: Keys of config.json under which the description may stand; compressed-tensors used the second until 2024.
 FIELDS = ("quantization_config", "compression_config")
@@ -36,16 +36,30 @@ def quantization_field(config: Mapping[str, Any]) -> str | None:
     return next((name for name in FIELDS if config.get(name)), None)
 
 
-def quantized_kind(config: Mapping[str, Any], quantize: str) -> str | None:
-    """How a model's weights stay quantized in memory in training; None for plain ones.
+def format_in_memory(config: Mapping[str, Any], quantize: str, where: Any) -> str | None:
+    """The entry of `sockets.QUANTIZED_BASES` for a model with this config.json (at `where`); None for plain weights.
 
-    `config`: its config.json, whose own quantization counts first.  `quantize`: `model.quantize` of the recipe.
+    A quantized checkpoint keeps its own format; a plain one takes `quantize`, which is `model.quantize` of the recipe.
+    Raises `InputError` for a format that no entry of `sockets.QUANT_FORMATS` claims, and for one that models can't keep
+    in memory.
     """
-    field = quantization_field(config)
-    if field is None:
+    formats = formats_of(config, where)
+    if not formats:
         return None if quantize == "none" else quantize
-    table = config[field]
-    return str(table.get("quant_method", "unknown")) if isinstance(table, Mapping) else "unknown"
+    for one in formats:
+        one.check_config(config, where)
+    name = next((f.name for f in formats if f.name in QUANTIZED_BASES), None)
+    if name is None:
+        raise InputError(
+            f"{where}: weights in {formats[0].title} can be merged into, but a model can't keep them in memory; "
+            "train on the bfloat16 checkpoint"
+        )
+    return name
+
+
+def format_kind(name: str | None) -> str | None:
+    """The short name of an entry of `sockets.QUANTIZED_BASES` in run.json and tables (`fp8`, `nf4`); None for None."""
+    return name if name is None or name not in QUANT_FORMATS else QUANT_FORMATS.get(name).kind
 
 
 def understood() -> str:

@@ -233,6 +233,7 @@ class _Fp8(QuantFormat):
     """E4M3 codes under the weight's own key, and scales beside them: see the module's docstring."""
 
     title = "FP8"
+    kind = "fp8"
     dtype_name = "float8_e4m3"
     understood = UNDERSTOOD
     #: A byte for the code, and four for the scale of a block of 128 × 128.
@@ -244,6 +245,9 @@ class _Fp8(QuantFormat):
 
     def claims(self, quant: Mapping[str, Any]) -> bool:
         return str(quant.get("quant_method")).lower() in ("fp8", "compressed-tensors")
+
+    def check_config(self, config: Mapping[str, Any], where: Any) -> None:
+        read_schemes(config, where)
 
     def read_scales(self, tensor: QuantizedTensor, float_type: type = np.float32) -> np.ndarray:
         return read_scales(tensor, float_type)
