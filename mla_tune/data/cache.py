@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_tune.data.encode import IGNORED, Encoded, Sample
+from mla_tune.data.encode import Encoded, Sample
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.recipe.schema import DataSection
 
 if TYPE_CHECKING:

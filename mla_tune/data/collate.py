@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from mla_tune.data.encode import IGNORED, Sample
+from mla_tune.data.encode import Sample
 from mla_tune.data.packing import pack
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.errors import InputError
 
 _MULTIPLE = 8

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mla_tune.data.encode import IGNORED
+from mla_tune.data.row_kinds import IGNORED
 
 
 class PaddingFreeCollator:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from mla_tune.data.encode import IGNORED, Sample
+from mla_tune.data.encode import Sample
 from mla_tune.data.packing import packing_report
 from mla_tune.data.prepare import Prepared
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.recipe.schema import Recipe
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mla_tune.data.files import SUFFIXES, Table, read_file
-from mla_tune.data.formats import Kind, Row, normalize
+from mla_tune.data.formats import normalize
+from mla_tune.data.row_kinds import Kind, Row
 from mla_tune.errors import InputError, did_you_mean
 from mla_tune.recipe.schema import DataSection
 from mla_tune.resources import EMBEDDED_DATA

@@ -19,8 +19,9 @@ from torch.utils.data import IterableDataset
 from mla_tune.data.collate import rows_for
 from mla_tune.data.encode import Encoded, Sample, encode
 from mla_tune.data.files import Table
-from mla_tune.data.formats import Kind, Row, detect, normalize
+from mla_tune.data.formats import detect, normalize
 from mla_tune.data.reader import Cursor, RecordReader
+from mla_tune.data.row_kinds import Kind, Row
 from mla_tune.data.rows import canonical, split
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import DataSection, Recipe

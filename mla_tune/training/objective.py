@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from mla_tune.data.encode import IGNORED
 from mla_tune.data.prepare import Prepared
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
 
@@ -38,7 +38,7 @@ class SummedLoss:
 class Objective(ABC):
     """What a training step minimizes.  One is made for each run, from the run's recipe."""
 
-    #: Kinds of rows that it takes (`data.formats.Kind`: prompt, chat, text, tokens).
+    #: Kinds of rows that it takes (`data.row_kinds.Kind`: prompt, chat, text, tokens).
     row_kinds: ClassVar[tuple[str, ...]] = ("prompt", "chat", "text", "tokens")
     #: Names of further figures that its losses come with; they go into metrics.jsonl and to the trackers.
     metrics: ClassVar[tuple[str, ...]] = ()

@@ -10,11 +10,12 @@ import pytest
 
 from mla_tune.arch.build import architecture
 from mla_tune.data import cache as cache_module
-from mla_tune.data.encode import IGNORED, encode
+from mla_tune.data.encode import encode
 from mla_tune.data.files import read_file
 from mla_tune.data.formats import normalize
 from mla_tune.data.mixing import mix_samples, samples_per_source
 from mla_tune.data.prepare import Prepared, prepare
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.errors import InputError
 from mla_tune.recipe.load import load_recipe
 from tests.helpers.arch_configs import TINY
