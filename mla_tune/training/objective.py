@@ -51,11 +51,11 @@ class Objective(ABC):
     def check_data(self, data: Prepared) -> None:
         """Raise `InputError` if the rows are of a kind that the objective does not take, or lack a column."""
         name = self.recipe.train.objective
-        for part in data.parts:
-            if part.rows.kind not in self.row_kinds:
+        for source in data.sources:
+            if source.rows.kind not in self.row_kinds:
                 raise InputError(
                     f"train.objective: {name} takes rows of the kind {' or '.join(self.row_kinds)}, and the rows of "
-                    f"{part.rows.source} are of the kind {part.rows.kind}"
+                    f"{source.rows.source} are of the kind {source.rows.kind}"
                 )
         rows = [*([] if data.streamed else data.train_rows[:1]), *data.held_out_rows[:1]]
         missing = [column for column in self.columns if any(column not in row for row in rows)]
