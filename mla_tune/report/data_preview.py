@@ -54,14 +54,14 @@ def _print_counts(name: str, counts: dict[str, Any]) -> None:
         f"{counts['samples']:,} samples in {counts['rows']:,} rows",
         f"{counts['tokens']:,} tokens, {share:.0%} of them trained",
     ]
-    for key, what in (
-        ("truncated", "rows cut off"),
-        ("split", "rows split"),
-        ("untrained", "pieces left out that have no trained token"),
-        ("dropped", "rows left out as too long"),
+    for key, noun, what in (
+        ("truncated", "row", "cut off"),
+        ("split", "row", "split"),
+        ("untrained", "piece", "left out without a trained token"),
+        ("dropped", "row", "left out as too long"),
     ):
         if counts[key]:
-            words.append(f"{counts[key]:,} {what}")
+            words.append(f"{counts[key]:,} {noun}{'s' if counts[key] != 1 else ''} {what}")
     out.print(f"{name}: {', '.join(words)}", soft_wrap=True)
 
 
