@@ -112,9 +112,9 @@ def test_the_trained_head_takes_part_in_the_loss(
     data = prepare(load_recipe(str(out / "recipe.yaml")), architecture(config), tokenizer)
     model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     tuned = PeftModel.from_pretrained(model, out / "adapter").eval()
-    assert data.parts[0].held_out is not None
+    assert data.sources[0].held_out is not None
     total, count = 0.0, 0
-    for sample in data.parts[0].held_out.samples:
+    for sample in data.sources[0].held_out.samples:
         with torch.no_grad():
             scores = tuned(input_ids=torch.tensor([sample.input_ids])).logits[0, :-1].double()
         labels = torch.tensor(sample.labels[1:])

@@ -60,7 +60,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_trained_loss(cli, rows_file:
     recipe = load_recipe(str(out / "recipe.yaml"))
     config = json.loads((out / "base" / "config.json").read_text())
     data = prepare(recipe, architecture(config), load_tokenizer(str(out / "base")))
-    held_out = data.parts[0].held_out
+    held_out = data.sources[0].held_out
     assert held_out is not None
     base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
-from mla_tune.data.encode import IGNORED
+from mla_tune.data.row_kinds import IGNORED
 
 #: A row without effect: one token has nothing before it that could predict it.
 DUMMY_ROW = {"input_ids": [0], "labels": [IGNORED]}

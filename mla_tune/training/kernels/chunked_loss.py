@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mla_tune.data.encode import IGNORED
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.tiling import LOGITS_TILE, LOGITS_TILE_MIN_TOKENS
 from mla_tune.training.distributed.deepspeed import is_handle
 
