@@ -126,13 +126,15 @@ class Merger:
         _, columns = matrix_shape(out.shape)
         codes = self._spare("codes", (piece.end - piece.begin, columns), STORAGE[out.dtype])
         retention = DeltaRetention() if out.updates else None
+        code = out.requantize
+        # Computed before the rows are read, because it reads and merges in the same spare arrays.
+        absmax = self._absmax(out) if code is not None and code.format.needs_absmax(code) else None
         raw = self._read(out, piece.begin, piece.end, columns)
         for begin, end in self._blocks(piece, columns):
             W = self._weight(out, raw[begin - piece.begin : end - piece.begin], begin)
             merged, added = self._merged(out, W, begin)
             block = codes[begin - piece.begin : end - piece.begin]
-            if (code := out.requantize) is not None:
-                absmax = self._absmax(out) if code.format.needs_absmax(code) else None
+            if code is not None:
                 block[...], scales = code.format.encode(merged, code, rng=self._rng(out.key, begin), absmax=absmax)
                 written = code.format.decode_fresh(block, scales, code, self.float_type)
             else:
