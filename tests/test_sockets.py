@@ -44,7 +44,7 @@ class ToyFormat(QuantFormat):
             key.removesuffix(CODES): QuantizedTensor(
                 format=self,
                 codes=ref,
-                scale=tensors[key + "_scale"],
+                scales=(tensors[key + "_scale"],),
                 block=(1, ref.shape[-1]),
                 weight_key=key.removesuffix(CODES),
             )
@@ -58,12 +58,12 @@ class ToyFormat(QuantFormat):
     def decode(self, codes, scales, tensor, *, row=0, expert=None, float_type=np.float32) -> np.ndarray:
         return codes.astype(float_type) * scales[row : row + len(codes)].astype(float_type)
 
-    def encode(self, numbers, tensor, *, rng=None, absmax=None) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, numbers, tensor, *, rng=None, absmax=None) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         scales = (np.abs(numbers).max(axis=1, keepdims=True) / 127).astype(np.float32)
-        return np.rint(numbers / scales).astype(np.int8), scales
+        return np.rint(numbers / scales).astype(np.int8), (scales,)
 
     def decode_fresh(self, codes, scales, tensor, float_type=np.float32) -> np.ndarray:
-        return self.decode(codes, scales, tensor, float_type=float_type)
+        return self.decode(codes, scales[0], tensor, float_type=float_type)
 
     def edit_config(
         self, config: Mapping[str, Any], dequantized: Collection[str], quantized: Collection[str]

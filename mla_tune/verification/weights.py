@@ -146,7 +146,7 @@ class _Prover:
             self.problems.append(Failure("config.json", str(error)))
             self.out_values = Values(merged, {})
         self.layout = LayoutCheck(self.values, self.out_values, arch, self.expected, rules)
-        self.out_scales = {q.scale.key: key for key, q in self.out_values.quantized.items()}
+        self.out_scales = {scale.key: key for key, q in self.out_values.quantized.items() for scale in q.scales}
         self.reader, self.factors = TensorReader(), FactorCache()
         self.progress, self.lock, self.stop = progress, threading.Lock(), threading.Event()
 
