@@ -7,8 +7,8 @@ from typing import Any
 
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.site import Architecture
-from mla_tune.serving.compatibility import PARTNERS, Item, observations
 from mla_tune.serving.engines import Engine, load_engines
+from mla_tune.serving.items import PARTNERS, Item, observations
 
 
 def unmerged_notes(arch: Architecture, placement: Placement) -> list[str]:
