@@ -22,8 +22,9 @@ FIELDS = ("quantization_config", "compression_config")
 ADVICE = "Give the bfloat16 or float32 checkpoint of the same model with --base"
 #: The routed experts of one block: by expert on disk, or as one 3-D tensor.  Not `shared_experts`.
 _EXPERT = re.compile(r"(.+\.experts)\.(?:\d+\..+|[^.]+)")
-#: Fused by vLLM into `fused_qkv_a_proj` and `gate_up_proj`.
-_FUSED = {
+#: Role → the layer that engines make of it and of the other roles with this name in the same module.  All parts of such
+#: a layer need one precision.  vLLM calls the first two `fused_qkv_a_proj` and `gate_up_proj`.
+FUSED_LAYERS: Mapping[Role, str] = {
     Role.W_DQ: "qkv_a",
     Role.W_DKV: "qkv_a",
     **dict.fromkeys((Role.GATE, Role.UP, Role.SHARED_GATE, Role.SHARED_UP), "gate_up"),
@@ -107,12 +108,21 @@ def dequantize_fused_group(arch: Architecture, quantized: Collection[str], touch
     codes = set(quantized)
     layers: dict[tuple[str, str], set[str]] = {}
     for site in arch.stored_sites:
-        if site.role in _FUSED:
-            layer = layers.setdefault((site.path.rpartition(".")[0], _FUSED[site.role]), set())
+        if site.role in FUSED_LAYERS:
+            layer = layers.setdefault((site.path.rpartition(".")[0], FUSED_LAYERS[site.role]), set())
             # Experts may lie on disk one by one or as one stack.
             layer.update(key for key in (*site.disk_keys(), site.path) if key in codes)
     dequantized = codes.intersection(touched)
     return dequantized.union(*(layer for layer in layers.values() if not layer.isdisjoint(dequantized)))
+
+
+def ignored_modules(quant: Mapping[str, Any]) -> list[str]:
+    """The modules that a description of quantized weights leaves out, from all lists that it may have.
+
+    An entry is a module's full name or, with `re:` before it, a pattern.
+    """
+    lists = (quant.get(name) or [] for name in ("modules_to_not_convert", "ignored_layers", "ignore"))
+    return [entry for entries in lists for entry in entries]
 
 
 def module_of(key: str) -> str:
