@@ -63,18 +63,25 @@ def format_in_memory(config: Mapping[str, Any], quantize: str, where: Any) -> st
     """The entry of `QUANTIZED_BASES` for a base with this config.json (at `where`).
 
     A plain base takes `quantize`, which is `model.quantize` of the recipe.  Raises `InputError` for a format on disk
-    that is not known, or that models can't keep in memory.
+    that is not known or that models can't keep in memory, and where several formats claim the checkpoint that are not
+    loaded alike.
     """
     formats = formats_of(config, where)
     if not formats:
         return quantize
-    name = next((f.name for f in formats if f.name in QUANTIZED_BASES), None)
-    if name is None:
+    unsupported = next((f for f in formats if f.name not in QUANTIZED_BASES), None)
+    if unsupported is not None:
         raise InputError(
-            f"{where}: weights in {formats[0].title} can be merged into, but a model can't keep them in memory; "
+            f"{where}: weights in {unsupported.title} can be merged into, but a model can't keep them in memory; "
             "train on the bfloat16 checkpoint"
         )
-    return name
+    if len({QUANTIZED_BASES.get(f.name) for f in formats}) > 1:
+        titles = " and ".join(dict.fromkeys(f.title for f in formats))
+        raise InputError(
+            f"{where}: the weights are in {titles}, which a model can't keep in memory side by side; "
+            "train on the bfloat16 checkpoint"
+        )
+    return formats[0].name
 
 
 def put_empty(model: Any, config: QuantizedConfig, dtype: torch.dtype) -> None:

@@ -36,5 +36,20 @@ def test_a_format_that_models_cannot_keep_is_refused_by_name_until_an_entry_is_r
         format_in_memory(toy, "none", WHERE)
 
 
+def test_a_checkpoint_that_two_formats_claim_needs_one_loader_for_both() -> None:
+    both = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    also_fp8: Any = SimpleNamespace(name="toy-int8", title="INT8", understood="toys", claims=lambda quant: True)
+    with QUANT_FORMATS.registered("toy-int8", also_fp8):
+        with pytest.raises(InputError, match="weights in INT8 can be merged into, but a model can't keep them"):
+            format_in_memory(both, "none", WHERE)
+        with (
+            QUANTIZED_BASES.registered("toy-int8", QUANTIZED_BASES.get("nf4")),
+            pytest.raises(InputError, match="weights are in FP8 and INT8, which a model can't keep in memory side by"),
+        ):
+            format_in_memory(both, "none", WHERE)
+        with QUANTIZED_BASES.registered("toy-int8", QUANTIZED_BASES.get("fp8-block")):
+            assert format_in_memory(both, "none", WHERE) == "fp8-block"
+
+
 def test_every_fp8_format_on_disk_and_nf4_have_an_entry() -> None:
     assert {name for name in QUANT_FORMATS if name.startswith("fp8")} | {"nf4"} == set(QUANTIZED_BASES)
