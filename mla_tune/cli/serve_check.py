@@ -49,7 +49,7 @@ def command(
 
 
 def _named(judgment: CompatibilityReport, verdict: str) -> list[str]:
-    return list(dict.fromkeys(judgment.named(verdict)))
+    return list(dict.fromkeys(judgment.subjects_with(verdict)))
 
 
 def _judge(what: Path, engine: Any, base: str | None) -> tuple[CompatibilityReport, dict[str, Any]]:
@@ -145,12 +145,12 @@ def _table(title: str, checks: tuple[Check, ...], sources: dict[str, int]) -> No
 
     table = Table(box=SIMPLE_HEAD)
     table.add_column(title, max_width=26, overflow="fold")
-    counted = any(check.item.about == "role" for check in checks)
+    counted = any(check.item.topic == "role" for check in checks)
     if counted:
         table.add_column("matrices", justify="right")
     table.add_column("verdict", no_wrap=True)
     table.add_column("why")
-    for _, run in groupby(checks, key=lambda c: (c.fact, c.item.about) if c.fact else (None, c.item)):
+    for _, run in groupby(checks, key=lambda c: (c.fact, c.item.topic) if c.fact else (None, c.item)):
         same = list(run)
         names = ", ".join(c.item.subject + (f" ({c.item.detail})" if c.item.detail else "") for c in same)
         fact, verdict = same[0].fact, same[0].verdict

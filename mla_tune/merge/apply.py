@@ -126,13 +126,15 @@ class Merger:
         _, columns = matrix_shape(out.shape)
         codes = self._spare("codes", (piece.end - piece.begin, columns), STORAGE[out.dtype])
         retention = DeltaRetention() if out.updates else None
+        code = out.requantize
+        # Computed before the rows are read, because it reads and merges in the same spare arrays.
+        absmax = self._absmax(out) if code is not None and code.format.needs_absmax(code) else None
         raw = self._read(out, piece.begin, piece.end, columns)
         for begin, end in self._blocks(piece, columns):
             W = self._weight(out, raw[begin - piece.begin : end - piece.begin], begin)
             merged, added = self._merged(out, W, begin)
             block = codes[begin - piece.begin : end - piece.begin]
-            if (code := out.requantize) is not None:
-                absmax = self._absmax(out) if code.format.needs_absmax(code) else None
+            if code is not None:
                 block[...], scales = code.format.encode(merged, code, rng=self._rng(out.key, begin), absmax=absmax)
                 written = code.format.decode_fresh(block, scales, code, self.float_type)
             else:
@@ -270,7 +272,7 @@ class Merger:
     def _scale(self, quant: QuantizedTensor) -> np.ndarray:
         """The scales of a quantized weight, kept for the next rows."""
         with self._lock:
-            key = quant.scale.key
+            key = quant.key
             if key not in self._scales:
                 self._scales[key] = quant.format.read_scales(quant, self.float_type)
                 if len(self._scales) > 8:
@@ -293,9 +295,9 @@ class Merger:
         return float(known)
 
     def _fresh_scales(self, out: OutTensor) -> np.ndarray:
-        """The scales of a requantized weight, in the dtype and shape of the base's.
+        """One tensor of scales of a requantized weight, in the dtype and shape of the base's.
 
-        They may lie in another shard than the weight, so they are computed from it once more.
+        It may lie in another shard than the weight, so it is computed from the weight once more.
         """
         quant = out.requantize
         assert quant is not None
@@ -303,14 +305,18 @@ class Merger:
         weight = self._weights[out.scale_of]
         rows, columns = matrix_shape(weight.shape)
         absmax = self._absmax(weight) if quant.format.needs_absmax(quant) else None
+        index = [scale.key for scale in quant.scales].index(out.key)
         parts = []
         for first, last, _ in self._spans(weight, rows):
             for begin, end in self._blocks(RowRange(weight, first, last), columns):
                 W = self._weight(weight, self._read(weight, begin, end, columns), begin)
                 merged, _ = self._merged(weight, W, begin)
-                parts.append(quant.format.encode(merged, quant, absmax=absmax)[1])
-        raw = parts[0] if absmax is not None else np.concatenate(parts)
-        return raw.reshape(matrix_shape(out.shape))
+                scales = quant.format.encode(merged, quant, absmax=absmax)[1][index]
+                assert scales.dtype == STORAGE[out.dtype], f"{out.key}: {scales.dtype} is not how {out.dtype} is stored"
+                if scales.size == math.prod(out.shape):  # for the whole weight: the other blocks give the same
+                    return scales.reshape(matrix_shape(out.shape))
+                parts.append(scales.reshape(-1))
+        return np.concatenate(parts).reshape(matrix_shape(out.shape))
 
 
 def _row_group(out: OutTensor) -> int:

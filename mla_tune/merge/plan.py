@@ -38,10 +38,11 @@ class OutTensor:
     """One tensor of the output.
 
     Its numbers are those of `source` (coded as `quant` says), plus the `updates`, written as `dtype`: as codes with
-    the scales of `requantize`, where that is set.  `scale_of` marks the tensor that holds these scales, and names the
-    weight.  `site` is the matrix that the tensor is a part of: rows from `first_row` on, of the expert `expert`; None
-    with a site of experts means that the tensor holds them all, (E, out, in).  A tensor whose `source` is not the
-    base's of this key was replaced by the adapter or untied.  `is_bias` adds the `updates`' biases, not their matrices.
+    the scales of `requantize`, where that is set.  `scale_of` marks a tensor that holds such scales, and names the
+    weight; its `key` is that of one of `requantize.scales`.  `site` is the matrix that the tensor is a part of: rows
+    from `first_row` on, of the expert `expert`; None with a site of experts means that the tensor holds them all,
+    (E, out, in).  A tensor whose `source` is not the base's of this key was replaced by the adapter or untied.
+    `is_bias` adds the `updates`' biases, not their matrices.
     """
 
     key: str
@@ -319,9 +320,8 @@ class _Writing:
     def __post_init__(self) -> None:
         #: Key of codes or of scales → key of the weight.
         self.by_codes = {tensor.codes.key: key for key, tensor in self.quantized.items()}
-        self.by_scale = {tensor.scale.key: key for key, tensor in self.quantized.items()}
-        left = [self.quantized[key] for key in self.dequantized]
-        self.dropped = {key for tensor in left for key in (tensor.scale.key, *tensor.companions)}
+        self.by_scale = {scale.key: key for key, tensor in self.quantized.items() for scale in tensor.scales}
+        self.dropped = {dependent for key in self.dequantized for dependent in self.quantized[key].dependent_keys}
 
     def shards(self) -> Iterator[OutShard]:
         """The files of the output, in the order of the base's; one that would be empty is left out."""

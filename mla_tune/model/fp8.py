@@ -23,7 +23,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.base import QuantizedTensor
 from mla_tune.checkpoint.quantized.config import quantized_tensors
-from mla_tune.checkpoint.quantized.fp8 import FP8_BLOCK, read_scales
+from mla_tune.checkpoint.quantized.fp8 import read_scales
 from mla_tune.errors import InputError
 from mla_tune.model.quantized_base import QuantizedConfig
 from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, check_experts
@@ -84,12 +84,6 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout
     Raises `InputError` for a checkpoint that can't be kept in FP8, with the tensor that is the reason.
     """
     weights = quantized_tensors(checkpoint)
-    for weight in weights.values():
-        if weight.format.title != FP8_BLOCK.title:
-            raise InputError(
-                f"{weight.codes.file}: '{weight.codes.key}' is {weight.format.title}, which is not kept in memory as "
-                "it is; train on the bfloat16 checkpoint of the same model"
-            )
     found: dict[str, ScaleLayout] = {}
     for site in arch:
         keys = site.disk_keys() if site.is_experts else [f"{site.path}.weight"]

@@ -60,7 +60,7 @@ def quantized(
     power_of_two: bool = False,
 ) -> QuantizedTensor:
     scale = reference(scale_shape, dtype, "x.weight_scale_inv")
-    return QuantizedTensor(FP8_BLOCK, reference(shape, "F8_E4M3"), scale, block, power_of_two)
+    return QuantizedTensor(FP8_BLOCK, reference(shape, "F8_E4M3"), (scale,), block, power_of_two)
 
 
 def codes_of(checkpoint: Checkpoint) -> set[str]:
@@ -446,7 +446,7 @@ def test_scales_that_are_no_positive_numbers_are_refused_when_read(bad: float, b
 
 def test_scales_of_static_activations_belong_to_their_weight(base: Path, tmp_path: Path) -> None:
     found = quantized_tensors(Checkpoint.open(make_fp8(base, tmp_path / "fp8", None, input_scales=True)))
-    assert all(q.companions == (key.removesuffix("weight") + "input_scale",) for key, q in found.items())
+    assert all(q.extra_keys == (key.removesuffix("weight") + "input_scale",) for key, q in found.items())
 
 
 # --- what is raised together, and what config.json says then ---------------------------------------------------------

@@ -40,5 +40,22 @@ def test_a_format_that_models_cannot_keep_is_refused_by_name_until_an_entry_is_r
         format_in_memory(toy, "none", WHERE)
 
 
+def test_formats_of_several_kinds_do_not_stay_in_memory_side_by_side() -> None:
+    both = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    claims_all = SimpleNamespace(**vars(TOY) | {"claims": lambda quant: True, "kind": "int8"})
+    loader = QUANTIZED_BASES.get("fp8-block")
+    with QUANT_FORMATS.registered("toy-int8", claims_all):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="weights in INT8 can be merged into, but a model can't keep them"):
+            format_in_memory(both, "none", WHERE)
+        with (
+            QUANTIZED_BASES.registered("toy-int8", loader),
+            pytest.raises(InputError, match="weights are in FP8 and INT8, which a model can't keep in memory side by"),
+        ):
+            format_in_memory(both, "none", WHERE)
+        claims_all.kind = "fp8"
+        with QUANTIZED_BASES.registered("toy-int8", loader):
+            assert format_in_memory(both, "none", WHERE) == "fp8-block"
+
+
 def test_every_fp8_format_on_disk_and_nf4_have_an_entry() -> None:
     assert {name for name in QUANT_FORMATS if name.startswith("fp8")} | {"nf4"} == set(QUANTIZED_BASES)

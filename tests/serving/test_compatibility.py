@@ -127,7 +127,7 @@ def test_no_fact_is_shadowed(engine: Engine, fact: Fact) -> None:
     for name in others:
         used = [v for f in engine.facts if name in f.when for v in value(f.when[name])]
         seen = [{**s, name: v} for s in seen[:40] for v in [None, *dict.fromkeys(used)]][:4000]
-    assert any(engine.fact(fact.about, subject, s) is fact for subject in fact.of for s in seen)
+    assert any(engine.fact(fact.topic, subject, s) is fact for subject in fact.subjects for s in seen)
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda e: e.id)
@@ -221,10 +221,10 @@ def test_a_new_engine_and_fact_need_no_code(tmp_path: Path, v3: Path, plain: Pat
 
 def test_vllm_drops_w_ukv_and_refuses_fused_experts(v3: Path, everything: Path) -> None:
     found = judged("vllm", v3, everything)
-    assert found.named("dropped") == ["W_UKV"]
-    assert found.named("refused") == ["experts_gate_up", "experts_down"]
+    assert found.subjects_with("dropped") == ["W_UKV"]
+    assert found.subjects_with("refused") == ["experts_gate_up", "experts_down"]
     assert found.verdict == "dropped"
-    counts = {c.item.subject: c.item.count for c in found.adapter if c.item.about == "role"}
+    counts = {c.item.subject: c.item.count for c in found.adapter if c.item.topic == "role"}
     # 3 layers, the first dense; 4 routed experts in each of the others.
     assert counts == dict.fromkeys(("W_DQ", "W_UQ", "W_DKV", "W_UKV", "W_O"), 3) | dict.fromkeys(
         ("gate", "up", "down"), 1
@@ -235,8 +235,8 @@ def test_vllm_drops_w_ukv_and_refuses_fused_experts(v3: Path, everything: Path) 
 
 def test_vllm_serves_the_rest(v3: Path, plain: Path) -> None:
     found = judged("vllm", v3, plain)
-    assert not found.named("dropped")
-    assert not found.named("refused")
+    assert not found.subjects_with("dropped")
+    assert not found.subjects_with("refused")
     assert found.merge is None
     # vLLM takes certain ranks only: 3 becomes 8.
     assert found.launch == (f"vllm serve {v3} --enable-lora --max-lora-rank 8 --lora-modules plain={plain}",)

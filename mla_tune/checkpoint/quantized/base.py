@@ -25,22 +25,24 @@ from mla_tune.checkpoint.index import Checkpoint, TensorRef
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """One quantized weight, by reference: its codes and scales lie in `codes` and `scale`."""
+    """One quantized weight, by reference: where its codes and its scales lie."""
 
     #: The format that decodes it.
     format: QuantFormat
     #: The codes, with as many rows as the weight: (out, …) or, for stacked experts, (E, out, …).
     codes: TensorRef
-    #: The scales; their shape is the format's business.
-    scale: TensorRef
+    #: The tensors that decoding needs beside the codes, and that are written anew when the weight is: one tensor of
+    #: scales, or several (NVFP4 has the scales of the blocks and a global scale).  The format decides on their order,
+    #: dtypes and shapes.
+    scales: tuple[TensorRef, ...]
     #: Rows and columns of the part of an (out, in) matrix that shares a scale: (1, in) for one scale a row; None for
     #: one scale for all of it.
     block: tuple[int, int] | None = None
     #: Scales are powers of two (ue8m0).
     power_of_two: bool = False
-    #: Keys beside codes and scale that mean nothing once the weight is not quantized (scales of static activations, the
-    #: shape of packed codes): a weight that leaves the format drops them.
-    companions: tuple[str, ...] = ()
+    #: Keys of tensors of the quantized layer that decoding does not need (scales of static activations, the shape of
+    #: packed codes).  They are copied as they are while the weight stays quantized.
+    extra_keys: tuple[str, ...] = ()
     #: Key of the weight in an unquantized checkpoint; empty where the codes have it.
     weight_key: str = ""
     #: Shape of the numbers, (out, in) or (E, out, in); empty where it is that of the codes.
@@ -55,6 +57,17 @@ class QuantizedTensor:
     def shape(self) -> tuple[int, ...]:
         """Shape of the numbers: (out, in) or (E, out, in)."""
         return self.weight_shape or self.codes.shape
+
+    @property
+    def scale(self) -> TensorRef:
+        """The only tensor of scales, for a format that has one."""
+        (scale,) = self.scales
+        return scale
+
+    @property
+    def dependent_keys(self) -> tuple[str, ...]:
+        """Keys of the tensors that mean nothing without the codes: a weight that leaves the format drops them."""
+        return (*(scale.key for scale in self.scales), *self.extra_keys)
 
 
 class QuantFormat(ABC):
@@ -89,7 +102,8 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def read_scales(self, tensor: QuantizedTensor, float_type: type = np.float32) -> np.ndarray:
-        """All scales of a weight.  Raises `InputError` for scales that can't be right (not finite, not positive)."""
+        """All scales of a weight, in one array that `decode` understands.  A format with several tensors of scales
+        multiplies them here.  Raises `InputError` for scales that can't be right (not finite, not positive)."""
 
     @abstractmethod
     def decode(
@@ -115,8 +129,13 @@ class QuantFormat(ABC):
         *,
         rng: np.random.Generator | None = None,
         absmax: float | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Whole row groups of a weight: numbers (n, in) → (stored codes (n, …), fresh scales as stored).
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """Encode whole row groups of a weight: numbers (n, in) → (codes (n, …), fresh scales), both as stored.
+
+        There is one array of fresh scales for each tensor of `tensor.scales`, in its order and in the dtype that numpy
+        stores it in (`checkpoint.dtypes.STORAGE`).  It holds the scales of these rows, which the merge joins in the
+        order of the rows; or all elements of the tensor, where every call gives the same ones (a global scale).
+        The scales do not depend on `rng`.
 
         Rounds to the nearest, or stochastically with `rng`.  `absmax` is max |W'| of the whole weight where
         `needs_absmax` says so.  Raises `CheckError` where a number is not finite.
@@ -124,16 +143,19 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def decode_fresh(
-        self, codes: np.ndarray, scales: np.ndarray, tensor: QuantizedTensor, float_type: type = np.float32
+        self, codes: np.ndarray, scales: tuple[np.ndarray, ...], tensor: QuantizedTensor, float_type: type = np.float32
     ) -> np.ndarray:
-        """The numbers (n, in) that the codes and scales of one `encode` stand for."""
+        """The numbers (n, in) that the codes and fresh scales of one `encode` stand for."""
 
     def row_group(self, tensor: QuantizedTensor) -> int:
         """How many rows have to be encoded together, because they share scales."""
         return 1 if tensor.block is None else tensor.block[0]
 
     def needs_absmax(self, tensor: QuantizedTensor) -> bool:
-        """Whether `encode` has to know the largest number of the whole weight: one scale for all of it."""
+        """Whether `encode` has to know the largest number of the whole weight, because a scale is for all of it.
+
+        Such a weight is read and computed once more before it is encoded.
+        """
         return tensor.block is None
 
     @abstractmethod

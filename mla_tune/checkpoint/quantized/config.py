@@ -22,8 +22,9 @@ FIELDS = ("quantization_config", "compression_config")
 ADVICE = "Give the bfloat16 or float32 checkpoint of the same model with --base"
 #: The routed experts of one block: by expert on disk, or as one 3-D tensor.  Not `shared_experts`.
 _EXPERT = re.compile(r"(.+\.experts)\.(?:\d+\..+|[^.]+)")
-#: Fused by vLLM into `fused_qkv_a_proj` and `gate_up_proj`.
-_FUSED = {
+#: Role → the layer that engines make of it and of the other roles with this name in the same module.  All parts of such
+#: a layer need one precision.  vLLM calls the first two `fused_qkv_a_proj` and `gate_up_proj`.
+FUSED_LAYERS: Mapping[Role, str] = {
     Role.W_DQ: "qkv_a",
     Role.W_DKV: "qkv_a",
     **dict.fromkeys((Role.GATE, Role.UP, Role.SHARED_GATE, Role.SHARED_UP), "gate_up"),
@@ -40,21 +41,27 @@ def format_in_memory(config: Mapping[str, Any], quantize: str, where: Any) -> st
     """The entry of `sockets.QUANTIZED_BASES` for a model with this config.json (at `where`); None for plain weights.
 
     A quantized checkpoint keeps its own format; a plain one takes `quantize`, which is `model.quantize` of the recipe.
-    Raises `InputError` for a format that no entry of `sockets.QUANT_FORMATS` claims, and for one that models can't keep
-    in memory.
+    Raises `InputError` for a format that no entry of `sockets.QUANT_FORMATS` claims, for one that models can't keep in
+    memory, and where formats of several kinds claim the checkpoint.
     """
     formats = formats_of(config, where)
     if not formats:
         return None if quantize == "none" else quantize
     for one in formats:
         one.check_config(config, where)
-    name = next((f.name for f in formats if f.name in QUANTIZED_BASES), None)
-    if name is None:
+    unsupported = next((f for f in formats if f.name not in QUANTIZED_BASES), None)
+    if unsupported is not None:
         raise InputError(
-            f"{where}: weights in {formats[0].title} can be merged into, but a model can't keep them in memory; "
+            f"{where}: weights in {unsupported.title} can be merged into, but a model can't keep them in memory; "
             "train on the bfloat16 checkpoint"
         )
-    return name
+    if len({f.kind for f in formats}) > 1:
+        titles = " and ".join(dict.fromkeys(f.title for f in formats))
+        raise InputError(
+            f"{where}: the weights are in {titles}, which a model can't keep in memory side by side; "
+            "train on the bfloat16 checkpoint"
+        )
+    return formats[0].name
 
 
 def format_kind(name: str | None) -> str | None:
@@ -121,12 +128,21 @@ def dequantize_fused_group(arch: Architecture, quantized: Collection[str], touch
     codes = set(quantized)
     layers: dict[tuple[str, str], set[str]] = {}
     for site in arch.stored_sites:
-        if site.role in _FUSED:
-            layer = layers.setdefault((site.path.rpartition(".")[0], _FUSED[site.role]), set())
+        if site.role in FUSED_LAYERS:
+            layer = layers.setdefault((site.path.rpartition(".")[0], FUSED_LAYERS[site.role]), set())
             # Experts may lie on disk one by one or as one stack.
             layer.update(key for key in (*site.disk_keys(), site.path) if key in codes)
     dequantized = codes.intersection(touched)
     return dequantized.union(*(layer for layer in layers.values() if not layer.isdisjoint(dequantized)))
+
+
+def ignored_modules(quant: Mapping[str, Any]) -> list[str]:
+    """The modules that a description of quantized weights leaves out, from all lists that it may have.
+
+    An entry is a module's full name or, with `re:` before it, a pattern.
+    """
+    lists = (quant.get(name) or [] for name in ("modules_to_not_convert", "ignored_layers", "ignore"))
+    return [entry for entries in lists for entry in entries]
 
 
 def module_of(key: str) -> str:

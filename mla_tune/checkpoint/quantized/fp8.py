@@ -202,14 +202,14 @@ def _quantized(checkpoint: Checkpoint, codes: TensorRef, scheme: Scheme) -> Quan
             f"are not guessed from shapes. {ADVICE}"
         )
     stem = _module(codes.key) + ("." if codes.key.endswith(".weight") else "_")
-    companions = tuple(stem + name for name in _ACTIVATION_SCALES if stem + name in checkpoint.tensors)
+    extra_keys = tuple(stem + name for name in _ACTIVATION_SCALES if stem + name in checkpoint.tensors)
     return QuantizedTensor(
         format=FP8_TENSOR if block is None else FP8_BLOCK,
         codes=codes,
-        scale=scale,
+        scales=(scale,),
         block=block,
         power_of_two=scheme.power_of_two or scale.dtype == "F8_E8M0",
-        companions=companions,
+        extra_keys=extra_keys,
     )
 
 
@@ -271,13 +271,14 @@ class _Fp8(QuantFormat):
         *,
         rng: np.random.Generator | None = None,
         absmax: float | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return requantize(numbers, tensor, rng, absmax)
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        codes, scales = requantize(numbers, tensor, rng, absmax)
+        return codes, (scales,)
 
     def decode_fresh(
-        self, codes: np.ndarray, scales: np.ndarray, tensor: QuantizedTensor, float_type: type = np.float32
+        self, codes: np.ndarray, scales: tuple[np.ndarray, ...], tensor: QuantizedTensor, float_type: type = np.float32
     ) -> np.ndarray:
-        return dequantize(codes, decode(scales, tensor.scale.dtype, float_type), tensor, 0, float_type)
+        return dequantize(codes, decode(scales[0], tensor.scale.dtype, float_type), tensor, 0, float_type)
 
     def edit_config(
         self, config: Mapping[str, Any], dequantized: Collection[str], quantized: Collection[str]
