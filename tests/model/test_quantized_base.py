@@ -17,6 +17,7 @@ WHERE = Path("config.json")
 TOY: Any = SimpleNamespace(
     name="toy-int8",
     title="INT8",
+    kind="int8",
     understood="toys",
     claims=lambda quant: quant["quant_method"] == "toy",
     check_config=lambda config, where: None,
@@ -42,7 +43,7 @@ def test_a_format_that_models_cannot_keep_is_refused_by_name_until_an_entry_is_r
 
 def test_formats_of_several_kinds_do_not_stay_in_memory_side_by_side() -> None:
     both = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    claims_all = SimpleNamespace(**vars(TOY) | {"claims": lambda quant: True, "kind": "int8"})
+    claims_all = SimpleNamespace(**vars(TOY) | {"claims": lambda quant: True})
     loader = QUANTIZED_BASES.get("fp8-block")
     with QUANT_FORMATS.registered("toy-int8", claims_all):  # type: ignore[arg-type]
         with pytest.raises(InputError, match="weights in INT8 can be merged into, but a model can't keep them"):
