@@ -62,8 +62,8 @@ def inspect(
     does not fit the model.
     """
     from mla_tune.arch.build import architecture
-    from mla_tune.arch.lookup import load_config
     from mla_tune.preflight.inspect import DEFAULT_RANK, inspect_architecture
+    from mla_tune.recipe.model_source import load_config
 
     config, where, _ = load_config(str(model))
     arch = architecture(config, where)

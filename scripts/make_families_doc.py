@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 from mla_tune.arch.build import architecture
-from mla_tune.arch.families import FAMILIES, Family
-from mla_tune.arch.lookup import ALIASES
+from mla_tune.arch.families import FAMILIES
+from mla_tune.arch.family import Family
 from mla_tune.arch.multimodal import WRAPPERS
 from mla_tune.arch.roles import Role
 from mla_tune.console import human_count
+from mla_tune.recipe.model_source import ALIASES
 from mla_tune.resources import CONFIGS, model_names
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
@@ -109,7 +110,7 @@ def page() -> str:
         "|---|---|---|",
     ]
     for wrapper in WRAPPERS.values():
-        text = f"`{wrapper.text}`" if wrapper.text else "any family above"
+        text = f"`{wrapper.text_model_type}`" if wrapper.text_model_type else "any family above"
         lines.append(f"| `{wrapper.model_type}` | {text} | {'yes' if wrapper.tower else 'no'} |")
     lines += [
         "",

@@ -22,7 +22,8 @@ from math import sqrt
 import numpy as np
 
 from mla_tune.arch.dims import MLADims
-from mla_tune.arch.families import FAMILIES, Family
+from mla_tune.arch.families import FAMILIES
+from mla_tune.arch.family import Family
 
 #: Value of `--absorb` → the tensors of one attention module and their layouts, as text for reports.
 LAYOUTS = {"split": "W_UK (H, C, P), W_UV (H, V, C)", "fold": "W_QK (H, Q, C), W_VO (H, D, C)"}

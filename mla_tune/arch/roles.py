@@ -1,4 +1,4 @@
-"""The roles a weight matrix plays in an MLA model, and what is known about an adapter on each.
+"""Roles: what each weight matrix of an MLA model is for, and what an adapter on it does.
 
 Dimension letters used everywhere in mla-tune:
 
@@ -16,7 +16,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a matrix is for.  The values are the names that recipes, tables and JSON use."""
+    """What a weight matrix is for.  The values are the names that recipes, tables and JSON use."""
 
     W_DQ = "W_DQ"
     W_UQ = "W_UQ"
@@ -45,20 +45,22 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RoleFacts:
-    """What is known about one role.
-
-    `shape` in dimension letters, (out, in).  `cache` and `absorption` say what an adapter there does to the KV cache
-    and to absorbed decoding.  `risk` is low, medium or high, `note` why.  `nemo` is the name of the module that
-    NVIDIA NeMo and Megatron-Core give this matrix; empty where that was not looked up.
-    """
+    """What is known about the matrices of one role and about an adapter on them; `mla-tune inspect` shows it."""
 
     meaning: str
+    """What the matrix does."""
     shape: str
+    """Its shape (out, in) in dimension letters."""
     nemo: str
+    """The module's name in NVIDIA NeMo and Megatron-Core, which may fuse two roles; empty where it is not known."""
     risk: str
+    """How easily an adapter here damages the model: low, medium or high."""
     note: str
+    """Why the risk is what it is."""
     cache: str
+    """What an adapter here does to the KV cache."""
     absorption: str
+    """What absorbed decoding (`split` and `fold`) asks of an adapter here."""
 
 
 _KEEPS_CACHE = "cache unchanged"
@@ -150,8 +152,8 @@ FACTS: dict[Role, RoleFacts] = {
     ),
 }  # fmt: skip
 
-#: Why mla-tune puts no adapter on a matrix of these roles.
-REASONS: dict[Role, str] = {
+#: Why mla-tune puts no adapter on the matrices of these roles.
+REASONS_NOT_ADAPTED: dict[Role, str] = {
     Role.ATTENTION_GATE: "attention gate: small, and it can close whole heads; not adapted by mla-tune",
     Role.INDEXER: "indexer: runs without gradients, so an adapter there would never learn",
     Role.LINEAR_ATTENTION: "linear attention (KDA): no MLA; not adapted by mla-tune",
@@ -161,7 +163,7 @@ REASONS: dict[Role, str] = {
     Role.TOWER: "tower: text does not pass through it; not adapted by mla-tune",
 }
 
-#: Group names that recipes may use beside single roles.  A group means those of its roles that the model has.
+#: Groups of roles that a recipe may name besides single roles.  Roles that the model lacks are skipped.
 GROUPS: dict[str, tuple[Role, ...]] = {
     "query": (Role.W_DQ, Role.W_UQ, Role.W_Q),
     "attention": (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV, Role.W_O),
@@ -171,7 +173,7 @@ GROUPS: dict[str, tuple[Role, ...]] = {
     "experts": (Role.EXPERTS_GATE_UP, Role.EXPERTS_DOWN),
 }
 
-#: Whole placements by name.
+#: Presets of `adapter.targets`: each is a list of roles and groups.
 PRESETS: dict[str, tuple[str, ...]] = {
     "safe": ("W_O", "mlp"),
     "all-linear": ("attention", "mlp", "experts"),
@@ -180,5 +182,5 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("W_DKV",),
 }
 
-#: Roles that an adapter may sit on at all.
+#: The roles that mla-tune can adapt, in the order of tables.
 ADAPTABLE: tuple[Role, ...] = (*GROUPS["attention"], *GROUPS["mlp"], *GROUPS["experts"])

@@ -53,13 +53,13 @@ def _named(judgment: CompatibilityReport, verdict: str) -> list[str]:
 
 
 def _judge(what: Path, engine: Any, base: str | None) -> tuple[CompatibilityReport, dict[str, Any]]:
-    from mla_tune.adapter.files import RUN_SUBFOLDER
-    from mla_tune.adapter.inputs import EMBEDDED, open_inputs
+    from mla_tune.adapter.files import ADAPTER_SUBFOLDER
     from mla_tune.adapter.settings import CONFIG_FILE
     from mla_tune.arch.build import architecture
     from mla_tune.checkpoint.index import Checkpoint
     from mla_tune.errors import FileError, InputError
     from mla_tune.resources import EMBEDDED_MODEL
+    from mla_tune.runs.merge_inputs import EMBEDDED, open_inputs
     from mla_tune.serving.compatibility import check_compatibility
 
     folder = EMBEDDED_MODEL if str(what) == EMBEDDED else what.expanduser()
@@ -69,7 +69,7 @@ def _judge(what: Path, engine: Any, base: str | None) -> tuple[CompatibilityRepo
             f"{what}: holds both config.json and {CONFIG_FILE}, and engines differ in which one they look at: move "
             "the adapter or the model into a folder of its own"
         )
-    if not (is_model or is_adapter or (folder / RUN_SUBFOLDER / CONFIG_FILE).is_file()):
+    if not (is_model or is_adapter or (folder / ADAPTER_SUBFOLDER / CONFIG_FILE).is_file()):
         found = f"holds neither config.json nor {CONFIG_FILE}" if folder.is_dir() else "no such folder"
         raise FileError(
             f"{what}: {found}: give an adapter folder, a run folder of mla-tune train, or the folder of a model"
@@ -83,7 +83,7 @@ def _judge(what: Path, engine: Any, base: str | None) -> tuple[CompatibilityRepo
     else:
         inputs = open_inputs([(what, 1.0)], base, None)
         adapter = inputs.adapters[0][0]
-        judgment = check_compatibility(engine, inputs.base, inputs.arch, adapter, str(inputs.places.out))
+        judgment = check_compatibility(engine, inputs.base, inputs.arch, adapter, str(inputs.paths.out))
         places = {"adapter": str(adapter.folder), "model": str(inputs.base.folder)}
     return judgment, {
         "what": str(what),

@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import torch
 
-from mla_tune.adapter.files import Adapter, adapter_folder, open_adapter
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import adapter_folder, open_adapter
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import FileError, InputError, did_you_mean
 from mla_tune.inference.absorb import absorb, unsupported_reasons

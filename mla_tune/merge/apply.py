@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from mla_tune.adapter.files import LoraDelta
+from mla_tune.adapter.deltas import LoraDelta
 from mla_tune.checkpoint.dtypes import STORAGE, decode, encode, round_bf16
 from mla_tune.checkpoint.index import matrix_shape
 from mla_tune.checkpoint.quantized.base import QuantizedTensor

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from mla_tune.adapter.files import Adapter, LoraDelta
+from mla_tune.adapter.deltas import Adapter, LoraDelta
 from mla_tune.adapter.merge_options import DTYPES, MergeOptions
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture, Site

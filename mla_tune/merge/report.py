@@ -19,9 +19,9 @@ from mla_tune.merge.apply import CACHED_FACTORS, PIECE_BYTES, DeltaRetention
 from mla_tune.merge.plan import MergePlan, OutTensor
 
 if TYPE_CHECKING:
-    from mla_tune.adapter.inputs import MergePaths
     from mla_tune.merge.absorb import AbsorbedReport
     from mla_tune.merge.staging import Staging
+    from mla_tune.runs.merge_inputs import MergePaths
     from mla_tune.verification.result import ProofDocuments
 
 #: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).

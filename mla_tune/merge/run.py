@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_tune.adapter.files import WEIGHTS_FILE
-from mla_tune.adapter.inputs import MergePaths, open_inputs
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
@@ -29,6 +28,7 @@ from mla_tune.merge.plan import MergePlan, plan_merge
 from mla_tune.merge.report import MergeResult, PlanReport, merge_result, plan_report
 from mla_tune.merge.staging import Staging, partial_folder, staged
 from mla_tune.progress import Progress, counter
+from mla_tune.runs.merge_inputs import MergePaths, open_inputs
 from mla_tune.verification.prover import Prover, start
 
 #: An adapter or run folder, and the weight of its delta.
@@ -48,7 +48,7 @@ def plan_only(
     writes, but for an output that is in the way."""
     options = options or MergeOptions()
     inputs = open_inputs(adapters, base, out, options.mtp)
-    places, plan = inputs.places, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
+    places, plan = inputs.paths, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
     return plan_report(plan, str(places.out.absolute()), workers or default_workers(), verify=verify)
 
 
@@ -95,7 +95,7 @@ def merge_absorb(
         if prover:
             prover.begin(inputs, options, workers, progress)
         return _Merge(
-            paths=inputs.places,
+            paths=inputs.paths,
             plan=plan,
             prover=prover,
             min_retained=min_retained,

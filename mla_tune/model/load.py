@@ -16,7 +16,6 @@ from transformers import AutoConfig, PreTrainedModel
 
 from mla_tune.arch.build import architecture
 from mla_tune.arch.dims import DTYPE_BYTES
-from mla_tune.arch.lookup import load_config
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.config import FIELDS, format_in_memory, format_kind, quantization_field
@@ -24,6 +23,7 @@ from mla_tune.errors import CheckError, InputError
 from mla_tune.model.auto import auto_class, set_experts
 from mla_tune.model.quantized_base import put_empty
 from mla_tune.model.quantized_linear import EXPERTS, QuantizedWeight, register_experts
+from mla_tune.recipe.model_source import load_config
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.sockets import QUANTIZED_BASES

@@ -14,7 +14,7 @@ gets NaN, and not a wrong model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,8 @@ def attach_quantized_weight(module: nn.Module, name: str, matrix: QuantizedWeigh
         device = torch.device("cpu")
     setattr(module, name, nn.Parameter(placeholder(matrix.shape, dtype, device), requires_grad=False))
     setattr(module, f"{name}_matrix", matrix)
+    if name != "weight":
+        module.__dict__.setdefault("_expert_lora", {})  # `set_expert_lora` fills it
 
 
 def prepare_for_fsdp(model: nn.Module) -> None:
@@ -130,6 +132,33 @@ def quantized_weight_of(module: nn.Module, name: str) -> QuantizedWeight | None:
     return getattr(module, f"{name}_matrix", None)
 
 
+class ExpertLora(NamedTuple):
+    """The LoRA of one parameter of E stacked experts: expert e adds scale·B_e(A_e x) to W_e x."""
+
+    A: torch.Tensor
+    """(E·r, in): the r rows of expert 0, then those of expert 1, and so on."""
+    B: torch.Tensor
+    """(out, r·E), rank-major: column j·E + e is column j of expert e."""
+    scale: float
+    """s = alpha/r."""
+
+
+def set_expert_lora(experts: nn.Module, name: str, lora: ExpertLora) -> None:
+    """Let `quantized_experts` add a LoRA to the quantized parameter `name` of `experts`, until `clear_expert_lora`.
+
+    The caller hands the factors over for one forward pass, so that no ΔW of all experts is made.  `experts` must hold
+    a quantized weight under this name (`attach_quantized_weight`).
+    """
+    module: Any = experts
+    module._expert_lora[name] = lora
+
+
+def clear_expert_lora(experts: nn.Module, name: str) -> None:
+    """Take away the LoRA that `set_expert_lora` gave to the parameter `name` of `experts`."""
+    module: Any = experts
+    del module._expert_lora[name]
+
+
 def _change(module: nn.Module, name: str) -> torch.Tensor | None:
     """What torch's parametrizations add to a parameter: PEFT's way to adapt one (`target_parameters`)."""
     added: Any = getattr(module, "parametrizations", None)
@@ -147,8 +176,8 @@ def quantized_experts(
 ) -> torch.Tensor:
     """transformers' routed experts with quantized weights, an expert at a time.
 
-    `hidden_states` (T, D), `top_k_index` and `top_k_weights` (T, K) → (T, D).  LoRA factors that training's
-    `kernels.lora_linear` left in `self.lora_factors` are applied as s·B(A x), so that no ΔW of all experts is made.
+    `hidden_states` (T, D), `top_k_index` and `top_k_weights` (T, K) → (T, D).  A LoRA
+    that `set_expert_lora` gave to a parameter is added as s·B(A x), so that no ΔW of all experts is made.
     """
     tokens, top_k = top_k_index.shape
     ids, order = top_k_index.reshape(-1).sort(stable=True)
@@ -175,9 +204,9 @@ def _by_expert(experts: Any, name: str) -> Callable[[torch.Tensor, int], torch.T
     if matrix is None:
         plain = getattr(experts, name).unbind(0)
         return lambda x, expert: F.linear(x, plain[expert])
-    factors = getattr(experts, "lora_factors", {}).get(name)
-    if factors is not None:
-        a, b, scale = factors
+    lora: ExpertLora | None = experts._expert_lora.get(name)
+    if lora is not None:
+        a, b, scale = lora
         # Unbound once: the gradient of one slice would be as large as all of A.
         rows = a.view(len(experts.gate_up_proj), -1, a.shape[-1]).unbind(0)
         columns = b.view(b.shape[0], -1, len(rows)).unbind(2)

@@ -6,4 +6,5 @@ checkpoints  checkpoints that are whole or absent
 metrics      metrics.jsonl → curves
 process      whether the process of a run still runs
 find         all runs below a folder, a row each
+merge_inputs from adapter folders or run folders to what a merge reads: adapters, base, output folder
 """

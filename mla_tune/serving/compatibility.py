@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_tune.adapter.files import Adapter, LoraDelta
+from mla_tune.adapter.deltas import Adapter, LoraDelta
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.serving.engines import VERDICTS, Engine, Fact

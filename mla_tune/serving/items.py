@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mla_tune.adapter.files import Adapter, LoraDelta
+from mla_tune.adapter.deltas import Adapter, LoraDelta
 from mla_tune.adapter.methods import method_of, scaling, title_of
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.arch.site import Architecture, Site

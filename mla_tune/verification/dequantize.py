@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mla_tune.adapter.files import LoraDelta
+from mla_tune.adapter.deltas import LoraDelta
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.checkpoint.quantized.base import QuantizedTensor
 from mla_tune.checkpoint.quantized.config import quantized_tensors

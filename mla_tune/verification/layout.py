@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mla_tune.adapter.files import Adapter, LoraDelta
+from mla_tune.adapter.deltas import Adapter, LoraDelta
 from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture, Site

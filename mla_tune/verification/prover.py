@@ -25,8 +25,8 @@ from mla_tune.progress import Progress
 from mla_tune.verification.result import ProofDocuments
 
 if TYPE_CHECKING:
-    from mla_tune.adapter.inputs import Inputs
     from mla_tune.adapter.merge_options import MergeOptions
+    from mla_tune.runs.merge_inputs import MergeInputs
 
 WORKER = "mla_tune.verification.prover_worker"
 
@@ -37,7 +37,7 @@ class Prover(Protocol):
     #: It runs in a process of its own, while the merge runs.
     is_separate_process: bool
 
-    def begin(self, inputs: Inputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
+    def begin(self, inputs: MergeInputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
         """Start what needs no output.  Raises nothing: `finish` raises the errors of this step."""
         ...
 
@@ -66,7 +66,7 @@ class InProcessProver:
     def __init__(self, logits: bool) -> None:
         self._logits = logits
 
-    def begin(self, inputs: Inputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
+    def begin(self, inputs: MergeInputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
         self._arguments = {"logits": self._logits, "workers": workers, "progress": progress}
         self._inputs = (inputs, options)
 
@@ -107,12 +107,12 @@ class SubprocessProver:
         self._receiver.start()
         self._send({"logits": logits})
 
-    def begin(self, inputs: Inputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
+    def begin(self, inputs: MergeInputs, options: MergeOptions, workers: int, progress: Progress | None) -> None:
         self._progress = progress
         adapters = [
-            (str(path), weight) for path, (_, weight) in zip(inputs.places.adapters, inputs.adapters, strict=True)
+            (str(path), weight) for path, (_, weight) in zip(inputs.paths.adapters, inputs.adapters, strict=True)
         ]
-        base, out = str(inputs.places.base), str(inputs.places.out)
+        base, out = str(inputs.paths.base), str(inputs.paths.out)
         self._send({"adapters": adapters, "base": base, "out": out, "options": options.to_json(), "workers": workers})
 
     def finish(self, folder: Path, hashed: Sequence[str]) -> ProofDocuments:

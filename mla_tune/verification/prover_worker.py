@@ -71,9 +71,9 @@ def main() -> None:
         import mla_tune.verification.logits.peft_reference  # noqa: F401
     gc.freeze()
     gc.enable()
-    from mla_tune.adapter.inputs import open_inputs
     from mla_tune.adapter.merge_options import MergeOptions
     from mla_tune.errors import MlaTuneError
+    from mla_tune.runs.merge_inputs import open_inputs
 
     try:
         job = pipes.receive()

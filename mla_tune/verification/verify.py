@@ -13,8 +13,8 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from mla_tune.adapter.inputs import Inputs, open_inputs
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.checkpoint.absorbed import absorbed_tensors
 from mla_tune.checkpoint.atomic_files import sha256_of
@@ -22,6 +22,7 @@ from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from mla_tune.errors import CheckError, FileError, InputError
 from mla_tune.progress import Progress, counter
+from mla_tune.runs.merge_inputs import MergeInputs, open_inputs
 from mla_tune.verification.absorbed import prove_absorbed
 from mla_tune.verification.layout import Failure
 from mla_tune.verification.result import ProofDocuments, VerifyResult
@@ -45,7 +46,7 @@ class OutputProof:
 
 
 def prove_output(
-    inputs: Inputs,
+    inputs: MergeInputs,
     merged: Checkpoint,
     *,
     strict: bool,
@@ -101,7 +102,7 @@ class MergeProof:
     """
 
     def __init__(
-        self, inputs: Inputs, options: MergeOptions, *, logits: bool, workers: int, progress: Progress | None
+        self, inputs: MergeInputs, options: MergeOptions, *, logits: bool, workers: int, progress: Progress | None
     ) -> None:
         self.inputs, self.options, self.workers, self.progress = inputs, options, workers, progress
         count = counter(progress, "logits", 2 * inputs.base.nbytes)
@@ -178,7 +179,7 @@ def verify(
         )
     mtp = bool(manifest["options"]["mtp"]) if manifest else True
     inputs = open_inputs(named, manifest.get("base") if base is None else base, out, mtp)
-    places, opened = inputs.places, inputs.adapters
+    places, opened = inputs.paths, inputs.adapters
     for adapter, _ in opened:
         adapter.check_finite()
     notes = _changed_inputs(manifest, inputs.base, opened)
@@ -197,7 +198,7 @@ def verify(
     return VerifyResult(str(out.absolute()), str(places.base.absolute()), used, found.proof, found.logits, notes)
 
 
-def _logits_comparison(inputs: Inputs, absorb: str, progress: Callable[[int], None]) -> LogitsComparison:
+def _logits_comparison(inputs: MergeInputs, absorb: str, progress: Callable[[int], None]) -> LogitsComparison:
     # transformers and PEFT take seconds to load.
     from mla_tune.verification.logits.compare import LogitsComparison
 

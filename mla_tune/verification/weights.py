@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mla_tune.adapter.files import Adapter
+from mla_tune.adapter.deltas import Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, matrix_shape
 from mla_tune.errors import InputError

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mla_tune.adapter.files import Adapter, open_adapter
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import open_adapter
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError

@@ -17,8 +17,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from mla_tune.adapter import files
-from mla_tune.adapter.files import Adapter, adapter_folder, open_adapter
+from mla_tune.adapter import deltas
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import adapter_folder, open_adapter
 from mla_tune.adapter.settings import ALLOWED, FREE, AdapterSettings
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture
@@ -277,7 +278,7 @@ def test_nan_and_infinity_are_named(value: float, adapter: Path, base: Path) -> 
 
 
 def test_nan_is_found_beyond_the_first_block(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_BLOCK", 40)
+    monkeypatch.setattr(deltas, "_BLOCK", 40)
     found = opened(adapter, base)
     found.check_finite()
     edit_tensors(weights(adapter), lambda t: t[f"{PREFIX}.lora_B.weight"][-1].fill_(float("inf")))

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from mla_tune.arch.lookup import architecture_of
 from mla_tune.data.prepare import prepare
 from mla_tune.data.reader import Cursor, RecordReader
 from mla_tune.data.stream import Stream
 from mla_tune.errors import FileError, InputError
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.load import load_recipe
+from mla_tune.recipe.model_source import architecture_of
 from mla_tune.recipe.schema import DataSection
 from tests.helpers.runs import cut_back, hash_of, metrics, options
 

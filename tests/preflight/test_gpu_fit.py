@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mla_tune.arch.lookup import architecture_of, load_config
 from mla_tune.errors import InputError
 from mla_tune.model.load import load_model
 from mla_tune.preflight import gpu_fit as fit_module
 from mla_tune.preflight.gpu_fit import parse_memory
 from mla_tune.preflight.memory import base_bytes
 from mla_tune.recipe.load import load_recipe
+from mla_tune.recipe.model_source import architecture_of, load_config
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.training.resolve import resolve

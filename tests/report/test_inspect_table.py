@@ -13,9 +13,9 @@ from rich.console import Console
 
 from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
-from mla_tune.arch.lookup import load_config
 from mla_tune.console import human_count
 from mla_tune.preflight.inspect import inspect_architecture
+from mla_tune.recipe.model_source import load_config
 from mla_tune.recipe.schema import AdapterSection
 from mla_tune.report.inspect_table import WIDE, Depth, render
 from mla_tune.resources import model_names

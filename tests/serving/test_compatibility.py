@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from mla_tune.adapter.files import Adapter, open_adapter
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import open_adapter
 from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.checkpoint.index import Checkpoint

@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from mla_tune.adapter.inputs import Inputs, open_inputs
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import CheckError, FileError, WorkError
 from mla_tune.merge.run import merge_absorb
+from mla_tune.runs.merge_inputs import MergeInputs, open_inputs
 from mla_tune.verification.prover import InProcessProver, SubprocessProver, start
 from tests.helpers.logits import ATTENTION
 from tests.helpers.merging import edit_tensors, make_adapter, make_base
@@ -39,7 +39,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def inputs(merged: Path) -> Inputs:
+def inputs(merged: Path) -> MergeInputs:
     return open_inputs([(merged / "adapter", 1.0)], merged / "base", merged / "out")
 
 
@@ -73,7 +73,7 @@ def test_the_proof_runs_in_this_process_where_torch_is_loaded() -> None:
 
 
 @pytest.mark.slow
-def test_both_provers_return_the_same(merged: Path, inputs: Inputs) -> None:
+def test_both_provers_return_the_same(merged: Path, inputs: MergeInputs) -> None:
     in_process = InProcessProver(logits=True)
     in_process.begin(inputs, MergeOptions(), 2, None)
     expected = in_process.finish(merged / "out", [])
@@ -98,7 +98,7 @@ def test_both_provers_return_the_same(merged: Path, inputs: Inputs) -> None:
 
 
 def test_a_wrong_output_is_an_error_that_names_the_tensor(
-    merged: Path, inputs: Inputs, subprocess_prover: SubprocessProver, tmp_path: Path
+    merged: Path, inputs: MergeInputs, subprocess_prover: SubprocessProver, tmp_path: Path
 ) -> None:
     merge_absorb(merged / "adapter", merged / "base", tmp_path / "out", verify=False)
     edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t[KEY].mul_(2))
@@ -108,15 +108,15 @@ def test_a_wrong_output_is_an_error_that_names_the_tensor(
 
 
 def test_other_errors_keep_their_class(
-    merged: Path, inputs: Inputs, subprocess_prover: SubprocessProver, tmp_path: Path
+    merged: Path, inputs: MergeInputs, subprocess_prover: SubprocessProver, tmp_path: Path
 ) -> None:
-    gone = replace(inputs, places=replace(inputs.places, base=tmp_path / "gone"))
+    gone = replace(inputs, paths=replace(inputs.paths, base=tmp_path / "gone"))
     subprocess_prover.begin(gone, MergeOptions(), 2, None)
     with pytest.raises(FileError, match="gone"):
         subprocess_prover.finish(merged / "out", [])
 
 
-def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, subprocess_prover: SubprocessProver) -> None:
+def test_a_worker_that_is_killed(merged: Path, inputs: MergeInputs, subprocess_prover: SubprocessProver) -> None:
     subprocess_prover.begin(inputs, MergeOptions(), 2, None)
     os.kill(subprocess_prover._process.pid, signal.SIGKILL)
     with pytest.raises(WorkError, match=r"was killed by signal 9 .*short of memory.*nothing was published"):
@@ -124,7 +124,7 @@ def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, subprocess_prover
 
 
 def test_a_worker_that_fails_to_start(
-    merged: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    merged: Path, inputs: MergeInputs, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setattr("mla_tune.verification.prover.WORKER", "mla_tune.merge.no_such_module")
     subprocess_prover = SubprocessProver(logits=False)
@@ -136,7 +136,7 @@ def test_a_worker_that_fails_to_start(
 
 
 def test_the_worker_imports_nothing_from_the_current_folder(
-    merged: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merged: Path, inputs: MergeInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)

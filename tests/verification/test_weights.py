@@ -216,7 +216,7 @@ def test_fused_experts_on_disk(
 ) -> None:
     arch = architecture(json.loads((base / "config.json").read_text()))
     sites = tuple(replace(site, disk="fused") if site.is_experts else site for site in arch)
-    monkeypatch.setattr("mla_tune.adapter.inputs.architecture", lambda *_: replace(arch, sites=sites))
+    monkeypatch.setattr("mla_tune.runs.merge_inputs.architecture", lambda *_: replace(arch, sites=sites))
     this = fused(base, tmp_path / "fused")
     this = make_fp8(this, tmp_path / "fp8", (8, 16)) if fp8 else this
     merge_absorb(adapter, this, tmp_path / "out", options=MergeOptions(quantized=fp8 or "dequantize"), verify=False)

@@ -4,7 +4,7 @@ PEFT's layer makes s·B A x as a tensor of its own and adds it in a second pass;
 parameter (`target_parameters`) it makes W + s·B A, and a gradient as large as W.  Here the result is the same,
 (W + s·B·A) x (Hu et al., arXiv:2106.09685, section 4.1), for a linear layer with a plain or a quantized weight.  Layers
 of any other kind (DoRA, dropout, plain experts, a sharded base, several adapters) keep PEFT's forward.  Experts with
-quantized weights find A and B in `lora_factors` and add s·B(A x) themselves, an expert at a time.
+quantized weights are given A and B (`set_expert_lora`) and add s·B(A x) themselves, an expert at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 
-from mla_tune.model.quantized_linear import QuantizedLinear, quantized_weight_of
+from mla_tune.model.quantized_linear import (
+    ExpertLora,
+    QuantizedLinear,
+    clear_expert_lora,
+    quantized_weight_of,
+    set_expert_lora,
+)
 
 
 def use_lora_factors(model: torch.nn.Module, adapter: str = "default") -> int:
@@ -44,18 +50,16 @@ def _is_frozen_experts(layer: Any, adapter: str) -> bool:
 
 def _experts_forward_of(layer: Any, adapter: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     experts: Any = layer.get_base_layer()
-    if not hasattr(experts, "lora_factors"):
-        experts.lora_factors = {}
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if layer.merged or layer.disable_adapters or layer.active_adapters != [adapter]:
             return original(x, *args, **kwargs)
         a, b = (f[adapter].weight for f in (layer.lora_A, layer.lora_B))
-        experts.lora_factors[layer.parameter_name] = a, b, layer.scaling[adapter]
+        set_expert_lora(experts, layer.parameter_name, ExpertLora(a, b, layer.scaling[adapter]))
         try:
             return layer.base_layer(x, *args, **kwargs)
         finally:
-            del experts.lora_factors[layer.parameter_name]
+            clear_expert_lora(experts, layer.parameter_name)
 
     return forward
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mla_tune.absorption.fold import absorbed_shapes
-from mla_tune.adapter.files import Adapter
+from mla_tune.adapter.deltas import Adapter
 from mla_tune.arch.site import Architecture
 
 #: Share of the free memory that a comparison may take.

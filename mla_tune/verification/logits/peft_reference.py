@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mla_tune.adapter.files import Adapter
+from mla_tune.adapter.deltas import Adapter
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.verification.logits.streamed_model import StreamedModel, placeholders
 from mla_tune.verification.logits.streamed_weights import Slot
