@@ -24,7 +24,8 @@ from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
 from mla_tune.merge.absorb import AbsorbedReport, write_absorbed
 from mla_tune.merge.execute import execute
 from mla_tune.merge.export import REPORT_FILE, check_output, copy_auxiliary_files, write_index_of, write_manifest
-from mla_tune.merge.plan import MergePlan, plan_merge
+from mla_tune.merge.output import MergePlan
+from mla_tune.merge.plan import plan_merge
 from mla_tune.merge.report import MergeResult, PlanReport, merge_result, plan_report
 from mla_tune.merge.staging import Staging, partial_folder, staged
 from mla_tune.progress import Progress, counter
