@@ -20,18 +20,30 @@ from mla_tune.merge.output import OutTensor, WeightedDelta
 
 @dataclass
 class AdapterChanges:
-    """Collects, key by key, what the adapters do."""
+    """The tensors that the adapters change, collected one adapter at a time."""
 
+    #: The base.
     checkpoint: Checkpoint
+    #: The base's architecture.
     arch: Architecture
+    #: What the user asked for.
     options: MergeOptions
+    #: The base's quantized weights by key.
     quantized: Mapping[str, QuantizedTensor]
+    #: Changed tensors by key, with the base's dtype; how they are written is decided later (`merge.plan`).
     outs: dict[str, OutTensor] = field(default_factory=dict)
+    #: Key of a tensor that an adapter holds whole → that adapter.
     replaced: dict[str, Adapter] = field(default_factory=dict)
+    #: The output head becomes a tensor of its own.
     untied: bool = False
+    #: Pairs of tensors of one adapter whose bytes must be equal.
     aliases: list[tuple[TensorRef, TensorRef]] = field(default_factory=list)
 
     def add(self, adapter: Adapter, weight: float) -> None:
+        """Add what one adapter does, its deltas multiplied by `weight`.
+
+        Raises `InputError` for a missing tensor, and for a change whose merge would not be the model that was trained.
+        """
         for saved in adapter.saved:
             self._replace(adapter, saved.key, saved.ref)
         for delta in adapter.deltas:
@@ -44,9 +56,9 @@ class AdapterChanges:
                 self.outs[out.key] = replace(start, updates=(*start.updates, update))
 
     def _tensors(self, delta: LoraDelta) -> list[OutTensor]:
-        """The tensors that one update reaches, as the base has them; the bias of a LoRA bias is one of them.
+        """The tensors that one update changes, with the numbers of the base; a trained bias is one of them.
 
-        A checkpoint may hold a weight under two of its names: each is merged, whichever a program reads.
+        A checkpoint may hold one weight under two names: both are merged, since a program may read either.
         """
         site = delta.site
         outs = []
@@ -68,7 +80,7 @@ class AdapterChanges:
         return outs
 
     def _out(self, key: str) -> OutTensor:
-        """The weight or tensor of this key as it is, with the shape of its numbers."""
+        """The base's weight or tensor of this key, with the shape of its numbers (not of its codes)."""
         ref = source_of(self.checkpoint, self.quantized, key)
         shape = self.quantized[key].shape if key in self.quantized else ref.shape
         return OutTensor(key, ref.dtype, shape, ref)
@@ -117,6 +129,7 @@ class AdapterChanges:
 
 
 def check_weights(adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Raises `InputError` for an adapter that can't be added to others or weighted: a DoRA, or one with whole tensors."""
     alone = len(adapters) == 1 and adapters[0][1] == 1
     for adapter, _ in adapters:
         sums = adapter.method.additive or not adapter.deltas

@@ -28,27 +28,32 @@ class WeightedDelta:
 
 @dataclass(frozen=True, slots=True)
 class OutTensor:
-    """One tensor of the output.
+    """One tensor of the output: the numbers of `source`, plus the `updates`, written as `dtype`."""
 
-    Its numbers are those of `source` (coded as `quant` says), plus the `updates`, written as `dtype`: as codes with
-    the scales of `requantize`, where that is set.  `scale_of` marks a tensor that holds such scales, and names the
-    weight; its `key` is that of one of `requantize.scales`.  `site` is the matrix that the tensor is a part of: rows
-    from `first_row` on, of the expert `expert`; None with a site of experts means that the tensor holds them all,
-    (E, out, in).  A tensor whose `source` is not the base's of this key was replaced by the adapter or untied.
-    `is_bias` adds the `updates`' biases, not their matrices.
-    """
-
+    #: Its key in the output.
     key: str
+    #: The dtype that is written, as safetensors names it.
     dtype: str
+    #: The shape that is written; for a quantized weight that of its codes.
     shape: tuple[int, ...]
+    #: The tensor that holds the numbers before the updates: the base's of this key, or, where an adapter replaces the
+    #: tensor or the output head is untied, another one.
     source: TensorRef
+    #: How `source` is quantized; None for a plain tensor.
     quant: QuantizedTensor | None = None
+    #: How the result is quantized again; None where it is written as plain numbers, or copied.
     requantize: QuantizedTensor | None = None
+    #: For a tensor of fresh scales: the key of the weight that they belong to.
     scale_of: str | None = None
+    #: The matrix that the tensor is all or a part of; None for a tensor that no adapter can sit on.
     site: Site | None = None
+    #: The row of the site at which the tensor begins.
     first_row: int = 0
+    #: Which of the site's experts the tensor holds; None for a single matrix, and for all experts in one (E, out, in).
     expert: int | None = None
+    #: The low-rank updates that are added.
     updates: tuple[WeightedDelta, ...] = ()
+    #: The tensor is a bias: the biases of the `updates` are added, not their matrices.
     is_bias: bool = False
 
     @property
@@ -58,17 +63,21 @@ class OutTensor:
 
     @property
     def is_copy(self) -> bool:
-        """The bytes of `source`, as they are."""
+        """Whether the bytes of `source` are written as they are."""
         return self.dtype == self.source.dtype and not self.updates and not self.scale_of
 
 
 @dataclass(frozen=True, slots=True)
 class OutShard:
-    """One file of the output, named and ordered as the base's `source`; `is_same` where not a byte differs."""
+    """One file of the output."""
 
+    #: Its name, which is the base's.
     name: str
+    #: The base's file.
     source: Shard
+    #: Its tensors, in the base's order.
     tensors: tuple[OutTensor, ...]
+    #: No byte differs from the base's file: it can be linked or copied.
     is_same: bool
 
     @property
@@ -84,23 +93,29 @@ class OutShard:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that a merge will write, from headers alone.
+    """Everything that a merge will write, from headers alone."""
 
-    `adapters` stand with their weights.  `quantized` says how the base's weights are coded, `dequantized` which of them
-    are written unquantized, `replaced` which tensors come whole from an adapter.  `untied`: the output head becomes a
-    tensor of its own.  `aliases` are pairs of tensors of an adapter that must be equal.
-    """
-
+    #: The base.
     checkpoint: Checkpoint
+    #: The base's architecture.
     architecture: Architecture
+    #: The adapters, each with the weight that its delta is multiplied by.
     adapters: tuple[tuple[Adapter, float], ...]
+    #: What the user asked for.
     options: MergeOptions
+    #: The files of the output.
     shards: tuple[OutShard, ...]
+    #: The base's quantized weights by key.
     quantized: Mapping[str, QuantizedTensor]
+    #: Keys of quantized weights that are written as plain numbers.
     dequantized: frozenset[str]
+    #: Keys of tensors that an adapter holds whole (`modules_to_save`).
     replaced: frozenset[str]
+    #: The output head, which the base shares with the embedding, becomes a tensor of its own.
     untied: bool
+    #: Pairs of tensors of one adapter that are one tensor in the model, so that their bytes must be equal.
     aliases: tuple[tuple[TensorRef, TensorRef], ...] = ()
+    #: The absorbed tensors that will be written beside the checkpoint; None where none were asked for.
     absorbed: AbsorbedPlan | None = None
 
     @cached_property

@@ -1,8 +1,6 @@
-"""What a merge will do, from headers alone: every tensor of every output shard, and where its numbers come from.
+"""Plan a merge from headers alone: base headers + adapter headers + options → `MergePlan`.
 
-    base headers + adapter headers + options → OutShard (a file) → OutTensor (a tensor) → WeightedDelta
-
-Nothing is read but headers, so a plan for a checkpoint of any size takes seconds, and everything that can be refused is
+No weights are read, so the plan for a checkpoint of any size takes seconds, and everything that can be refused is
 refused before a byte is written.
 """
 
@@ -46,7 +44,7 @@ def plan_merge(
     elif options.quantized == "dequantize":
         dequantized = touched | dequantize_fused_group(arch, quantized.keys(), touched) if touched else set()
     dequantized |= {key for key in changes.replaced if key in quantized}
-    shards = tuple(_Writing(checkpoint, changes, options, quantized, dequantized).shards())
+    shards = tuple(_OutputLayout(checkpoint, changes, options, quantized, dequantized).shards())
     replaced = frozenset(changes.replaced)
     plan = MergePlan(
         checkpoint,
@@ -86,8 +84,8 @@ def _site_shape(out: OutTensor) -> tuple[int, ...]:
 
 
 @dataclass
-class _Writing:
-    """How each tensor of the base is written, once it is decided what changes and what leaves its format."""
+class _OutputLayout:
+    """How each tensor of the base is written, once it is known what changes and what leaves its quantized format."""
 
     checkpoint: Checkpoint
     changes: AdapterChanges
@@ -131,7 +129,7 @@ class _Writing:
         return outs
 
     def _finish(self, out: OutTensor) -> OutTensor:
-        """Check the tensor and decide how it is read and written."""
+        """Check the shape of the tensor, and decide how it is read and written."""
         is_base = self.checkpoint.tensors.get(out.source.key) is out.source
         quant = self.quantized.get(self.by_codes.get(out.source.key, "")) if is_base else None
         if out.site is not None:
