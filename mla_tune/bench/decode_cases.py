@@ -20,7 +20,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError
 from mla_tune.inference.absorb import absorb, mla_modules, unsupported_reasons
 from mla_tune.inference.latent_cache import LatentCache, PreallocatedLayer
-from mla_tune.inference.session import resolve_model
+from mla_tune.inference.resolve_model import resolve_model
 from mla_tune.model.load import DTYPES, Loaded, load_model, pick_device, pick_dtype
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import model_names, preset_names
