@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _MARK = "mla_tune: the call that is measured"
+#: Of one way in one round: the fewest and the most steps, and the seconds between them that are enough.
+_LEAST, _MOST, _SECONDS = 3, 20, 0.5
 
 
 def synchronize(device: torch.device) -> None:
@@ -91,3 +94,25 @@ def transient_bytes(call: Callable[[Any], object], setup: Callable[[], Any], dev
 def _kineto(recorded: Any) -> Any:
     """The single events, frees among them: the profiler's public tables have sums over an operator only."""
     return recorded.profiler.kineto_results
+
+
+def median_ms(call: Callable[[], object], device: torch.device) -> float:
+    """Of a few calls: at least three, so that one that was interrupted does not count."""
+
+    def timed() -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - began
+
+    if timed() < _SECONDS:  # the first warms up; a second one where it is cheap
+        call()
+    times: list[float] = []
+    while len(times) < _LEAST or (len(times) < _MOST and sum(times) < _SECONDS):
+        times.append(timed())
+    return statistics.median(times) * 1e3
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mla_tune.bench.decode import AtContext, DecodeBench
+    from mla_tune.bench.decode_result import AtContext, DecodeBench
 
 app = typer.Typer(help="Measure stock transformers against mla-tune on this machine.", no_args_is_help=True)
 

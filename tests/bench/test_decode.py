@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mla_tune.arch.build import architecture
 from mla_tune.bench import decode as bench
 from mla_tune.bench import decode_cases as contenders
+from mla_tune.bench import decode_rounds, meter
 from mla_tune.bench.meter import copy_bandwidth, transient_bytes
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.errors import InputError, WorkError
@@ -41,8 +42,8 @@ def measured(given: Loaded, contexts: tuple[int, ...] = (8, 64), batch: int = 1,
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_LEAST", 1)
-    monkeypatch.setattr(bench, "_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "_LEAST", 1)
+    monkeypatch.setattr(meter, "_SECONDS", 0.0)
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
 
 
@@ -136,7 +137,7 @@ def test_a_way_without_memory_is_told(
     from mla_tune.cli.bench import print_decode
     from mla_tune.report.plots import plot_decode
 
-    real = bench.transient_bytes
+    real = decode_rounds.transient_bytes
 
     def scarce(call: Any, setup: Any, device: torch.device) -> int:
         if setup().layers[0].keys.shape[2] == 64 and not is_absorbed(given.model):
@@ -144,7 +145,7 @@ def test_a_way_without_memory_is_told(
         return real(call, setup, device)
 
     given = loaded()
-    monkeypatch.setattr(bench, "transient_bytes", scarce)
+    monkeypatch.setattr(decode_rounds, "transient_bytes", scarce)
     found = measured(given, contexts=(8, 64))
     small, large = found.contexts
     assert (small.out_of_memory, large.out_of_memory) == ([], ["stock"])
@@ -161,7 +162,7 @@ def test_everything_without_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     def none(*_: Any) -> int:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(bench, "transient_bytes", none)
+    monkeypatch.setattr(decode_rounds, "transient_bytes", none)
     with pytest.raises(WorkError, match="out of memory at 8 tokens; lower --contexts"):
         measured(loaded(), contexts=(8,))
 
