@@ -129,7 +129,7 @@ class AdapterChanges:
 
 
 def check_weights(adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Raises `InputError` for an adapter that can't be added to others or weighted: a DoRA, or one with whole tensors."""
+    """Raises `InputError` for an adapter that can't be summed or weighted: a DoRA, or one with whole tensors."""
     alone = len(adapters) == 1 and adapters[0][1] == 1
     for adapter, _ in adapters:
         sums = adapter.method.additive or not adapter.deltas

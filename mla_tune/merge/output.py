@@ -43,7 +43,7 @@ class OutTensor:
     quant: QuantizedTensor | None = None
     #: How the result is quantized again; None where it is written as plain numbers, or copied.
     requantize: QuantizedTensor | None = None
-    #: For a tensor of fresh scales: the key of the weight that they belong to.
+    #: For a tensor of fresh scales (`key` is then one of `requantize.scales`): the key of the weight they belong to.
     scale_of: str | None = None
     #: The matrix that the tensor is all or a part of; None for a tensor that no adapter can sit on.
     site: Site | None = None
