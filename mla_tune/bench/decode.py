@@ -39,7 +39,7 @@ from mla_tune.bench.decode_cases import (
 from mla_tune.bench.meter import captured, copy_bandwidth, synchronize, transient_bytes
 from mla_tune.errors import InputError, WorkError
 from mla_tune.inference.latent_cache import LatentCache
-from mla_tune.model.load import DTYPES, Loaded, quiet
+from mla_tune.model.load import DTYPES, Loaded, silence_libraries
 
 #: Of one way in one round: the fewest and the most steps, and the seconds between them that are enough.
 _LEAST, _MOST, _SECONDS = 3, 20, 0.5
@@ -155,7 +155,7 @@ def decode(
     Raises `InputError` before weights are read for what does not fit together, `WorkError` when memory runs out.
     """
     _check(contexts, batch, adapters, dtype, runs, layers, cache)
-    quiet()
+    silence_libraries()
     try:
         loaded = load(model, contexts, dtype, layers)
         return measure(

@@ -24,7 +24,7 @@ from mla_tune.inference.batched_lora import drop_stale_adapter_names, supports_b
 from mla_tune.inference.latent_cache import LatentCache
 from mla_tune.inference.load_adapters import has_whole_modules, load_adapters, without_whole_modules
 from mla_tune.inference.lora_tensors import BASE
-from mla_tune.model.load import base_hash, load_model, quiet
+from mla_tune.model.load import base_hash, load_model, silence_libraries
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.runs.folder import RunFolder
@@ -88,7 +88,7 @@ class Session:
     """
 
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, attention: str = "auto") -> None:
-        quiet()
+        silence_libraries()
         base, own = resolve_model(model)
         folders = {"adapter": str(own)} if own is not None and not adapters else {}
         folders |= dict(adapters or {})

@@ -1,10 +1,10 @@
-"""Bases whose matrices stay quantized in memory while adapters are trained on them: one entry a format.
+"""The table of formats that a base model can keep in memory, and which of them a base has.
 
-    QuantizedConfig    which parameters of a model stay quantized, and what a weight of theirs is
-    QUANTIZED_BASES    name of a format → the function that makes this of a base
+    QUANTIZED_BASES    name of a format → the function that makes the `QuantizedConfig` of a base
+    QuantizedConfig    says which parameters of the model stay quantized, and builds their weights
 
-The names are those of `sockets.QUANT_FORMATS` for codes that a checkpoint holds.  `nf4` is none of these: its codes are
-made when a plain checkpoint is read.
+A format of a checkpoint has its name in `sockets.QUANT_FORMATS`.  `nf4` is not one of these: a plain checkpoint is
+quantized to NF4 while it is read.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mla_tune.registry import Registry
 
 
 class QuantizedConfig(QuantizationConfigMixin):
-    """What transformers' loader is given: `quant_method` names the `HfQuantizer` that reads or makes the codes."""
+    """The quantization config for transformers' loader: `quant_method` names the `HfQuantizer` that loads the codes."""
 
-    #: The parameters that stay quantized, in the order of the layers.
     parameters: tuple[str, ...]
+    """The parameters that stay quantized, in the order of the layers."""
 
     def find_parameter(self, model: Any, parameter: str) -> tuple[Any, str]:
         """The module of a parameter, and the parameter's name in it.
@@ -41,12 +41,13 @@ class QuantizedConfig(QuantizationConfigMixin):
         return module, name
 
     def empty_weight(self, parameter: str, shape: tuple[int, ...]) -> QuantizedWeight:
-        """A weight of this shape, (out, in) or (E, out, in), with its tensors on `meta`."""
+        """Build the weight of a parameter of this shape, (out, in) or (E, out, in), with its tensors on `meta`."""
         raise NotImplementedError
 
 
-#: (architecture, folder of the base, device on which numbers are quantized or None for the one they lie on) → config.
-#: The folder is None for a plain base that is no folder.  Raises `InputError` for a base that can't stay quantized.
+#: (architecture, folder of the base, device that quantizes) → config.  The folder is None for a plain base with a hub
+#: id.  The device is None where numbers are quantized on the device on which they lie.  Raises `InputError` for a base
+#: that can't stay quantized.
 MakeConfig = Callable[[Architecture, "Path | None", "torch.device | None"], QuantizedConfig]
 #: The formats that models can keep in memory.
 QUANTIZED_BASES: Registry[MakeConfig] = Registry(
@@ -60,7 +61,7 @@ QUANTIZED_BASES: Registry[MakeConfig] = Registry(
 
 
 def format_in_memory(config: Mapping[str, Any], quantize: str, where: Any) -> str:
-    """The entry of `QUANTIZED_BASES` for a base with this config.json (at `where`).
+    """The name in `QUANTIZED_BASES` of the format in which a base with this config.json (at `where`) stays in memory.
 
     A plain base takes `quantize`, which is `model.quantize` of the recipe.  Raises `InputError` for a format on disk
     that is not known or that models can't keep in memory, and where several formats claim the checkpoint that are not
@@ -84,8 +85,8 @@ def format_in_memory(config: Mapping[str, Any], quantize: str, where: Any) -> st
     return formats[0].name
 
 
-def put_empty(model: Any, config: QuantizedConfig, dtype: torch.dtype) -> None:
-    """Give a model weights without numbers, on `meta`: another process reads them."""
+def attach_empty_weights(model: Any, config: QuantizedConfig, dtype: torch.dtype) -> None:
+    """Attach quantized weights without numbers, on `meta`, to a model whose numbers another process reads."""
     for parameter in config.parameters:
         module, name = config.find_parameter(model, parameter)
         weight = config.empty_weight(parameter, tuple(getattr(module, name).shape))

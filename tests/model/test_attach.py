@@ -108,7 +108,7 @@ def test_wrong_rank_and_stray_trainables_are_caught() -> None:
     model, arch, placement = planned("minicpm3", targets=["W_O"])
     good = attach(model, arch, placement, 0)
     good.base_model.model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(CheckError, match=r"trainable, but no part of an adapter: .*norm\.weight"):
+    with pytest.raises(CheckError, match=r"trainable, but not part of an adapter: .*norm\.weight"):
         check_attached(good, placement)
 
 

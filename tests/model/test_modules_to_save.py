@@ -184,10 +184,10 @@ def test_plan_counts_them(cli: Callable[..., Any]) -> None:
     "sets, says",
     [
         (["adapter.modules_to_save=[lm_haed]"], "no module 'lm_haed'; did you mean 'lm_head'?"),
-        (["adapter.modules_to_save=[mlp]"], "holds other modules"),
+        (["adapter.modules_to_save=[mlp]"], "has modules inside, or is a stack of experts"),
         (["adapter.modules_to_save=[o_proj]"], "has a LoRA already"),
         (["adapter.modules_to_save=[lm_head]", "adapter.method=none"], "with method none every weight is trained"),
-        (["adapter.modules_to_save=[experts]"], "holds other modules"),
+        (["adapter.modules_to_save=[experts]"], "has modules inside, or is a stack of experts"),
         (["adapter.modules_to_save=[kv_b_proj]", "model.quantize=nf4", "model.preset=null", "model.base=embedded"],
          "is quantized in this base"),
     ],

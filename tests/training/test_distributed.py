@@ -158,7 +158,8 @@ from mla_tune.training.distributed.launch import apply_launch_config, exit_worke
 from mla_tune.training.run import train
 class Count(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        parts = [getattr(m, name) for m in model.modules() if isinstance(m, QuantizedWeight) for name in m.large]
+        weights = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
+        parts = [getattr(weight, name) for weight in weights for name in weight.large_buffers]
         own = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in parts)
         Path(sys.argv[1] + os.environ.get("RANK", "")).write_text(json.dumps([own, sum(p.nbytes for p in parts)]))
 if "RANK" in os.environ:
