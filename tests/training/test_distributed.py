@@ -347,8 +347,8 @@ def test_what_all_find_wrong_is_said_once(rows: Path, tmp_path: Path) -> None:
     [
         (["--launch", "fsdp2", "--processes", "1"], "--launch fsdp2 with one process"),
         (["--launch", "fsdp3"], "unknown configuration 'fsdp3'"),
-        (["--processes", "0"], "--processes must be at least 1"),
-        (["--launch", "fsdp2"], "one process for each GPU, and there are none here"),
+        (["--processes", "0"], "--processes is 0; it must be at least 1"),
+        (["--launch", "fsdp2"], "one process for each GPU, and this machine has no GPU"),
     ],
 )
 def test_options_that_contradict(
