@@ -26,7 +26,7 @@ from mla_tune.inference.load_adapters import has_whole_modules, load_adapters, w
 from mla_tune.inference.lora_tensors import BASE
 from mla_tune.inference.requests import BASE_NAME, GenerateResult, Request, Settings
 from mla_tune.inference.resolve_model import resolve_model
-from mla_tune.model.load import base_hash, load_model, quiet
+from mla_tune.model.load import base_hash, load_model, silence_libraries
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.runs.folder import RunFolder
@@ -40,7 +40,7 @@ class Session:
     """
 
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, attention: str = "auto") -> None:
-        quiet()
+        silence_libraries()
         base, own = resolve_model(model)
         folders = {"adapter": str(own)} if own is not None and not adapters else {}
         folders |= dict(adapters or {})

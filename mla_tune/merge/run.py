@@ -126,7 +126,7 @@ class _Merge:
     def run(self) -> MergeResult:
         """Check the inputs, build the output beside its place, and let it appear when it is proven."""
         plan, out = self.plan, self.paths.out
-        stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
+        stamps = [(a.folder / WEIGHTS_FILE, Stamp.read(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
         self._check_output(plan.written_bytes)
         for adapter, _ in plan.adapters:
             adapter.check_finite()
@@ -172,7 +172,7 @@ class _Merge:
         for shard in plan.shards:
             shard.source.check_unchanged()
         for file, stamp in stamps:
-            if Stamp.of(file) != stamp:
+            if Stamp.read(file) != stamp:
                 raise FileError(f"{file}: changed while it was merged: run again")
         result = merge_result(
             plan, self.paths, staging, retention, absorbed=absorbed, proven=proven, carried=carried, left_behind=left

@@ -1,7 +1,7 @@
-"""Bases whose matrices stay quantized in memory while adapters are trained on them: what each format must provide.
+"""What a format must provide so that a base model can stay in it, in memory, while adapters are trained on it.
 
-    QuantizedConfig    which parameters of a model stay quantized, and the class of weight that replaces each
-    MakeConfig         the function of a format that makes a `QuantizedConfig` for one base
+    QuantizedConfig    says which parameters of the model stay quantized, and builds their weights
+    MakeConfig         the function of a format that makes the `QuantizedConfig` of a base
 
 `sockets.QUANTIZED_BASES` lists the formats; `checkpoint.quantized.config.format_in_memory` picks the one of a base.
 """
@@ -20,10 +20,10 @@ from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_we
 
 
 class QuantizedConfig(QuantizationConfigMixin):
-    """What transformers' loader is given: `quant_method` names the `HfQuantizer` that reads or makes the codes."""
+    """The quantization config for transformers' loader: `quant_method` names the `HfQuantizer` that loads the codes."""
 
-    #: The parameters that stay quantized, in the order of the layers.
     parameters: tuple[str, ...]
+    """The parameters that stay quantized, in the order of the layers."""
 
     def find_parameter(self, model: Any, parameter: str) -> tuple[Any, str]:
         """The module of a parameter, and the parameter's name in it.
@@ -37,17 +37,18 @@ class QuantizedConfig(QuantizationConfigMixin):
         return module, name
 
     def empty_weight(self, parameter: str, shape: tuple[int, ...]) -> QuantizedWeight:
-        """A weight of this shape, (out, in) or (E, out, in), with its tensors on `meta`."""
+        """Build the weight of a parameter of this shape, (out, in) or (E, out, in), with its tensors on `meta`."""
         raise NotImplementedError
 
 
-#: (architecture, folder of the base, device on which numbers are quantized or None for the one they lie on) → config.
-#: The folder is None for a plain base that is no folder.  Raises `InputError` for a base that can't stay quantized.
+#: (architecture, folder of the base, device that quantizes) → config.  The folder is None for a plain base with a hub
+#: id.  The device is None where numbers are quantized on the device on which they lie.  Raises `InputError` for a base
+#: that can't stay quantized.
 MakeConfig = Callable[[Architecture, "Path | None", "torch.device | None"], QuantizedConfig]
 
 
-def put_empty(model: Any, config: QuantizedConfig, dtype: torch.dtype) -> None:
-    """Give a model weights without numbers, on `meta`: another process reads them."""
+def attach_empty_weights(model: Any, config: QuantizedConfig, dtype: torch.dtype) -> None:
+    """Attach quantized weights without numbers, on `meta`, to a model whose numbers another process reads."""
     for parameter in config.parameters:
         module, name = config.find_parameter(model, parameter)
         weight = config.empty_weight(parameter, tuple(getattr(module, name).shape))

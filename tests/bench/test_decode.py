@@ -1,4 +1,4 @@
-"""`bench decode`: bytes of cache, transient memory and weights; its JSON document, table and errors.  No time is tested."""
+"""`bench decode`: bytes of cache, transient memory and weights; its JSON, table and errors.  No time is tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which bases stay quantized in memory: `QUANTIZED_BASES` is asked by the name of the format on disk."""
+"""Which bases can stay quantized in memory: `QUANTIZED_BASES` has an entry under the name of the format on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mla_tune.errors import InputError
 from mla_tune.sockets import QUANT_FORMATS, QUANTIZED_BASES
 
 WHERE = Path("config.json")
-#: What is asked of a format before a weight is read.
+#: A format with just the attributes that are read before any weight is.
 TOY: Any = SimpleNamespace(
     name="toy-int8",
     title="INT8",

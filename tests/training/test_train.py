@@ -321,7 +321,7 @@ def test_a_broken_base_is_found_before_training(cli, rows_file: Path, tmp_path: 
         ),
         (["adapter.method=dora"], "PEFT can't do that"),
         (["model.preset=null", "model.base=nowhere/at/all"], "nowhere/at/all"),
-        (["model.preset=null", "model.base=deepseek-v3"], "is known by its config.json alone"),
+        (["model.preset=null", "model.base=deepseek-v3"], "only the config.json is known here"),
         (["model.device=cuda"], "torch sees no GPU here"),
     ],
 )
