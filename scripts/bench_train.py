@@ -58,7 +58,7 @@ def against_trl(rounds: int, rows: int) -> dict[str, Any]:
     # Each setting of SFTTrainer beside ours with rows of the same kind: so many tokens are as many optimizer steps.
     partner = {"trl": "unpacked", "trl-packed": "none", "trl-plain": "unpacked", "trl-plain-packed": "none"}
     found = measured(recipe, ["none", "unpacked", *partner], rounds)
-    by_name = {m.name: m for m in found.measured}
+    by_name = {m.name: m for m in found.cases}
     better = max(("trl", "trl-packed"), key=lambda n: by_name[n].rate)
     plain = max(("trl-plain", "trl-plain-packed"), key=lambda n: by_name[n].rate)
     checks = [
@@ -78,7 +78,7 @@ def against_trl(rounds: int, rows: int) -> dict[str, Any]:
 def checkpointing(rounds: int, rows: int) -> dict[str, Any]:
     recipe = load_recipe("safe", [*DATA, "model.base=null", "model.preset=small", f"data.limit={rows}"])
     found = measured(recipe, ["none", "mla", "full"], rounds)
-    by_name = {m.name: m for m in found.measured}
+    by_name = {m.name: m for m in found.cases}
     kept = [by_name["mla"].activations / by_name["none"].activations]
     checks = [
         check("mla: activations over none's", kept, 0.75, True),
@@ -110,12 +110,12 @@ def flat(steps: int) -> dict[str, Any]:
 
 def measured(recipe: Any, names: list[str], rounds: int) -> TrainBench:
     found = bench(recipe, names, rounds, lambda line: print(f"  {line}", file=sys.stderr, flush=True))
-    print_train(recipe, found)
+    print_train(recipe, found.to_json())
     return found
 
 
 def over(found: TrainBench, a: str, b: str) -> list[float]:
-    peaks = {m.name: m.peak for m in found.measured}
+    peaks = {m.name: m.peak for m in found.cases}
     return [peaks[a] / peaks[b]]
 
 

@@ -1,7 +1,8 @@
-"""`bench train`: cases take turns on the same data, each in a process of its own (`train_worker`).
+"""`bench train`: train the same data with each case, in alternating rounds and separate processes.
 
-A process trains its share of the tokens, then waits while the others train theirs, so all meet the same noise of the
-machine, and each has a memory peak of its own.  This module imports no torch: only the processes need it.
+In a round, each process (`train_worker`) trains its share of the tokens while the others wait.  So all cases see the
+same noise of the machine, and the memory peak of each can be measured.  This module imports no torch: only the
+processes need it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mla_tune.recipe.load import dump
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.resolve import resolve
 
-#: Overrides of the recipe: each case sees each row once, and neither evaluates nor saves.
+#: Overrides of the recipe: each case trains on each row once, and neither evaluates nor saves.
 ONE_EPOCH = (
     "train.epochs=1",
     "train.max_steps=null",
@@ -36,25 +37,25 @@ ONE_EPOCH = (
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class CaseResult:
     """The figures of one case."""
 
-    #: Name of the case.
     name: str
-    #: Seconds of each round.
+    """Name of the case, as in `--cases`."""
     seconds: list[float]
-    #: Real tokens of each round.
+    """Seconds of each round."""
     tokens: list[int]
-    #: Optimizer steps of the run.
+    """Real tokens (no padding) trained in each round."""
     steps: int
-    #: Bytes that a forward pass of the first batch keeps for the backward pass.
+    """Optimizer steps of the whole run."""
     activations: int
-    #: Highest bytes of the process; on a GPU those allocated there.
+    """Bytes that a forward pass of the first batch keeps for the backward pass."""
     peak: int
-    #: The same without what the process had before the model was loaded.
+    """Peak resident bytes of the process; on a GPU, peak bytes that torch allocated there."""
     run_peak: int
-    #: Held-out loss at the end, nats a token; None without held-out rows.
+    """On a CPU, `peak` without the bytes of the process before the model was loaded; on a GPU, `peak`."""
     loss: float | None
+    """Held-out loss after the last round, in nats a token; None without held-out rows."""
 
     @property
     def rates(self) -> list[float]:
@@ -63,92 +64,96 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Real tokens a second, the median of the rounds."""
+        """Median of `rates`."""
         return statistics.median(self.rates)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBench:
-    """The figures of all cases."""
+    """The result of `bench train`."""
 
-    #: One entry a case, in the order asked for.
-    measured: list[Measured]
-    #: Real tokens of the training rows.
+    cases: list[CaseResult]
+    """One entry for each case, in the order asked for."""
     tokens: int
-    #: Training rows, one sample each.
+    """Real tokens of all training rows."""
     rows: int
-    #: Operating system and machine.
+    """Number of training rows, one sample each."""
     platform: str
+    """Operating system and machine."""
 
     def ratios(self, name: str, to: str) -> list[float]:
         """Return the tokens a second of case `name` divided by those of case `to`, for each round."""
-        a, b = (next(m for m in self.measured if m.name == n) for n in (name, to))
-        return [x / y for x, y in zip(a.rates, b.rates, strict=True)]
+        case, other = (next(c for c in self.cases if c.name == n) for n in (name, to))
+        return [a / b for a, b in zip(case.rates, other.rates, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document of `--json`."""
-        found = [asdict(m) | {"tokens_per_s": m.rate} for m in self.measured]
-        return {"cases": found, "tokens": self.tokens, "rows": self.rows, "platform": self.platform}
+        """Return the document that `mla-tune bench train --json` prints."""
+        cases = [asdict(case) | {"tokens_per_s": case.rate} for case in self.cases]
+        return {"cases": cases, "tokens": self.tokens, "rows": self.rows, "platform": self.platform}
 
 
-def bench(recipe: Recipe, names: Sequence[str], rounds: int, say: Callable[[str], None]) -> TrainBench:
-    """Train `recipe` once with each of the cases `names`, in `rounds` turns, and return the figures.
+def bench(recipe: Recipe, names: Sequence[str], rounds: int, progress: Callable[[str], None]) -> TrainBench:
+    """Train `recipe` once with each of the cases `names`, in alternating `rounds`, and return the figures.
 
-    `say` gets a line after each turn.  Raises `InputError` for a recipe that can't be trained, for an unknown case, or
-    for one of TRL's where TRL isn't installed, and `WorkError` if a case fails.
+    `progress` is called with a line after each round of each case.  Raises `InputError` for a recipe that can't be
+    trained, for an unknown case, or for a case of TRL where TRL isn't installed, and `WorkError` if a case fails.
     """
     unknown = [n for n in names if n not in CASES]
     if unknown or not names:
-        raise InputError(f"--cases: unknown {', '.join(unknown) or 'and empty'}; allowed: {', '.join(CASES)}")
+        problem = f"unknown {', '.join(unknown)}" if unknown else "no case given"
+        raise InputError(f"--cases: {problem}; allowed: {', '.join(CASES)}")
     if any(CASES[n].trl for n in names):
         _check_trl()
-    resolve(recipe)  # raises here, once, what is wrong with the recipe, and not in each process
+    resolve(recipe)  # so that an error in the recipe is raised here, once, and not by each process
     seconds: dict[str, list[float]] = {n: [] for n in names}
     tokens: dict[str, list[int]] = {n: [] for n in names}
-    last: dict[str, Any] = {}
+    run_figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mla-tune-bench-") as folder, contextlib.ExitStack() as stack:
         workers: dict[str, _Worker] = {}
         for name in names:
-            # One after the other: they choose kernels by measurement, and would disturb each other's.
+            # One after the other: they choose kernels by measuring, and would disturb each other.
             workers[name] = stack.enter_context(_worker(name, recipe, rounds, Path(folder)))
-            workers[name].read()  # it is warm and waits
-        for turn in range(rounds):
+            workers[name].read()  # returns when the warm-up is over
+        for i in range(rounds):
             for name, worker in workers.items():
-                found = worker.turn()
-                seconds[name].append(found["seconds"])
-                tokens[name].append(found["tokens"])
-                say(f"round {turn + 1}/{rounds}  {name}: {found['tokens'] / found['seconds']:,.0f} tokens/s")
+                figures = worker.train_round()
+                seconds[name].append(figures["seconds"])
+                tokens[name].append(figures["tokens"])
+                progress(f"round {i + 1}/{rounds}  {name}: {figures['tokens'] / figures['seconds']:,.0f} tokens/s")
         for name, worker in workers.items():
-            last[name] = worker.turn()
-    figures = ("steps", "activations", "peak", "run_peak", "loss")
+            run_figures[name] = worker.train_round()
+    keys = ("steps", "activations", "peak", "run_peak", "loss")
     return TrainBench(
-        [Measured(n, seconds[n], tokens[n], **{k: last[n][k] for k in figures}) for n in names],
-        last[names[0]]["tokens"],
-        last[names[0]]["rows"],
+        [CaseResult(n, seconds[n], tokens[n], **{key: run_figures[n][key] for key in keys}) for n in names],
+        run_figures[names[0]]["tokens"],
+        run_figures[names[0]]["rows"],
         platform.platform(),
     )
 
 
 class _Worker:
-    """A process that trains one case, and the lines to and from it."""
+    """A process that trains one case (`train_worker`), and the lines of JSON exchanged with it."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: IO[str]) -> None:
         self.name, self.process, self.log = name, process, log
 
     def send(self, line: str) -> None:
-        """Write a line to its standard input."""
+        """Write a line to the standard input of the process."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and the next `read` says so
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; the next `read` raises
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
-    def turn(self) -> dict[str, Any]:
-        """Let it train its next share (after the last: finish), and return what it reports."""
+    def train_round(self) -> dict[str, Any]:
+        """Let the process train its next share of the data, and return the figures of that round.
+
+        After the last round it ends the run and returns the figures of the whole run.
+        """
         self.send("go")
         return self.read()
 
     def read(self) -> dict[str, Any]:
-        """Return the next JSON line that it writes.  Raises `WorkError` with the end of its log if it has ended."""
+        """Return the next JSON line of the process.  Raises `WorkError`, with the end of its log, if it has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if line:
@@ -160,11 +165,11 @@ class _Worker:
 
 @contextlib.contextmanager
 def _worker(name: str, recipe: Recipe, rounds: int, folder: Path) -> Iterator[_Worker]:
-    """Start the process of a case; it is killed at the end of the context."""
-    own = folder / name
-    own.mkdir()
+    """Start the process of a case, and kill it at the end of the context."""
+    case_folder = folder / name
+    case_folder.mkdir()
     case = CASES[name]
-    updated = _with_sets(recipe, [*ONE_EPOCH, *case.sets, f"output.dir={own / 'run'}"], own)
+    updated = _write_recipe(recipe, [*ONE_EPOCH, *case.sets, f"output.dir={case_folder / 'run'}"], case_folder)
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", "mla_tune.bench.train_worker"]
         pipe = subprocess.PIPE
@@ -178,14 +183,14 @@ def _worker(name: str, recipe: Recipe, rounds: int, folder: Path) -> Iterator[_W
             process.wait()
 
 
-def _with_sets(recipe: Recipe, sets: list[str], folder: Path) -> Path:
-    """Write the recipe with overrides into `folder`, and return the file."""
+def _write_recipe(recipe: Recipe, sets: list[str], folder: Path) -> Path:
+    """Write the recipe, with the overrides `sets`, to a file in `folder`; return its path."""
     from mla_tune.recipe.load import load_recipe
 
-    first, second = folder / "given.yaml", folder / "recipe.yaml"
-    first.write_text(dump(recipe))
-    second.write_text(dump(load_recipe(str(first), sets)))
-    return second
+    given, updated = folder / "given.yaml", folder / "recipe.yaml"
+    given.write_text(dump(recipe))
+    updated.write_text(dump(load_recipe(str(given), sets)))
+    return updated
 
 
 def _check_trl() -> None:

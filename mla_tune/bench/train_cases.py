@@ -10,17 +10,17 @@ from typing import Any
 class TrainCase:
     """One case of the comparison."""
 
-    #: Its name in `--cases` and in the table.
     name: str
-    #: Whether TRL trains, not mla-tune.
+    """Its name in `--cases` and in the table."""
     trl: bool = False
-    #: mla-tune: overrides of the recipe, as for `--set`.
+    """Whether TRL's SFTTrainer trains; otherwise mla-tune does."""
     sets: tuple[str, ...] = ()
-    #: TRL: arguments of SFTConfig that differ from its defaults.
+    """For mla-tune: overrides of the recipe, as in `--set`."""
     config: dict[str, Any] = field(default_factory=dict)
+    """For TRL: arguments of SFTConfig that differ from its defaults."""
 
 
-#: TRL's defaults in 1.16: gradient checkpointing and bfloat16 autocast on.  `fastest` turns both off.
+#: Turn off gradient checkpointing and bfloat16 autocast, which are on by default in TRL 1.16.
 _PLAIN = {"gradient_checkpointing": False, "bf16": False}
 #: All cases by name.
 CASES: dict[str, TrainCase] = {

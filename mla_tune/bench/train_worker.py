@@ -1,8 +1,9 @@
-"""One case of `bench train`, in a process of its own, which trains a share of the data whenever it is told to.
+"""The process that trains one case of `bench train`: a share of the data for each line on standard input.
 
 `bench.train` starts it as `python -m mla_tune.bench.train_worker`.  Standard input: a JSON line with the recipe's file,
-the case and the number of rounds, then a line for each round.  Standard output: a JSON line when it is warm, one for
-each round, and one with the figures of the whole run.  All else goes to standard error.
+the case and the number of rounds; then one line to start each round, and one to finish the run.  Standard output: a
+JSON line when the warm-up is over, one for each round, and one with the figures of the whole run.  Everything else goes
+to standard error.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from transformers import TrainerCallback
 
 from mla_tune.bench.train_cases import CASES, TrainCase
 from mla_tune.data.prepare import prepare
-from mla_tune.model.load import load_model, quiet
+from mla_tune.model.load import load_model, silence_libraries
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.memory import memory_now, memory_peak
 from mla_tune.training.resolve import resolve
 
-#: Optimizer steps before the clock starts, in which allocators fill and kernels are chosen and compiled.
+#: Optimizer steps before times are measured: in them allocators fill, and kernels are chosen and compiled.
 WARM_UP = 2
 
 
 class Rounds(TrainerCallback):
-    """Waits after each share of the tokens: writes how long the share took to `report`, and reads a line to go on.
+    """After each share of the tokens, write its figures to `report`, and wait for a line on standard input.
 
-    `total` are the real tokens of all rounds.
+    `total` is the number of real tokens of all training rows; `rounds` is the number of shares.
     """
 
     def __init__(self, total: int, rounds: int, report: TextIO) -> None:
         self.total, self.rounds, self.report = total, rounds, report
         self.trainer: Any = None
-        self.done = self.steps = self.tokens_before = self.warm = 0
-        self.began = self.seconds = 0.0
+        self.done = self.steps = self.tokens_before = self.warm_up_tokens = 0
+        self.start = self.seconds = 0.0
         self.tokens_now = 0
 
     def tokens(self) -> int:
@@ -48,35 +49,35 @@ class Rounds(TrainerCallback):
         return int(self.trainer.real_tokens)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the warm-up, say that it is over and wait."""
+        """When the warm-up is over, report that, and wait for the first round to start."""
         if state.global_step == WARM_UP:
             _synchronize()
             _print(self.report, {"ready": True})
-            self.warm = self.tokens()
+            self.warm_up_tokens = self.tokens()
             self._wait()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure; at the end of a round report and wait."""
+        """Update the figures of the round; at the end of a round, report them and wait for the next."""
         if state.global_step <= WARM_UP:
             return
         self.steps += 1
-        # What comes after the last step (callbacks, the end of the loader) belongs to no round.
+        # Measured at each step, so that work after the last one (callbacks, the end of the loader) counts in no round.
         _synchronize()
-        self.seconds, self.tokens_now = time.perf_counter() - self.began, self.tokens()
-        share = (self.total - self.warm) * (self.done + 1) / self.rounds
-        if self.done < self.rounds - 1 and self.tokens() - self.warm >= share:
+        self.seconds, self.tokens_now = time.perf_counter() - self.start, self.tokens()
+        share = (self.total - self.warm_up_tokens) * (self.done + 1) / self.rounds
+        if self.done < self.rounds - 1 and self.tokens() - self.warm_up_tokens >= share:
             self._report()
             self._wait()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the last round and wait."""
+        """Report the last round, and wait until the other cases have trained theirs."""
         self._report()
-        sys.stdin.readline()  # until the others have trained too: what comes now would disturb them
+        sys.stdin.readline()  # the work that follows in `main` would disturb the other processes
 
     def _wait(self) -> None:
         sys.stdin.readline()
         self.steps, self.tokens_before = 0, self.tokens()
-        self.began = time.perf_counter()
+        self.start = time.perf_counter()
 
     def _report(self) -> None:
         _print(
@@ -86,10 +87,10 @@ class Rounds(TrainerCallback):
 
 
 def main() -> None:
-    """Do what standard input says (see above)."""
+    """Run the case that standard input names (see the docstring of this module)."""
     report = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    quiet()
+    os.dup2(2, 1)  # what libraries print goes to standard error
+    silence_libraries()
     task = json.loads(sys.stdin.readline())
     recipe, case = load_recipe(task["recipe"]), CASES[task["case"]]
     rows = _rows(recipe)
@@ -118,13 +119,14 @@ def main() -> None:
 def _rows(recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
     """Return the training rows and the held-out rows, one sample a row."""
     section = recipe.model
-    loose = recipe.model_copy(update={"train": recipe.train.model_copy(update={"packing": False})})
+    unpacked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"packing": False})})
     tokenizer = load_tokenizer(tokenizer_source(section), section.trust_remote_code)
-    data = prepare(loose, resolve(recipe).arch, tokenizer)
+    data = prepare(unpacked, resolve(recipe).arch, tokenizer)
     return {"train": list(data.train_rows), "held_out": list(data.held_out_rows)}
 
 
 def _with_mla_tune(recipe: Recipe, rounds: Rounds) -> Any:
+    """Train with mla-tune; return the trainer."""
     from mla_tune.training.run import train
 
     train(recipe, callbacks=[rounds])
@@ -132,7 +134,7 @@ def _with_mla_tune(recipe: Recipe, rounds: Rounds) -> Any:
 
 
 def _with_trl(recipe: Recipe, case: TrainCase, rows: list[dict[str, Any]], rounds: Rounds) -> Any:
-    """Train with SFTTrainer on the same tokens, with the same model, adapter, batches, rates and schedule."""
+    """Train with SFTTrainer and the same tokens, model, adapter, batches, rates and schedule; return the trainer."""
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -145,7 +147,7 @@ def _with_trl(recipe: Recipe, case: TrainCase, rows: list[dict[str, Any]], round
     model = attach(loaded.model, loaded.arch, resolve(recipe).placement, t.seed)
     tokenizer = load_tokenizer(tokenizer_source(recipe.model), recipe.model.trust_remote_code)
 
-    class Counting(SFTTrainer):
+    class TokenCountingTrainer(SFTTrainer):
         real_tokens = 0
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -173,7 +175,7 @@ def _with_trl(recipe: Recipe, case: TrainCase, rows: list[dict[str, Any]], round
         **case.config,
     )
     columns = {"input_ids": [r["input_ids"] for r in rows], "labels": [r["labels"] for r in rows]}
-    trainer: Any = Counting(
+    trainer: Any = TokenCountingTrainer(
         model=model, args=training_arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
     )
     trainer.add_callback(rounds)
@@ -207,7 +209,7 @@ def activations(trainer: Any) -> int:
 
 @torch.no_grad()
 def held_out_loss(trainer: Any, rows: list[dict[str, Any]]) -> float | None:
-    """Return the mean loss over the trained tokens of the held-out rows, one row at a time, by stock logits."""
+    """Return the mean loss over the trained tokens of the held-out rows, one row at a time, with stock attention."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.set_attn_implementation("sdpa")

@@ -29,7 +29,8 @@ def command(
     from mla_tune.errors import InputError
 
     named = named_adapters(adapter or [])
-    from mla_tune.inference.session import BASE_NAME, Request, Session, Settings
+    from mla_tune.inference.requests import BASE_NAME, Request, Settings
+    from mla_tune.inference.session import Session
 
     session = Session(model, named, attention)
     settings = Settings(max_new_tokens, temperature, top_p, seed)

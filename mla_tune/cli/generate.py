@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from mla_tune.inference.session import Request
+    from mla_tune.inference.requests import Request
 
 #: What `chat` is told, too.
 Model = Annotated[str, typer.Argument(help="A model folder, hub id, run folder, adapter folder, or 'embedded'.")]
@@ -66,7 +66,8 @@ def command(
     if prompt is not None and not prompt.strip():
         raise InputError("--prompt is empty")
     named = named_adapters(adapter or [])
-    from mla_tune.inference.session import Session, Settings
+    from mla_tune.inference.requests import Settings
+    from mla_tune.inference.session import Session
 
     session = Session(model, named, attention)
     requests = _requests(prompt, prompts, session.adapters)
@@ -111,8 +112,7 @@ def named_adapters(given: list[str]) -> dict[str, str]:
 
 
 def _requests(prompt: str | None, prompts: Path | None, adapters: list[str]) -> list[Request]:
-    from mla_tune.inference.requests import read_requests
-    from mla_tune.inference.session import Request
+    from mla_tune.inference.requests import Request, read_requests
 
     if prompts is not None:
         return read_requests(prompts, adapters[0] if len(adapters) == 1 else None)

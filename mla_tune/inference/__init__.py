@@ -4,10 +4,12 @@ generate             `generate`: answers to one prompt or many, from a model wit
                      call
 session              A model with any number of unmerged adapters, ready to answer: loaded once, asked in batches
 requests             `--prompts FILE.jsonl`: one request a line
+resolve_model        MODEL as a user types it → the base to load, and the adapter to put on it
 absorb               `absorb` and `expand`: switch a transformers model with Multi-head Latent Attention to absorbed
                      decoding and back
 attention_interface  The attention function and the mask function that transformers finds for an absorbed model
 latent_attention     Attention of one module in the latent space: scores and values without expanding a cached token
+latent_sdpa          Scaled dot-product attention in which all heads share the cached latent as their key and value
 latent_cache         A cache for decoding that has room for tokens to come, and a token's latent and rope key side by
                      side
 absorbed_weights     W_UK and W_UV out of the absorbed.safetensors that stands beside a model, for modules whose

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mla_tune.inference.session import GenerateResult, Request, Session, Settings
+from mla_tune.inference.requests import GenerateResult, Request, Settings
+from mla_tune.inference.session import Session
 
 #: A prompt as text, or the messages of a chat.
 Prompt = str | list[dict[str, Any]]

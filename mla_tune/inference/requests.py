@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mla_tune.errors import FileError, InputError
-from mla_tune.inference.session import BASE_NAME, Request
 from mla_tune.user_files import parse_json, read_text
+
+#: What a user calls the model without an adapter.
+BASE_NAME = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing to answer: a `prompt`, or the `messages` of a chat.  `adapter` is a name of the session, or None for
+    the base."""
+
+    prompt: str | None = None
+    messages: list[dict[str, str]] | None = None
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`temperature` 0 is greedy.  `raw` leaves the chat template out."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    raw: bool = False
+    batch: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """One answer."""
+
+    #: The prompt, or the last message of a chat.
+    prompt: str
+    #: The answer.
+    text: str
+    #: Number of new tokens.
+    tokens: int
+    #: Seconds that the answer's batch took.
+    seconds: float
+    #: What ended it: the end of the text, or the limit on tokens.
+    stopped: str
+    #: The adapter that answered; None for the model without one.
+    adapter: str | None = None
+    #: Rows of the batch.
+    batch: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as `mla-tune generate --json` prints it."""
+        return asdict(self)
+
 
 _FIELDS = {"prompt", "messages", "adapter"}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -25,60 +24,12 @@ from mla_tune.inference.batched_lora import drop_stale_adapter_names, supports_b
 from mla_tune.inference.latent_cache import LatentCache
 from mla_tune.inference.load_adapters import has_whole_modules, load_adapters, without_whole_modules
 from mla_tune.inference.lora_tensors import BASE
-from mla_tune.model.load import base_hash, load_model, quiet
+from mla_tune.inference.requests import BASE_NAME, GenerateResult, Request, Settings
+from mla_tune.inference.resolve_model import resolve_model
+from mla_tune.model.load import base_hash, load_model, silence_libraries
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.runs.folder import RunFolder
-from mla_tune.user_files import read_json_object
-
-#: What a user calls the model without an adapter.
-BASE_NAME = "base"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One thing to answer: a `prompt`, or the `messages` of a chat.  `adapter` is a name of the session, or None for
-    the base."""
-
-    prompt: str | None = None
-    messages: list[dict[str, str]] | None = None
-    adapter: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """`temperature` 0 is greedy.  `raw` leaves the chat template out."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    raw: bool = False
-    batch: int = 8
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateResult:
-    """One answer."""
-
-    #: The prompt, or the last message of a chat.
-    prompt: str
-    #: The answer.
-    text: str
-    #: Number of new tokens.
-    tokens: int
-    #: Seconds that the answer's batch took.
-    seconds: float
-    #: What ended it: the end of the text, or the limit on tokens.
-    stopped: str
-    #: The adapter that answered; None for the model without one.
-    adapter: str | None = None
-    #: Rows of the batch.
-    batch: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        """The answer as `mla-tune generate --json` prints it."""
-        return asdict(self)
 
 
 class Session:
@@ -89,7 +40,7 @@ class Session:
     """
 
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, attention: str = "auto") -> None:
-        quiet()
+        silence_libraries()
         base, own = resolve_model(model)
         folders = {"adapter": str(own)} if own is not None and not adapters else {}
         folders |= dict(adapters or {})
@@ -260,30 +211,6 @@ class Session:
             raise InputError(f"{path}: this adapter does not fit {base}: {error}") from error
         opened.check_finite()
         return opened
-
-
-def resolve_model(model: str) -> tuple[str, Path | None]:
-    """(base, adapter) of what a user names: a model, a run folder (its merged or trained model, else its base with its
-    adapter), or an adapter folder (its recorded base)."""
-    path = Path(model).expanduser()
-    run, adapter = RunFolder(path), path / "adapter_config.json"
-    if run.run_json.is_file():
-        for folder in (run.merged, run.model):
-            if (folder / "config.json").is_file():
-                return str(folder), None
-        if not run.adapter.is_dir():
-            raise FileError(f"{model}: this run has no adapter yet; finish it with `mla-tune train --resume`")
-        return _recorded_base(run.read().base_path, model), run.adapter
-    if adapter.is_file():
-        recorded = read_json_object(adapter, "the adapter's configuration").get("base_model_name_or_path")
-        return _recorded_base(recorded, model), path
-    return model, None
-
-
-def _recorded_base(recorded: Any, model: str) -> str:
-    if not recorded or not isinstance(recorded, str) or "\0" in recorded:
-        raise InputError(f"{model}: an adapter that names no base; give the base as MODEL and this with --adapter")
-    return recorded
 
 
 def _streamer(tokenizer: Any, tell: Callable[[str], None]) -> Any:

@@ -170,10 +170,10 @@ class _Job:
         return _Matrix(self.merged[key] if how is None else how.codes, how)
 
     def digests(self, key: str) -> dict[str, str]:
-        """Of a weight and of its scale.  Kept: a module's tensors may lie in two files."""
+        """Of a weight and of its scales.  Kept: a module's tensors may lie in two files."""
         if key not in self._digests:
             how = self.quantized.get(key)
-            refs = [self.merged[key]] if how is None else [how.codes, how.scale]
+            refs = [self.merged[key]] if how is None else [how.codes, *how.scales]
             self._digests[key] = {ref.key: sha256(ref) for ref in refs}
         return self._digests[key]
 

@@ -24,7 +24,8 @@ from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
 from mla_tune.merge.absorb import AbsorbedReport, write_absorbed
 from mla_tune.merge.execute import execute
 from mla_tune.merge.export import REPORT_FILE, check_output, copy_auxiliary_files, write_index_of, write_manifest
-from mla_tune.merge.plan import MergePlan, plan_merge
+from mla_tune.merge.output import MergePlan
+from mla_tune.merge.plan import plan_merge
 from mla_tune.merge.report import MergeResult, PlanReport, merge_result, plan_report
 from mla_tune.merge.staging import Staging, partial_folder, staged
 from mla_tune.progress import Progress, counter
@@ -125,7 +126,7 @@ class _Merge:
     def run(self) -> MergeResult:
         """Check the inputs, build the output beside its place, and let it appear when it is proven."""
         plan, out = self.plan, self.paths.out
-        stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
+        stamps = [(a.folder / WEIGHTS_FILE, Stamp.read(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
         self._check_output(plan.written_bytes)
         for adapter, _ in plan.adapters:
             adapter.check_finite()
@@ -171,7 +172,7 @@ class _Merge:
         for shard in plan.shards:
             shard.source.check_unchanged()
         for file, stamp in stamps:
-            if Stamp.of(file) != stamp:
+            if Stamp.read(file) != stamp:
                 raise FileError(f"{file}: changed while it was merged: run again")
         result = merge_result(
             plan, self.paths, staging, retention, absorbed=absorbed, proven=proven, carried=carried, left_behind=left

@@ -4,6 +4,7 @@ inspect_table      mla-tune inspect
 plan_table         mla-tune plan
 gpu_fit_table      mla-tune plan --gpus N --memory SIZE
 data_preview       mla-tune data
+bench_decode_table mla-tune bench decode
 bench_train_table  mla-tune bench train
 runs_table         mla-tune runs
 run_report         report.html of a run (report.html.jinja is its template)

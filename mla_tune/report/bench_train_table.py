@@ -12,32 +12,42 @@ from mla_tune.console import human_bytes, human_count, out
 from mla_tune.recipe.schema import Recipe
 
 
-def print_train(recipe: Recipe, found: Any) -> None:
-    """Print the table of `found`, a `bench.train.TrainBench`."""
+def print_train(recipe: Recipe, document: dict[str, Any]) -> None:
+    """Print the table from `document`, the result that `--json` prints, of cases that trained `recipe`."""
     t = recipe.train
     out.print(
-        f"{recipe.model.source}, {recipe.adapter.method} on {recipe.adapter.targets}; {found.rows} rows, "
-        f"{human_count(found.tokens)} tokens; batches of {t.batch_size} × {t.max_length}",
+        f"{recipe.model.source}, {recipe.adapter.method} on {recipe.adapter.targets}; {document['rows']} rows, "
+        f"{human_count(document['tokens'])} tokens; batches of {t.batch_size} × {t.max_length}",
         markup=False,
         soft_wrap=True,
     )
+    out.print(_cases_table(document["cases"]))
+    out.print("Real tokens (no padding); medians, and the range of the ratio.  activations:", soft_wrap=True)
+    out.print("memory that a forward pass keeps for the backward pass.  peak: memory above", soft_wrap=True)
+    out.print("that before the model was loaded.  loss: held out, after the last round.", soft_wrap=True)
+
+
+def _cases_table(cases: list[dict[str, Any]]) -> Table:
+    """Return one row for each case; ratios are to the first case, round by round."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
-    first = found.measured[0].name
-    for name in ("tokens/s", f"× {first}", "range", "activations", "peak", "loss"):
+    first = cases[0]
+    for name in ("tokens/s", f"× {first['name']}", "range", "activations", "peak", "loss"):
         table.add_column(name, justify="right", no_wrap=True)
-    for m in found.measured:
-        ratios = found.ratios(m.name, first)
+    for case in cases:
+        ratios = [a / b for a, b in zip(_rates(case), _rates(first), strict=True)]
         table.add_row(
-            m.name,
-            f"{m.rate:,.0f}",
+            case["name"],
+            f"{case['tokens_per_s']:,.0f}",
             f"{statistics.median(ratios):.2f}",
-            "" if m.name == first else f"{min(ratios):.2f}–{max(ratios):.2f}",
-            human_bytes(m.activations),
-            human_bytes(m.run_peak),
-            "" if m.loss is None else f"{m.loss:.3f}",
+            "" if case is first else f"{min(ratios):.2f}–{max(ratios):.2f}",
+            human_bytes(case["activations"]),
+            human_bytes(case["run_peak"]),
+            "" if case["loss"] is None else f"{case['loss']:.3f}",
         )
-    out.print(table)
-    out.print("Real tokens (no padding); medians, and the range of the ratio.  activations:", soft_wrap=True)
-    out.print("what a forward pass leaves for the backward pass.  peak: beyond what the", soft_wrap=True)
-    out.print("libraries take.  loss: held out, after the last round.", soft_wrap=True)
+    return table
+
+
+def _rates(case: dict[str, Any]) -> list[float]:
+    """Return the real tokens a second of each round."""
+    return [tokens / seconds for tokens, seconds in zip(case["tokens"], case["seconds"], strict=True)]

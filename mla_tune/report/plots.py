@@ -150,11 +150,14 @@ def _dot(points: Points) -> dict[str, Any]:
 
 
 def plot_decode(bench: dict[str, Any], target: Path) -> None:
-    """Time of a token over context, a curve a way with its range over the rounds, from `DecodeBench.to_json`; dashed:
-    what a GPU itself takes."""
+    """Plot the time of a decoding step over context, one curve for each case, into `target` (PNG).
+
+    `bench` is the document of `mla-tune bench decode --json`.  Bands are the range over the rounds; dashed curves are
+    steps as CUDA graphs; the dotted line is the time of reading the cache once.
+    """
     contexts = [at["context"] for at in bench["contexts"]]
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    colors = {"stock": "0.4", "absorbed": "C0"}  # the adapters' way has their number in its name
+    colors = {"stock": "0.4", "absorbed": "C0"}  # the name of the adapters' case holds their number
     names = dict.fromkeys([*colors, *(t["way"] for at in bench["contexts"] for t in at["ways"])])
     for name in names:
         color = colors.get(name, "C3")

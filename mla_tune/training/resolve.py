@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_tune.adapter.placement import Placement, place
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.quantized.config import quantized_kind
+from mla_tune.checkpoint.quantized.config import format_in_memory, format_kind
 from mla_tune.errors import InputError
 from mla_tune.preflight.family_limits import apply_family_limits, check_window, unsupported_when_sharded
 from mla_tune.recipe.checks import check_quantized, warnings
@@ -64,7 +64,7 @@ def resolve(recipe: Recipe, worker: Worker | None = None) -> ResolvedRecipe:
     config, arch = config_and_architecture(recipe.model)
     recipe, changes = apply_family_limits(recipe, arch)
     placement = place(arch, recipe.adapter)
-    quantized = quantized_kind(config, recipe.model.quantize)
+    quantized = format_kind(format_in_memory(config, recipe.model.quantize, recipe.model.source))
     check_quantized(recipe, quantized)
     check_window(recipe, arch)
     if recipe.adapter.modules_to_save:

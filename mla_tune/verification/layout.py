@@ -165,9 +165,7 @@ class LayoutCheck:
 
     def _wrong_keys(self) -> Iterator[tuple[str, str]]:
         base, merged = self.base.checkpoint.tensors, self.merged.checkpoint.tensors
-        scales = {
-            k for w in self.dequantized for k in (self.base.quantized[w].scale.key, *self.base.quantized[w].companions)
-        }
+        scales = {key for weight in self.dequantized for key in self.base.quantized[weight].dependent_keys}
         for key in base:
             if self.dequantized_keys.get(key, key) not in merged and key not in scales:
                 yield key, "is in the base and missing in the output"

@@ -156,7 +156,7 @@ class _WeightComparison:
             self.merged = DequantizedCheckpoint(merged, {})
         self.layout = LayoutCheck(self.base, self.merged, arch, self.expected, rules)
         #: Key of each scale in the output → key of its weight.
-        self.scales = {tensor.scale.key: key for key, tensor in self.merged.quantized.items()}
+        self.scales = {scale.key: key for key, tensor in self.merged.quantized.items() for scale in tensor.scales}
         self.reader, self.factors = TensorReader(), FactorCache()
         self.progress, self.lock = progress, threading.Lock()
         #: Set where another thread failed, so that this one ends too.

@@ -1,4 +1,4 @@
-"""`bench decode`: what is counted (cache, transient memory, weights), and its document, table and errors.  No times."""
+"""`bench decode`: bytes of cache, transient memory and weights; its JSON, table and errors.  No time is tested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mla_tune.arch.build import architecture
 from mla_tune.bench import decode as bench
-from mla_tune.bench import decode_cases as contenders
+from mla_tune.bench import decode_cases, decode_rounds, meter
 from mla_tune.bench.meter import copy_bandwidth, transient_bytes
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.errors import InputError, WorkError
@@ -35,14 +35,14 @@ def loaded(dtype: str = "float32", **changes: Any) -> Loaded:
 
 def measured(given: Loaded, contexts: tuple[int, ...] = (8, 64), batch: int = 1, adapters: int = 0, runs: int = 1):
     return bench.measure(
-        given, "tiny", contexts=contexts, batch=batch, adapters=adapters, runs=runs, say=lambda line: None
+        given, "tiny", contexts=contexts, batch=batch, adapters=adapters, runs=runs, progress=lambda line: None
     )
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_LEAST", 1)
-    monkeypatch.setattr(bench, "_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "_MIN_CALLS", 1)
+    monkeypatch.setattr(meter, "_SECONDS", 0.0)
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
 
 
@@ -56,15 +56,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# What is counted ------------------------------------------------------------------------------------------------------
+# Counts --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype, itemsize", [("float32", 4), ("bfloat16", 2)])
 def test_cache_is_counted_to_the_byte(dtype: str, itemsize: int) -> None:
     given = loaded(dtype)
     layers, C, R = (CONFIG[key] for key in ("num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim"))
-    cache = contenders.random_cache(given.model, 3, 17, CPU)
-    assert contenders.cache_bytes(cache) == layers * 3 * 17 * (C + R) * itemsize
+    cache = decode_cases.random_cache(given.model, 3, 17, CPU)
+    assert decode_cases.cache_bytes(cache) == layers * 3 * 17 * (C + R) * itemsize
     assert [layer.keys.shape for layer in cache.layers] == [(3, 1, 17, C)] * layers
     found = measured(given, batch=3)
     assert found.formula_cache_bytes_per_token == layers * (C + R) * itemsize
@@ -72,7 +72,7 @@ def test_cache_is_counted_to_the_byte(dtype: str, itemsize: int) -> None:
     assert found.cache_agrees
 
 
-def test_a_cache_that_is_larger_is_told() -> None:
+def test_a_cache_of_another_size_than_the_formula_is_reported() -> None:
     found = measured(loaded())
     odd = dataclasses.replace(found, formula_cache_bytes_per_token=found.formula_cache_bytes_per_token - 1)
     assert not odd.cache_agrees
@@ -97,15 +97,15 @@ def test_transient_memory() -> None:
     found = measured(loaded(), contexts=(32, 128), batch=2)
     H, P, R, V = (CONFIG[k] for k in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     small, large = ({t.way: t.transient_bytes for t in at.ways} for at in found.contexts)
-    for of, S in ((small, 32), (large, 128)):
-        assert of["stock"] > 2 * S * H * (P + R + V) * 4
+    for peak, S in ((small, 32), (large, 128)):
+        assert peak["stock"] > 2 * S * H * (P + R + V) * 4
     assert large["stock"] > 2 * small["stock"]
     assert large["absorbed"] < large["stock"] / 2
 
 
-def test_the_meter_sees_what_is_freed_again() -> None:
+def test_transient_bytes_count_memory_that_is_freed_again() -> None:
     def call(kept: dict[str, torch.Tensor]) -> None:
-        kept["x"] = kept["x"] + 1  # 4 MB more for a moment: the old one is freed
+        kept["x"] = kept["x"] + 1  # 4 MB more until the old one is freed
         temporary = torch.ones(3, 1 << 20)
         del temporary
 
@@ -114,29 +114,29 @@ def test_the_meter_sees_what_is_freed_again() -> None:
     assert copy_bandwidth(CPU, size=1 << 16) > 0
 
 
-def test_weights_that_are_read() -> None:
-    """Against a count over the parameters of the model: experts that are idle and the embedding are left out."""
+def test_count_of_weights_that_a_step_reads() -> None:
+    """Equals a count over the parameters of the model without idle experts and the embedding."""
     given = loaded()
     experts = sum(p.numel() for name, p in given.model.named_parameters() if ".experts." in name)
     rest = sum(p.numel() for name, p in given.model.named_parameters() if ".experts." not in name)
     rest -= given.model.get_input_embeddings().weight.numel()
     k, E = CONFIG["num_experts_per_tok"], CONFIG["n_routed_experts"]
     assert 0 < k < E
-    assert contenders.weights_read(given.arch, 1) == rest + experts * k // E
-    assert contenders.weights_read(given.arch, E) == rest + experts
+    assert decode_cases.weights_read(given.arch, 1) == rest + experts * k // E
+    assert decode_cases.weights_read(given.arch, E) == rest + experts
 
 
 # The whole path -------------------------------------------------------------------------------------------------------
 
 
-def test_a_way_without_memory_is_told(
+def test_a_case_out_of_memory_is_named_and_the_others_are_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Stock needs the expanded context; the others go on."""
-    from mla_tune.cli.bench import print_decode
+    """Stock runs out of memory at 64 tokens; absorbed is measured there."""
+    from mla_tune.report.bench_decode_table import print_decode
     from mla_tune.report.plots import plot_decode
 
-    real = bench.transient_bytes
+    real = decode_rounds.transient_bytes
 
     def scarce(call: Any, setup: Any, device: torch.device) -> int:
         if setup().layers[0].keys.shape[2] == 64 and not is_absorbed(given.model):
@@ -144,26 +144,34 @@ def test_a_way_without_memory_is_told(
         return real(call, setup, device)
 
     given = loaded()
-    monkeypatch.setattr(bench, "transient_bytes", scarce)
+    monkeypatch.setattr(decode_rounds, "transient_bytes", scarce)
     found = measured(given, contexts=(8, 64))
     small, large = found.contexts
     assert (small.out_of_memory, large.out_of_memory) == ([], ["stock"])
     assert [t.way for t in large.ways] == ["absorbed"]
     assert (large.ways[0].ratios, large.ways[0].ratio_median, large.logits_off) == ([], None, None)
-    print_decode(found)
+    print_decode(json.loads(json.dumps(found.to_json())))
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines() if "out of memory" in line] == [["stock", "out", "of", "memory"]]
     plot_decode(json.loads(json.dumps(found.to_json())), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_everything_without_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_every_case_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: Any) -> int:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(bench, "transient_bytes", none)
+    monkeypatch.setattr(decode_rounds, "transient_bytes", none)
     with pytest.raises(WorkError, match="out of memory at 8 tokens; lower --contexts"):
         measured(loaded(), contexts=(8,))
+
+
+def test_logits_difference_is_relative_to_stock() -> None:
+    first = {
+        name: decode_rounds._FirstStep(0, torch.tensor([[value, 1.0]]))
+        for name, value in (("stock", 4.0), ("absorbed", 5.0))
+    }
+    assert decode_rounds._logits_difference(first) == 0.25
 
 
 def test_absorbed_logits_are_compared() -> None:
@@ -173,7 +181,7 @@ def test_absorbed_logits_are_compared() -> None:
     assert 0 < off < 1e-5
 
 
-def test_adapters_take_rows_in_turn_and_leave_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_alternate_over_rows_and_leave_the_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     given = loaded()
     before = {name: p.clone() for name, p in given.model.named_parameters()}
     found = measured(given, contexts=(8,), adapters=3, runs=2)
@@ -186,15 +194,15 @@ def test_adapters_take_rows_in_turn_and_leave_the_model(monkeypatch: pytest.Monk
     assert all(torch.equal(before[name], p) and p.requires_grad for name, p in after.items())
 
 
-def test_a_twin_leaves_the_cache_as_it_was() -> None:
-    """What a captured step reads must not go away."""
+def test_a_step_on_a_shared_copy_leaves_the_cache_as_it_was() -> None:
+    """A captured CUDA graph reads the tensors of the cache, so they must stay in place, with their values."""
     given = loaded()
     for kind in bench.CACHES.values():
-        cache = contenders.random_cache(given.model, 2, 9, CPU, kind)
+        cache = decode_cases.random_cache(given.model, 2, 9, CPU, kind)
         before = [(t, t.clone()) for layer in cache.layers for t in (layer.keys, layer.values)]
         with torch.no_grad():
             for _ in range(2):
-                other = contenders.shared_copy(cache)
+                other = decode_cases.shared_copy(cache)
                 other.crop(-1)
                 given.model(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=other, use_cache=True)
         after = [t for layer in cache.layers for t in (layer.keys, layer.values)]
@@ -204,11 +212,11 @@ def test_a_twin_leaves_the_cache_as_it_was() -> None:
 
 
 def test_every_row_has_its_adapter() -> None:
-    """Rows of one token differ by their adapters alone; the base's own logits are none of them."""
+    """All rows hold the same token, so their logits differ by their adapters only, and all differ from the base's."""
     given = loaded()
-    ways = contenders.bench_cases(given.model, given.arch, 4, 3, 4)
+    cases = decode_cases.bench_cases(given.model, given.arch, 4, 3, 4)
     ids = torch.full((4, 1), 5)
-    with torch.no_grad(), ways[2].ready() as net:
+    with torch.no_grad(), cases[2].prepared() as net:
         rows = net(input_ids=ids).logits[:, 0]
     with torch.no_grad():
         base = given.model(input_ids=ids).logits[:, 0]
@@ -236,7 +244,7 @@ def test_json_is_one_document(cli, folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("factor", [1, 1e-3, 1e3])
 def test_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], factor: float) -> None:
-    from mla_tune.cli.bench import print_decode
+    from mla_tune.report.bench_decode_table import print_decode
 
     found = measured(loaded(), adapters=2)
     wide = [
@@ -253,7 +261,7 @@ def test_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], factor: 
         )
         for at in found.contexts
     ]  # fmt: skip
-    print_decode(dataclasses.replace(found, contexts=wide))
+    print_decode(dataclasses.replace(found, contexts=wide).to_json())
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
@@ -261,13 +269,13 @@ def test_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], factor: 
 
 
 def test_the_reference_model() -> None:
-    given = contenders.load("bench", (512,), "bfloat16")
+    given = decode_cases.load("bench", (512,), "bfloat16")
     assert given.arch.kv_bytes("bfloat16")[0] == (256 + 32) * 8 * 2
     assert sum(p.numel() for p in given.model.parameters()) == given.arch.params_total
     assert given.model.dtype == torch.bfloat16
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -305,9 +313,9 @@ def test_out_must_not_be_a_file(cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family, words", [("kimi_linear", "another kind"), ("deepseek_v32", "DynamicIndexedLayer")])
-def test_what_is_not_a_latent_is_not_made_up(family: str, words: str) -> None:
+def test_models_that_cache_something_else_are_refused(family: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        contenders.random_cache(tiny(family), 1, 8, CPU)
+        decode_cases.random_cache(tiny(family), 1, 8, CPU)
 
 
 def test_adapter_folder_is_refused(cli, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`mla-tune bench train` on a tiny model: all that it prints comes from runs that did the same work."""
+"""`mla-tune bench train` on a tiny model: the cases do the same work, and errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def options(rows: Path, cases: str, rounds: int = 2) -> list[str]:
 
 
 @pytest.mark.slow
-def test_contenders_do_the_same_work(cli, rows_file: Path, tmp_path: Path) -> None:
+def test_all_cases_do_the_same_work(cli, rows_file: Path, tmp_path: Path) -> None:
     done = cli(*options(rows_file, "none,mla,trl"), "--json", "--out", tmp_path)
     assert done.code == 0, done.err
     found = json.loads(done.out)
@@ -38,8 +38,8 @@ def test_the_table(cli, rows_file: Path) -> None:
     assert max(len(line) for line in done.out.splitlines()[1:]) <= 80
 
 
-@pytest.mark.parametrize("cases, words", [("none,liger", "unknown liger"), ("", "and empty")])
-def test_an_unknown_contender(cli, rows_file: Path, cases: str, words: str) -> None:
+@pytest.mark.parametrize("cases, words", [("none,liger", "unknown liger"), ("", "no case given")])
+def test_an_unknown_case(cli, rows_file: Path, cases: str, words: str) -> None:
     done = cli(*options(rows_file, cases))
     assert done.code == 2
     assert words in done.err
@@ -47,14 +47,14 @@ def test_an_unknown_contender(cli, rows_file: Path, cases: str, words: str) -> N
 
 
 @pytest.mark.slow
-def test_a_contender_that_fails_says_why(cli, rows_file: Path) -> None:
+def test_a_case_that_fails_says_why(cli, rows_file: Path) -> None:
     done = cli(*options(rows_file, "none"), "--set", "data.prompt=question")
     assert done.code == 1
     assert "bench: none ended with exit code" in done.err
     assert "question" in done.err
 
 
-def test_a_recipe_that_cant_be_trained_is_refused_before_any_contender_starts(cli, rows_file: Path) -> None:
+def test_a_recipe_that_cant_be_trained_is_refused_before_any_case_starts(cli, rows_file: Path) -> None:
     done = cli(*options(rows_file, "none"), "--set", "adapter.targets=[W_Q]")
     assert done.code == 2
     assert done.err.startswith("error: adapter.targets: this DeepSeek-V3 model has no W_Q")

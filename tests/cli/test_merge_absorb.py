@@ -59,7 +59,7 @@ def test_errors_are_a_line_and_exit_code_2(cli: Cli, made: tuple[Path, Path], tm
     assert "replace it with --overwrite" in result.err
     assert "Traceback" not in result.err
     assert cli("merge-absorb", adapter, "--absorb", "twist").code == 2
-    assert "no adapter: name a run folder" in cli("merge-absorb").err
+    assert "no adapter: give a run folder" in cli("merge-absorb").err
 
 
 def test_dry_run_reads_headers_and_writes_nothing(cli: Cli, made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_eager_gives_its_weights() -> None:
 def test_long_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     whole = logits(model, ids())
-    monkeypatch.setattr("mla_tune.inference.latent_attention._SCORES", 2 * 4 * 14 * 3)
+    monkeypatch.setattr("mla_tune.inference.latent_sdpa._SCORES", 2 * 4 * 14 * 3)
     with mla_tune.absorb(model, "absorbed"):
         assert near(logits(model, ids()), whole)
 
@@ -488,7 +488,7 @@ def test_control_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_control_sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("hy_v4")
     right = logits(model, ids())
-    monkeypatch.setattr("mla_tune.inference.latent_attention._softmax", lambda scores, _: torch.softmax(scores, dim=-1))
+    monkeypatch.setattr("mla_tune.inference.latent_sdpa._softmax", lambda scores, _: torch.softmax(scores, dim=-1))
     with mla_tune.absorb(model, "absorbed"):
         assert not near(logits(model, ids()), right, 1e-3)
 

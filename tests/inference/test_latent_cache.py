@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import mla_tune
-from mla_tune.inference import latent_attention as latent
+from mla_tune.inference import latent_sdpa as latent
 from mla_tune.inference.absorb import mla_modules
 from mla_tune.inference.latent_cache import LatentCache, PreallocatedLayer, joined_rows
 from mla_tune.inference.lora_tensors import BASE

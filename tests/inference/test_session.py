@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from mla_tune.adapter.files import open_adapter
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import FileError, InputError
-from mla_tune.inference.requests import read_requests
-from mla_tune.inference.session import Request, Session, Settings
+from mla_tune.inference.requests import Request, Settings, read_requests
+from mla_tune.inference.session import Session
 from mla_tune.resources import EMBEDDED_MODEL
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]

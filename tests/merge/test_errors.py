@@ -254,7 +254,7 @@ SABOTAGE: dict[str, tuple[str, str, Callable[[Path, str], None], str, str]] = {
         "copy_auxiliary_files",
         flip,
         "model.norm.weight",
-        "is not the base's, and no adapter",
+        "differs from the base's; no adapter",
     ),
     "a missing tensor": (
         "model",

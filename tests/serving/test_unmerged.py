@@ -1,4 +1,4 @@
-"""What plan says of engines and an unmerged adapter comes from engines.json, and agrees with serve-check's facts."""
+"""The notes of `plan` on serving an adapter unmerged come from engines.json, and agree with serve-check."""
 
 from __future__ import annotations
 
