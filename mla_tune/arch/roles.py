@@ -65,7 +65,7 @@ class RoleFacts:
 
 _KEEPS_CACHE = "cache unchanged"
 _NOT_INVOLVED = "not involved"
-_MLP_NOTE = "far from attention; the usual home of new knowledge"
+_MLP_NOTE = "does not touch attention; new knowledge is usually learned here"
 
 FACTS: dict[Role, RoleFacts] = {
     Role.W_DQ: RoleFacts(
@@ -74,25 +74,26 @@ FACTS: dict[Role, RoleFacts] = {
     ),
     Role.W_UQ: RoleFacts(
         "query up-projection, per head [nope P | rope R]", "(H(P+R), L)", "linear_q_up_proj", "low",
-        "acts on the scores only", _KEEPS_CACHE, "merge before 'fold'; 'split' is not touched",
+        "changes attention scores only", _KEEPS_CACHE, "fold: merge the adapter first; split: not involved",
     ),
     Role.W_Q: RoleFacts(
         "query projection without compression, per head [nope P | rope R]", "(H(P+R), D)", "linear_q_proj", "low",
-        "acts on the scores only", _KEEPS_CACHE, "merge before 'fold'; 'split' is not touched",
+        "changes attention scores only", _KEEPS_CACHE, "fold: merge the adapter first; split: not involved",
     ),
     Role.W_DKV: RoleFacts(
         "KV compression, [latent C | shared rope key R]", "(C+R, D)", "linear_kv_down_proj", "high",
-        "the bottleneck: all keys and values of all heads go through C numbers",
+        "the bottleneck: keys and values of all heads are computed from its C numbers",
         "changes the latent: a cached prefix can't be shared with another adapter", _NOT_INVOLVED,
     ),
     Role.W_UKV: RoleFacts(
         "KV up-projection, per head [key P | value V]", "(H(P+V), C)", "linear_kv_up_proj", "medium",
         "sets keys and values of every head, so the attention scores too", _KEEPS_CACHE,
-        "is what gets absorbed: merge first, or keep it low-rank beside the split",
+        "this matrix is absorbed: merge the adapter first, or keep it as low-rank factors beside the split",
     ),
     Role.W_O: RoleFacts(
         "attention output", "(D, HV)", "linear_proj", "low",
-        "after the scores; can't disturb them", _KEEPS_CACHE, "merge before 'fold'; 'split' is not touched",
+        "comes after the attention scores and can't disturb them", _KEEPS_CACHE,
+        "fold: merge the adapter first; split: not involved",
     ),
     Role.GATE: RoleFacts("gate of a dense layer's MLP", "(I, D)", "linear_fc1", "low", _MLP_NOTE,
                          _KEEPS_CACHE, _NOT_INVOLVED),
@@ -124,7 +125,7 @@ FACTS: dict[Role, RoleFacts] = {
     ),
     Role.ATTENTION_GATE: RoleFacts(
         "gate on the output of the attention's heads", "(H, D) or (HV, D)", "", "medium",
-        "closes or opens whole heads", _KEEPS_CACHE, _NOT_INVOLVED,
+        "can switch whole heads off", _KEEPS_CACHE, _NOT_INVOLVED,
     ),
     Role.INDEXER: RoleFacts(
         "indexer of sparse attention: which cached tokens a token attends to", "several", "", "high",
@@ -144,23 +145,23 @@ FACTS: dict[Role, RoleFacts] = {
     ),
     Role.MTP_PROJECTION: RoleFacts(
         "input of an MTP layer: [embedding D | hidden D]", "(D, 2D)", "", "high",
-        "all that an MTP layer knows passes through it", _KEEPS_CACHE, _NOT_INVOLVED,
+        "an MTP layer's whole input passes through it", _KEEPS_CACHE, _NOT_INVOLVED,
     ),
     Role.TOWER: RoleFacts(
         "vision or audio tower and its projector", "several", "", "medium",
-        "images and sounds only: text does not pass through it", _KEEPS_CACHE, _NOT_INVOLVED,
+        "processes images and audio only, no text", _KEEPS_CACHE, _NOT_INVOLVED,
     ),
 }  # fmt: skip
 
 #: Why mla-tune puts no adapter on the matrices of these roles.
 REASONS_NOT_ADAPTED: dict[Role, str] = {
-    Role.ATTENTION_GATE: "attention gate: small, and it can close whole heads; not adapted by mla-tune",
+    Role.ATTENTION_GATE: "attention gate: small, and it can switch whole heads off; not adapted by mla-tune",
     Role.INDEXER: "indexer: runs without gradients, so an adapter there would never learn",
     Role.LINEAR_ATTENTION: "linear attention (KDA): no MLA; not adapted by mla-tune",
-    Role.HYPER_CONNECTION: "hyper-connection: read directly, no layer that an adapter could wrap",
+    Role.HYPER_CONNECTION: "hyper-connection: a parameter, not a layer that an adapter could wrap",
     Role.NORM_GATE: "norm gate: scales a whole layer's input; not adapted by mla-tune",
     Role.MTP_PROJECTION: "MTP layer: in the checkpoint, but transformers does not load it",
-    Role.TOWER: "tower: text does not pass through it; not adapted by mla-tune",
+    Role.TOWER: "tower: processes no text; not adapted by mla-tune",
 }
 
 #: Groups of roles that a recipe may name besides single roles.  Roles that the model lacks are skipped.

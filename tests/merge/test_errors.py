@@ -178,7 +178,7 @@ def test_options(place: Path) -> None:
         "--dtype int8: allowed are keep, float32, bfloat16, float16",
         options=MergeOptions(dtype="int8"),
     )
-    words = r"--dtype float32 writes every weight in float32: leave --quantized keep out"
+    words = r"--dtype float32 writes every weight in float32: leave out --quantized keep"
     refused(place, InputError, words, options=MergeOptions(dtype="float32", quantized="keep"))
 
 

@@ -29,9 +29,9 @@ REASON = {
     Role.ATTENTION_GATE: "gate",
     Role.INDEXER: "without gradients",
     Role.LINEAR_ATTENTION: "KDA",
-    Role.HYPER_CONNECTION: "read directly",
+    Role.HYPER_CONNECTION: "not a layer",
     Role.NORM_GATE: "norm gate",
-    Role.TOWER: "text does not pass",
+    Role.TOWER: "processes no text",
 }
 
 

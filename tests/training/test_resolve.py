@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[str | None, dict[str, Any], list[str], str]] = {
     "dropout through parameters": (None, {}, ["adapter.dropout=0.1"], "adapter.dropout: 0.1: PEFT can't do that"),
     "dora through parameters": (None, {}, ["adapter.method=dora"], "adapter.method: dora: PEFT can't do that"),
     "a role that is not there": (None, {}, ["adapter.targets=[W_Q]"], "has no W_Q"),
-    "an override of nothing": (None, {}, ["adapter.roles={W_UKV: {rank: 2}}"], "nothing of it is adapted"),
+    "an override of nothing": (None, {}, ["adapter.roles={W_UKV: {rank: 2}}"], "none of its roles is adapted"),
     "adapters lost on reload": ("mistral_large4", {}, [], "don't survive saving"),
     "packed attention and linear attention": (
         "kimi_linear",
