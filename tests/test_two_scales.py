@@ -30,7 +30,7 @@ from mla_tune.merge import apply
 from mla_tune.merge.run import merge_absorb
 from mla_tune.sockets import QUANT_FORMATS
 from mla_tune.verification.decoders import DECODERS, Decoder
-from mla_tune.verification.read import read_whole
+from mla_tune.verification.read import read_tensor
 from mla_tune.verification.verify import verify
 from tests.helpers.merging import make_adapter, make_base
 
@@ -43,7 +43,7 @@ CHANGED = ("q_b_proj", "kv_b_proj")
 
 
 class TwoScales(QuantFormat):
-    name, title, understood, bytes_per_weight = NAME, "INT4", "quant_method 'toy'", 0.75
+    name, title, kind, understood, bytes_per_weight = NAME, "INT4", "int4", "quant_method 'toy'", 0.75
 
     def claims(self, quant: Mapping[str, Any]) -> bool:
         return quant.get("quant_method") == "toy"
@@ -104,7 +104,7 @@ class TwoScalesDecoder(Decoder):
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__(tensor)
-        block, of_all = map(read_whole, tensor.scales)
+        block, of_all = map(read_tensor, tensor.scales)
         self.scales = block * of_all
 
     def codes(self, raw: torch.Tensor, rows: int) -> torch.Tensor:
@@ -119,10 +119,10 @@ class TwoScalesDecoder(Decoder):
     def step(self, scaled: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(scaled)
 
-    def blocks(self) -> torch.Tensor:
+    def zeros(self) -> torch.Tensor:
         return torch.zeros_like(self.scales)
 
-    def note(self, x: torch.Tensor, seen: torch.Tensor, begin: int, end: int) -> None:
+    def track_largest(self, x: torch.Tensor, seen: torch.Tensor, begin: int, end: int) -> None:
         largest = x.abs().to(seen.dtype).view(len(x), -1, BLOCK).amax(2)
         seen[begin:end] = torch.maximum(seen[begin:end], largest)
 
