@@ -340,7 +340,7 @@ def test_chat(adapters: dict[str, str], oracle: dict[str, list[str]]) -> None:
         "forgotten",
         "no adapter is called 'nobody'",
         "no such command",
-        "/reset   forget",
+        "/reset          forget",
     ):
         assert words in done.stderr
 
