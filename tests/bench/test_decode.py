@@ -1,4 +1,4 @@
-"""`bench decode`: bytes of cache, transient memory and weights; its JSON document, table and errors.  No time is tested."""
+"""`bench decode`: bytes of cache, transient memory and weights; JSON document, table and errors.  Tests no times."""
 
 from __future__ import annotations
 
