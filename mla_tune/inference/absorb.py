@@ -107,9 +107,7 @@ def _attach_stored_weights(model: nn.Module) -> None:
     modules = {
         path: module
         for path, module in inner.named_modules()
-        if hasattr(module, STATE)
-        and getattr(module, STATE).stored_weights is None
-        and no_plain_weight_reason(module)
+        if hasattr(module, STATE) and getattr(module, STATE).stored_weights is None and no_plain_weight_reason(module)
     }
     found, reason = find_absorbed_weights(inner, modules)
     for path, module in modules.items():

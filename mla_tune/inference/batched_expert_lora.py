@@ -82,7 +82,9 @@ class ExpertLora:
         for wrapper in wrappers(self.layer):
             refuse_merged(wrapper)
         if x.dim() != 2 or x.shape[0] % len(names) or {index.dim(), weights.dim()} != {2}:
-            raise InputError(f"adapter_names has {len(names)} names, but experts got an input of shape {tuple(x.shape)}")
+            raise InputError(
+                f"adapter_names has {len(names)} names, but experts got an input of shape {tuple(x.shape)}"
+            )
         tokens = x.shape[0] // len(names)
         if tokens > 1:
             self._contiguous_B.clear()  # several tokens a row: a prompt begins

@@ -211,7 +211,9 @@ def no_plain_weight_reason(module: Any) -> str:
     weight = base._parameters.get("weight")
     if not isinstance(base, nn.Linear) or (weight is not None and not weight.is_floating_point()):
         return f"kv_b_proj is a {type(base).__name__}"
-    if weight is None or weight.dim() != 2 or weight.element_size() < 2:  # None where it is computed by torch's parametrize
+    if (
+        weight is None or weight.dim() != 2 or weight.element_size() < 2
+    ):  # None where it is computed by torch's parametrize
         return "kv_b_proj has no plain weight"
     return "kv_b_proj is offloaded" if weight.is_meta else ""
 

@@ -70,7 +70,9 @@ def load_adapters(
             )
         config = net.peft_config[peft_names[name]]
         targets[name], config.target_parameters = config.target_parameters, None
-        missing = [key for key in result.missing_keys if f".{peft_names[name]}." in key]  # PEFT matches other names that contain this one
+        missing = [
+            key for key in result.missing_keys if f".{peft_names[name]}." in key
+        ]  # PEFT matches other names that contain this one
         _check_loaded(adapter, attached_loras(net, peft_names[name]), [*missing, *result.unexpected_keys])
     for name in adapters:
         net.peft_config[peft_names[name]].target_parameters = targets[name]

@@ -521,7 +521,7 @@ def test_control_stale_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the watch and without `forget`, a change of weights goes unseen."""
     model = adapt(build(), "x", "y", target_modules=["kv_b_proj"])
     monkeypatch.setattr("mla_tune.inference.lora_tensors.VersionGuard.holds", lambda _: True)
-    monkeypatch.setattr(LayerLora, "forget", lambda _: None)
+    monkeypatch.setattr(LayerLora, "clear_derived", lambda _: None)
     with mla_tune.absorb(model, "absorbed"):
         before = logits(model, ids(), adapter_names=["x", "y"])
         with torch.no_grad():

@@ -155,7 +155,7 @@ def test_a_plain_weight_is_not_read_from_the_file(folder: Path) -> None:
     with mla_tune.absorb(model):
         for module in mla_modules(model):
             state = getattr(module, attention.STATE)
-            assert state.stored is None
+            assert state.stored_weights is None
             assert state.weights(module.kv_b_proj.weight)[0].data_ptr() == module.kv_b_proj.weight.data_ptr()
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 import mla_tune
 from mla_tune.errors import CheckError, InputError
-from mla_tune.inference.batched_expert_lora import Pairs, PairStack
+from mla_tune.inference.batched_expert_lora import GroupedExpertWeights, SortedPairs
 from mla_tune.inference.batched_lora import drop_stale_adapter_names
 from mla_tune.inference.lora_tensors import BASE
 from tests.helpers import tiny_families
@@ -189,7 +189,7 @@ def test_merged_layers(settings: dict[str, Any]) -> None:
     with mla_tune.absorb(model, "absorbed"):
         model.merge_adapter()
         assert near(logits(model, ids()), right)
-        with pytest.raises(InputError, match="merged into the base: x; unmerge them"):
+        with pytest.raises(InputError, match="merged into the base weights: x; unmerge them"):
             logits(model, ids(), adapter_names=["x", BASE])
         drop_stale_adapter_names(model)
         with model.disable_adapter():
@@ -308,6 +308,6 @@ def test_tokens_that_belong_to_no_row(shape: tuple[int, ...]) -> None:
 def test_pairs_in_another_order() -> None:
     """A later transformers may take them so: not to be guessed at."""
     index = torch.tensor([[0, 1], [2, 0]])
-    stack = PairStack(torch.randn(3, 5, 4), [[]], Pairs.of(index, None, 1))
+    stack = GroupedExpertWeights(torch.randn(3, 5, 4), [[]], SortedPairs.sort(index, None, 1))
     with pytest.raises(CheckError, match="another order than that of the tokens"):
         stack[index.T.reshape(-1)]

@@ -143,8 +143,8 @@ def test_float64(family: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> 
 
     right = steps(DynamicCache(config=model.config))
     fused: list[int] = []
-    real = latent._fused
-    monkeypatch.setattr(latent, "_fused", lambda q, *rest: fused.append(q.shape[1]) or real(q, *rest))
+    real = latent._fused_sdpa
+    monkeypatch.setattr(latent, "_fused_sdpa", lambda q, *rest: fused.append(q.shape[1]) or real(q, *rest))
     with mla_tune.absorb(model, "absorbed"):
         ours = steps(LatentCache(config=model.config))
     for a, b in zip(ours, right, strict=True):

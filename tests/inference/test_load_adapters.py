@@ -23,7 +23,7 @@ from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
-from mla_tune.inference.load_adapters import has_whole_modules, load_adapters, without_whole_modules
+from mla_tune.inference.load_adapters import has_modules_to_save, load_adapters, modules_to_save_disabled
 from mla_tune.inference.lora_tensors import BASE
 from mla_tune.model.attach import attach, attached_loras
 from mla_tune.recipe.load import load_recipe
@@ -225,7 +225,7 @@ def test_a_file_of_single_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "more, settings, words",
     [
-        (["model.layers.0.mlp.up_proj"], {}, r"left out: model\.layers\.0\.mlp\.up_proj\.weight"),
+        (["model.layers.0.mlp.up_proj"], {}, r"not loaded: model\.layers\.0\.mlp\.up_proj\.weight"),
         ([], {"use_rslora": True}, r"gate_up_proj: rank 6, scale 4\.04145 in the file; 6, 5\.71548 in PEFT"),
     ],
 )
@@ -233,7 +233,9 @@ def test_what_peft_would_load_otherwise(tmp_path: Path, more: list[str], setting
     """Silently, were it asked itself."""
     base = make_base(tmp_path / "base")
     old = old_file(tmp_path / "old", base, *more, **settings)
-    with pytest.raises(InputError, match=rf"old: PEFT does not load this adapter as its file has it \(.*{words}"):
+    with pytest.raises(
+        InputError, match=rf"old: PEFT loads this adapter differently from what its file holds \(.*{words}"
+    ):
         together(base, {"old": old})
 
 
@@ -259,7 +261,7 @@ def test_one_matrix_as_a_module_and_as_a_parameter(
     folders = dict(reversed(folders.items())) if turned else folders
     words = (
         "module and parameter can't be in one model: both adapt model.layers.0.self_attn.o_proj, parameter as a "
-        rf"parameter \(target_parameters\), and there PEFT has no {what}, which module has. Merge one of them"
+        rf"parameter \(target_parameters\), and there PEFT does not support {what}, which module has. Merge one of them"
     )
     with pytest.raises(InputError, match=words):
         together(base, folders)
@@ -287,7 +289,7 @@ def test_a_tensor_in_the_place_of_the_bases(tmp_path: Path) -> None:
     net, lost = with_loss(base, {"a": adapter})
     assert lost == "model.embed_tokens.weight"
     assert near(logits(net), logits(alone(base, adapter)))
-    with pytest.raises(InputError, match=r"a has a model\.embed_tokens\.weight of its own that would take the place"):
+    with pytest.raises(InputError, match=r"a holds a model\.embed_tokens\.weight that would replace the base's"):
         together(base, {"b": other, "a": adapter})
 
 
@@ -299,13 +301,13 @@ def test_a_head_saved_with_its_base_layer(tmp_path: Path) -> None:
     head = load_file(base / "model.safetensors")["lm_head.weight"]
     save_file(tensors | {"base_model.model.lm_head.base_layer.weight": head}, folders["a"] / WEIGHTS)
     net = together(base, folders)
-    assert not has_whole_modules(net, "adapter_a")
+    assert not has_modules_to_save(net, "adapter_a")
     right = torch.cat([logits(alone(base, folders[name]))[i : i + 1] for i, name in enumerate("ab")])
     with mla_tune.absorb(net):
         assert near(logits(net, adapter_names=["adapter_a", "adapter_b"]), right)
 
 
-def test_whole_modules_beside_a_mixed_batch(tmp_path: Path) -> None:
+def test_modules_to_save_beside_a_mixed_batch(tmp_path: Path) -> None:
     """PEFT has them choose by row though no row has one: it raises for a norm and for adapters without the module."""
     base = make_base(tmp_path / "base")
     folders = {
@@ -315,11 +317,11 @@ def test_whole_modules_beside_a_mixed_batch(tmp_path: Path) -> None:
         "head": make_adapter(tmp_path / "head", base, target_modules=["o_proj"], modules_to_save=["lm_head"]),
     }
     net = together(base, folders)
-    assert [name for name in folders if has_whole_modules(net, f"adapter_{name}")] == ["norm", "head"]
+    assert [name for name in folders if has_modules_to_save(net, f"adapter_{name}")] == ["norm", "head"]
     right = torch.cat([logits(alone(base, folders[name]))[i : i + 1] for i, name in enumerate("ab")])
     names = {"adapter_names": ["adapter_a", "adapter_b"]}
     for before in ("a", "head"):
         net.set_adapter(f"adapter_{before}")
-        with mla_tune.absorb(net), without_whole_modules(net):
+        with mla_tune.absorb(net), modules_to_save_disabled(net):
             assert near(logits(net, **names), right)
         assert near(logits(net), logits(alone(base, folders[before]))), "they act again"

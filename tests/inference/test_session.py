@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM
 from mla_tune.adapter.files import open_adapter
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import FileError, InputError
-from mla_tune.inference.requests import Request, Settings, read_requests
+from mla_tune.inference.requests import GenerationSettings, Request, read_requests
 from mla_tune.inference.session import Session
 from mla_tune.resources import EMBEDDED_MODEL
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PROMPTS = ["Write a function that adds two numbers.", "What is 3 + 4?", "Name a color.", "Count to three."]
-SHORT = Settings(max_new_tokens=12)
+SHORT = GenerationSettings(max_new_tokens=12)
 
 
 def make_adapter(folder: Path, seed: int, **settings: Any) -> Path:
@@ -171,7 +171,7 @@ def test_acceptance_of_unmerged_adapters(session: Session, oracle: dict[str, lis
 
 
 def test_batches(session: Session) -> None:
-    answers = ask(session, *["one", None] * 3, settings=Settings(max_new_tokens=2, batch=4))
+    answers = ask(session, *["one", None] * 3, settings=GenerationSettings(max_new_tokens=2, batch=4))
     assert [a.batch for a in answers] == [4, 4, 4, 4, 2, 2]
 
 
@@ -191,7 +191,7 @@ def test_streamed_text_is_the_answer(session: Session) -> None:
 
 def test_sampling(session: Session) -> None:
     def text(seed: int, top_p: float) -> str:
-        return ask(session, "one", settings=Settings(12, temperature=1.5, top_p=top_p, seed=seed))[0].text
+        return ask(session, "one", settings=GenerationSettings(12, temperature=1.5, top_p=top_p, seed=seed))[0].text
 
     assert text(1, 1.0) == text(1, 1.0) != text(2, 1.0)
     assert text(1, 0.01) == text(2, 0.01) == ask(session, "one")[0].text, "of the likeliest token alone"
@@ -224,7 +224,7 @@ def test_the_base_beside_an_adapter_that_replaces_its_tensors(adapters: dict[str
     save_file(load_file(file) | {"base_model.model.model.embed_tokens.weight": embedding + 0.1}, file)
     session = Session("embedded", {"x": str(tmp_path / "x")})
     assert ask(session, "x")[0].text
-    with pytest.raises(InputError, match=r"the adapter has a model\.embed_tokens\.weight of its own in the place"):
+    with pytest.raises(InputError, match=r"the adapter has replaced model\.embed_tokens\.weight of the base"):
         ask(session, "x", None)
 
 
@@ -315,7 +315,7 @@ def test_generate_command(cli: Any, adapters: dict[str, str], oracle: dict[str, 
         (("--prompt", "x", "--prompts", "y"), "give --prompt TEXT, or --prompts"),
         ((), "give --prompt TEXT, or --prompts"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
-        (("--prompt", "x", "--adapter", "=y"), "NAME=DIR or DIR was expected"),
+        (("--prompt", "x", "--adapter", "=y"), "expected NAME=DIR or DIR"),
         (("--prompt", "x", "--adapter", "a=b", "--adapter", "a=c"), "the name of another adapter already"),
         (("--prompt", "x", "--stream", "--json"), "--stream shows one answer"),
     ],
