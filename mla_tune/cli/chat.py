@@ -24,11 +24,11 @@ def command(
             "--adapter",
             "-a",
             metavar="[NAME=]DIR",
-            help="Load an adapter folder or run folder, under a name for /adapter; repeatable.",
+            help="Load an adapter or run folder, named for /adapter; repeatable.",
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum length of an answer, in tokens.")
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum tokens of an answer.")
     ] = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

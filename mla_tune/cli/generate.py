@@ -47,7 +47,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help="File with many prompts: a JSON object a line, with prompt or messages, and optionally adapter.",
+            help="File of prompts: a JSON object a line, with prompt or messages, and optionally adapter.",
         ),
     ] = None,
     adapter: Annotated[
@@ -60,7 +60,7 @@ def command(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum length of an answer, in tokens.")
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum tokens of an answer.")
     ] = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -68,13 +68,13 @@ def command(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Number of prompts answered at once.")] = 8,
     attention: Attention = "auto",
     stream: Annotated[
-        bool, typer.Option("--stream", help="Print the answer while it is generated; one prompt and one adapter only.")
+        bool, typer.Option("--stream", help="Print the text of a single answer while it is generated.")
     ] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else: an answer, or a list of answers.")
+        bool, typer.Option("--json", help="Print one JSON document: an answer, or a list of answers.")
     ] = False,
 ) -> None:
     """Answer prompts with a model, merged or with unmerged adapters, several in one batch."""

@@ -57,7 +57,7 @@ class absorb:
 
 
 def expand(model: Model) -> Model:
-    """Undo `absorb`, and return the model, which is then bit for bit as before; one that is not absorbed is left alone."""
+    """Undo `absorb`; return the model, bit for bit as before.  Does nothing to a model that is not absorbed."""
     for module in mla_modules(model):
         if hasattr(module, STATE):
             _expand_module(module)
@@ -102,7 +102,7 @@ def _absorb_module(module: Any, mode: str) -> None:
 
 
 def _attach_stored_weights(model: nn.Module) -> None:
-    """Give modules whose `kv_b_proj` has no plain weight W_UK and W_UV from the file beside the model, if it matches."""
+    """Give modules without a plain `kv_b_proj` weight W_UK and W_UV from the file beside the model, if it matches."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = {
         path: module

@@ -1,8 +1,8 @@
 """W_UK and W_UV from the absorbed.safetensors beside a model, for modules whose `kv_b_proj` has no plain weight.
 
-That is a `kv_b_proj` that is quantized (bitsandbytes, FP8) or offloaded.  Where it has a plain weight, W_UK and W_UV are
-views of that weight: these need no memory and never go stale, while the file's tensors would be a second copy of the
-same bits.
+Such a `kv_b_proj` is quantized (bitsandbytes, FP8) or offloaded.  Where it has a plain weight, W_UK and W_UV are views
+of that weight: these need no memory and never go stale, while the file's tensors would be a second copy of the same
+bits.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def _uses_absorbed(state: LatentAttention, B: int, T: int, latent: torch.Tensor,
 def _mask_by_indices(
     mask: torch.Tensor | None, indices: torch.Tensor | None, query: torch.Tensor, S: int
 ) -> torch.Tensor | None:
-    """Return the mask, restricted to the keys (B, T, k) that an indexer chose, where a model passes them as `indices`."""
+    """Return the mask, restricted to the keys `indices` (B, T, k) of an indexer where a model passes them."""
     if indices is None:
         return mask if mask is None else mask[..., :S]
     chosen = torch.zeros(indices.shape[0], indices.shape[1], S, dtype=torch.bool, device=query.device)

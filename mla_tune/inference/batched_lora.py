@@ -35,8 +35,8 @@ class BatchedLoraForward:
         self.lora = LayerLora(layer)
         #: Factors, where the layer adapts routed experts.
         self.experts = ExpertLora(layer)
-        #: Whether the layer is in the text decoder, whose tokens belong to rows of the batch.  Patches of an image, which
-        #: a vision tower computes, do not.
+        #: Whether the layer is in the text decoder, whose tokens belong to rows of the batch.  The image patches in a
+        #: vision tower do not.
         self.in_text_decoder = False
         self._is_recording, self._recorded_names = False, None
 

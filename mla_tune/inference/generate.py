@@ -31,14 +31,14 @@ def generate(
 
     `model`: a model folder, a run folder (its merged model, else its base with its adapter), an adapter folder,
     "embedded", or a hub id.  `prompts`: a text, the messages of a chat (dictionaries with `role` and `content`), or a
-    list of either.  `adapters`: names and folders of unmerged adapters to load.  `adapter`: the name of the adapter that
-    answers all prompts, or a list with a name for each prompt.  The name None means the model without an adapter; but
-    where `adapter` is not given and exactly one adapter is loaded (from `model` or `adapters`), that one answers.
+    list of either.  `adapters`: names and folders of unmerged adapters to load.  `adapter`: the adapter that answers:
+    one name for all prompts, or a list with one for each.  None is the model without an adapter; but if `adapter` is
+    not given and exactly one adapter is loaded (from `model` or `adapters`), that one answers.
 
     `max_new_tokens`: maximum length of an answer.  `temperature`: 0 takes the most likely token; above 0, tokens are
     sampled with `seed` from the most likely ones that together have the probability `top_p`.  `raw`: do not apply the
-    chat template.  `batch_size`: number of prompts answered at once.  `attention`: "auto", "absorbed" or "expanded" (see
-    `mla_tune.absorb`).
+    chat template.  `batch_size`: number of prompts answered at once.  `attention`: "auto", "absorbed" or "expanded", as
+    for `mla_tune.absorb`.
 
     Raises `InputError` for an unknown adapter or a prompt that does not fit the model's window, `FileError` for a
     folder that is missing or damaged.

@@ -35,8 +35,8 @@ def latent_sdpa(
         q = torch.cat((q, q_rope), dim=-1)
         if sinks is None and not return_weights and _is_fused_faster(q, mask):
             return _fused_sdpa(q, rows, mask)[..., :C], None
-    # On a CPU oneDNN multiplies 16-bit matrices, and would copy the latents out of the joined rows.  Multiplying with the
-    # whole rows, and dropping the last R columns of the result, avoids the copy.
+    # On a CPU oneDNN multiplies 16-bit matrices, and would copy the latents out of the joined rows.  Multiplying with
+    # the joined rows, and dropping the last R columns of the result, avoids the copy.
     values = rows if rows is not None and q.is_cpu and q.element_size() == 2 else latent
     step = max(1, (_SCORES if q.is_cpu else _SCORES_GPU) // (B * H * S))
     outputs, all_weights = [], []

@@ -3,8 +3,8 @@
 For each adapted parameter of a module, PEFT puts a wrapper around the module: that of down_proj around that of
 gate_up_proj around the experts.  The keys in an adapter's file say how deep a wrapper lies, but not for which parameter
 it is.  Therefore PEFT refuses adapters whose `target_parameters` differ.  Here a temporary adapter, with the parameters
-of all adapters, creates the wrappers.  Then each adapter is loaded with its own config, its keys renamed to the depth of
-its wrappers, and the temporary adapter is deleted.
+of all adapters, creates the wrappers.  Then each adapter is loaded with its own config, and its keys are renamed to the
+depth of its wrappers.  At the end the temporary adapter is deleted.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ def load_adapters(
             )
         config = net.peft_config[peft_names[name]]
         targets[name], config.target_parameters = config.target_parameters, None
-        missing = [
-            key for key in result.missing_keys if f".{peft_names[name]}." in key
-        ]  # PEFT matches other names that contain this one
+        # PEFT also lists keys of adapters whose names contain this one.
+        missing = [key for key in result.missing_keys if f".{peft_names[name]}." in key]
         _check_loaded(adapter, attached_loras(net, peft_names[name]), [*missing, *result.unexpected_keys])
     for name in adapters:
         net.peft_config[peft_names[name]].target_parameters = targets[name]
@@ -177,6 +176,6 @@ def _check_loaded(adapter: Adapter, attached: list[AttachedLora], unmatched_keys
         more = f", and {len(problems) - 3:,} more" if len(problems) > 3 else ""
         raise InputError(
             f"{adapter.folder}: PEFT loads this adapter differently from what its file holds "
-            f"({'; '.join(problems[:3])}{more}). Merge it with mla-tune merge-absorb, which follows the file, and use the "
-            "merged model"
+            f"({'; '.join(problems[:3])}{more}). Merge it with mla-tune merge-absorb, which follows the file, and use "
+            "the merged model"
         )

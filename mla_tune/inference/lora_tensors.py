@@ -217,8 +217,8 @@ def refuse_merged(layer: Any) -> None:
     """Raise `InputError` where adapters are merged into the weights of `layer`, and so would apply to every row."""
     if layer.merged:
         raise InputError(
-            f"adapters are merged into the base weights: {', '.join(layer.merged_adapters)}; unmerge them before a call "
-            "with adapter_names"
+            f"adapters are merged into the base weights: {', '.join(layer.merged_adapters)}; unmerge them before a "
+            "call with adapter_names"
         )
 
 

@@ -1,4 +1,4 @@
-"""Adapters of any placement in one model.
+"""Several adapters with different placements in one model.
 
 The oracle is each adapter alone, as PEFT loads and merges it; that all of them are what their files say is compared
 with the files.
@@ -55,7 +55,7 @@ def base_of(folder: Path, family: str) -> Path:
 
 
 def trained(base: Path, folder: Path, placement: dict[str, Any]) -> Path:
-    """An adapter of a recipe on `base`, as if trained, saved by PEFT."""
+    """An adapter for a recipe's targets on `base`, with random weights, saved by PEFT."""
     arch = architecture(json.loads((base / "config.json").read_text()))
     section = AdapterSection.model_validate({"rank": 6, "alpha": 10} | placement)
     with warnings.catch_warnings():
@@ -74,7 +74,7 @@ def opened(base: Path, folder: Path) -> Adapter:
 
 
 def together(base: Path, folders: dict[str, Path]) -> Any:
-    """PEFT's names are those of the adapters with `adapter_` before."""
+    """Load the adapters; their names in PEFT are `adapter_NAME`."""
     net, lost = with_loss(base, folders)
     assert lost == ""
     return net
@@ -95,7 +95,7 @@ def logits(model: Any, tokens: torch.Tensor = TOKENS, **kwargs: Any) -> torch.Te
 
 
 def alone(base: Path, folder: Path) -> Any:
-    """By PEFT, merged."""
+    """Logits of an adapter that PEFT has loaded alone and merged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(load(base), str(folder)).merge_and_unload().eval()
@@ -110,7 +110,7 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(base, the folder of every placement, its logits when alone)."""
+    """(base, folder of an adapter for each placement, logits of each adapter loaded alone)."""
     folder = tmp_path_factory.mktemp("side-by-side")
     base = base_of(folder, request.param)
     torch.manual_seed(5)
@@ -121,7 +121,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @fast_cases("deepseek_v3-False")
 @pytest.mark.parametrize("turned", [False, True])
 def test_all_placements_in_one_model(made: Any, turned: bool) -> None:
-    """In both orders of loading; nobody is warned of anything, and no file is written to."""
+    """Adapters load in both orders, without warnings, and no file is written."""
     base, folders, right = made
     before = {name: digest(path) for name, path in folders.items()}
     names = list(folders)[::-1] if turned else list(folders)
@@ -150,7 +150,7 @@ def test_all_placements_in_one_model(made: Any, turned: bool) -> None:
 
 @fast_cases("deepseek_v3")
 def test_placement_is_that_of_the_files(made: Any) -> None:
-    """Matrices, ranks and scales are those that PEFT gives the adapter alone, and the numbers are the file's."""
+    """Matrices, ranks and scales are as in a model with that adapter alone; weights equal those in the file."""
     base, folders, _ = made
     net = together(base, folders)
     for name, folder in folders.items():
@@ -172,7 +172,7 @@ def test_placement_is_that_of_the_files(made: Any) -> None:
 
 
 def test_one_parameter_beside_the_other(tmp_path: Path) -> None:
-    """Both files have the same keys, `experts.lora_A`, and mean different weights."""
+    """Both files have the key `experts.lora_A`, but for different parameters."""
     base = make_base(tmp_path / "base")
     folders = {
         name: make_adapter(tmp_path / name, base, target_parameters=[f"mlp.experts.{name}"])
@@ -201,7 +201,7 @@ def old_file(folder: Path, base: Path, *more: str, **settings: Any) -> Path:
 
 
 def test_a_file_of_single_experts(tmp_path: Path) -> None:
-    """Which PEFT joins to stacks, here beside another adapter on them; the oracle adds every expert's by hand."""
+    """PEFT stacks the experts' LoRAs, beside another adapter; the oracle adds each expert's delta itself."""
     torch.manual_seed(3)
     base = make_base(tmp_path / "base")
     old = old_file(tmp_path / "old", base)
@@ -229,8 +229,10 @@ def test_a_file_of_single_experts(tmp_path: Path) -> None:
         ([], {"use_rslora": True}, r"gate_up_proj: rank 6, scale 4\.04145 in the file; 6, 5\.71548 in PEFT"),
     ],
 )
-def test_what_peft_would_load_otherwise(tmp_path: Path, more: list[str], settings: Any, words: str) -> None:
-    """Silently, were it asked itself."""
+def test_adapters_that_peft_loads_differently_are_refused(
+    tmp_path: Path, more: list[str], settings: Any, words: str
+) -> None:
+    """PEFT itself would load them without a warning."""
     base = make_base(tmp_path / "base")
     old = old_file(tmp_path / "old", base, *more, **settings)
     with pytest.raises(
@@ -239,11 +241,13 @@ def test_what_peft_would_load_otherwise(tmp_path: Path, more: list[str], setting
         together(base, {"old": old})
 
 
-def test_keys_that_peft_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT leaves such an adapter at its first values, and says nothing."""
+def test_keys_that_peft_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT would leave the initial values in such an adapter, without a warning."""
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "a", base, target_modules=["o_proj"])
-    monkeypatch.setattr("mla_tune.inference.load_adapters._moved", lambda *_: {r"\.o_proj\.lora_B": ".o_proj.lora_C"})
+    monkeypatch.setattr(
+        "mla_tune.inference.load_adapters._key_mapping", lambda *_: {r"\.o_proj\.lora_B": ".o_proj.lora_C"}
+    )
     with pytest.raises(InputError, match=r"not loaded: base_model\.model\.model\.layers\.0\.self_attn\.o_proj\.lora_B"):
         together(base, {"a": adapter})
 
@@ -279,8 +283,8 @@ def test_one_matrix_as_a_module_and_as_a_parameter_of_plain_lora(tmp_path: Path)
         assert near(logits(net), logits(alone(base, folder))), name
 
 
-def test_a_tensor_in_the_place_of_the_bases(tmp_path: Path) -> None:
-    """PEFT loads a saved embedding into the base: every other adapter would have it."""
+def test_a_saved_embedding_that_would_overwrite_the_base(tmp_path: Path) -> None:
+    """PEFT loads a saved embedding into the base, so it would apply to every other adapter."""
     base = make_base(tmp_path / "base")
     adapter, other = (make_adapter(tmp_path / name, base, target_modules=["o_proj"]) for name in "ab")
     tensors = load_file(adapter / WEIGHTS)
@@ -294,7 +298,7 @@ def test_a_tensor_in_the_place_of_the_bases(tmp_path: Path) -> None:
 
 
 def test_a_head_saved_with_its_base_layer(tmp_path: Path) -> None:
-    """As PEFT saves an adapted head: the base's own tensor, which changes nothing."""
+    """PEFT saves an adapted head with the base's tensor; loading that tensor changes nothing."""
     base = make_base(tmp_path / "base")
     folders = {name: make_adapter(tmp_path / name, base, target_modules=["lm_head", "o_proj"]) for name in "ab"}
     tensors = load_file(folders["a"] / WEIGHTS)
@@ -308,7 +312,7 @@ def test_a_head_saved_with_its_base_layer(tmp_path: Path) -> None:
 
 
 def test_modules_to_save_beside_a_mixed_batch(tmp_path: Path) -> None:
-    """PEFT has them choose by row though no row has one: it raises for a norm and for adapters without the module."""
+    """PEFT would look up the module of each row, and raise for a norm and for adapters without the module."""
     base = make_base(tmp_path / "base")
     folders = {
         "a": make_adapter(tmp_path / "a", base, target_modules=["o_proj"]),
