@@ -63,9 +63,9 @@ class ExpertLora:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        #: Contiguous copies of B (E, out, r) by (parameter name, adapter name), each after PEFT's parameter, its version
-        #: and its place in memory when the copy was made.  In PEFT's B the matrix of one expert is scattered, and
-        #: reading it there takes ten times as long.
+        #: Contiguous copies of B (E, out, r) by (parameter name, adapter name), each after PEFT's parameter, its
+        #: version and its place in memory when the copy was made.  In PEFT's B the matrix of one expert is scattered,
+        #: and reading it there takes ten times as long.
         self._contiguous_B: dict[tuple[str, str], tuple[Any, int, int, torch.Tensor]] = {}
 
     def forward_active(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -220,8 +220,8 @@ def _multiply_by_head(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """Multiply x (B, H, T, n) with W (H, n, m), one matrix for each head; return (B, H, T, m)."""
     B, H, T, _ = x.shape
     flat = x.squeeze(0) if B == 1 else x.transpose(0, 1).reshape(H, B * T, -1)
-    # On a CPU oneDNN multiplies 16-bit matrices, and copies a right factor that is a transposed view.  As a left factor,
-    # W.mT has contiguous rows and is not copied, so compute (Wᵀ xᵀ)ᵀ instead.
+    # On a CPU oneDNN multiplies 16-bit matrices, and copies a right factor that is a transposed view.  As a left
+    # factor, W.mT has contiguous rows and is not copied, so compute (Wᵀ xᵀ)ᵀ instead.
     transposed = W.device.type == "cpu" and W.element_size() == 2 and W.stride(-1) != 1
     y = torch.bmm(W.mT, flat.mT).mT if transposed else torch.bmm(flat, W)
     return y.unsqueeze(0) if B == 1 else y.view(H, B, T, -1).transpose(0, 1)

@@ -229,9 +229,7 @@ def test_a_file_of_single_experts(tmp_path: Path) -> None:
         ([], {"use_rslora": True}, r"gate_up_proj: rank 6, scale 4\.04145 in the file; 6, 5\.71548 in PEFT"),
     ],
 )
-def test_adapters_that_peft_loads_differently_are_refused(
-    tmp_path: Path, more: list[str], settings: Any, words: str
-) -> None:
+def test_adapters_that_peft_misloads_are_refused(tmp_path: Path, more: list[str], settings: Any, words: str) -> None:
     """PEFT itself would load them without a warning."""
     base = make_base(tmp_path / "base")
     old = old_file(tmp_path / "old", base, *more, **settings)

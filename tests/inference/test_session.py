@@ -256,7 +256,7 @@ def test_an_adapter_of_other_shapes(adapters: dict[str, str], tmp_path: Path) ->
 def test_other_folders(tmp_path: Path, adapters: dict[str, str]) -> None:
     with pytest.raises(FileError, match="not an adapter folder"):
         Session("embedded", {"x": str(tmp_path)})
-    with pytest.raises(InputError, match="'base' is the model without an adapter"):
+    with pytest.raises(InputError, match="'base' means the model without an adapter"):
         Session("embedded", {"base": adapters["one"]})
 
 
