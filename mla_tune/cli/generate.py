@@ -1,4 +1,4 @@
-"""`mla-tune generate`."""
+"""`mla-tune generate`: answer prompts with a model, merged or with unmerged adapters."""
 
 from __future__ import annotations
 
@@ -10,27 +10,45 @@ import typer
 if TYPE_CHECKING:
     from mla_tune.inference.requests import Request
 
-#: What `chat` is told, too.
-Model = Annotated[str, typer.Argument(help="A model folder, hub id, run folder, adapter folder, or 'embedded'.")]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0, help="0: the likeliest token.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
+# Arguments and options that `chat` has, too.
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A model folder, hub id, run folder (its merged model, or its base and adapter), adapter folder (with the "
+        "base that it names), or 'embedded'."
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", "-t", min=0, help="Temperature of sampling; 0 takes the most likely token (greedy)."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the random numbers in sampling.")]
 TopP = Annotated[
-    float, typer.Option("--top-p", min=0.01, max=1, help="Sample among the likeliest tokens of this share.")
+    float,
+    typer.Option(
+        "--top-p", min=0.01, max=1, help="Sample from the most likely tokens that together have this probability."
+    ),
 ]
 Attention = Annotated[
     Literal["auto", "absorbed", "expanded"],
-    typer.Option(help="'absorbed' decodes in the latent space; 'auto' takes the cheaper one for each call."),
+    typer.Option(
+        help="Compute attention absorbed (over the latent cache), expanded (as stock transformers does), or auto: "
+        "whichever is faster for each call."
+    ),
 ]
 
 
 def command(
     model: Model,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="What to answer; '-' reads standard input.")
+        str | None, typer.Option("--prompt", "-p", help="Prompt to answer; '-' reads it from standard input.")
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.jsonl", help="Many: a line each, with prompt or messages, and adapter."),
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="File of prompts: a JSON object a line, with prompt or messages, and optionally adapter.",
+        ),
     ] = None,
     adapter: Annotated[
         list[str] | None,
@@ -38,20 +56,26 @@ def command(
             "--adapter",
             "-a",
             metavar="[NAME=]DIR",
-            help="Adapter or run folder. With several, each answers --prompt.",
+            help="Load an adapter folder or run folder, under a name; repeatable. Each adapter answers --prompt.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum tokens of an answer.")
+    ] = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts answered at a time.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Number of prompts answered at once.")] = 8,
     attention: Attention = "auto",
-    stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it stands, without chat template.")
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print the text of a single answer while it is generated.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document: an answer, or a list.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document: an answer, or a list of answers.")
+    ] = False,
 ) -> None:
     """Answer prompts with a model, merged or with unmerged adapters, several in one batch."""
     import sys
@@ -60,24 +84,26 @@ def command(
     from mla_tune.errors import InputError
 
     if (prompt is None) == (prompts is None):
-        raise InputError("give --prompt TEXT, or --prompts FILE.jsonl for many")
+        raise InputError("give either --prompt TEXT, or --prompts FILE.jsonl with many prompts")
     if prompt == "-":
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise InputError("--prompt is empty")
     named = named_adapters(adapter or [])
-    from mla_tune.inference.requests import Settings
+    from mla_tune.inference.requests import GenerationSettings
     from mla_tune.inference.session import Session
 
     session = Session(model, named, attention)
     requests = _requests(prompt, prompts, session.adapters)
     if stream and (json or len(requests) > 1):
-        raise InputError("--stream shows one answer as text: leave out --json, and ask one prompt of one adapter")
-    settings = Settings(max_new_tokens, temperature, top_p, seed, raw, batch)
-    if why := session.not_absorbed():
-        err.print(f"note: attention is expanded: {why}", soft_wrap=True)
-    shown = (lambda text: print(text, end="", flush=True)) if stream else None
-    answers = session.answer(requests, settings, shown)
+        raise InputError("--stream prints one answer as text: leave out --json, and give one prompt and one adapter")
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw, batch_size=batch
+    )
+    if reason := session.not_absorbed_reason():
+        err.print(f"note: attention is expanded: {reason}", soft_wrap=True)
+    on_text = (lambda text: print(text, end="", flush=True)) if stream else None
+    answers = session.answer(requests, settings, on_text)
     if json:
         print_json([a.to_json() for a in answers] if prompts or len(answers) > 1 else answers[0].to_json())
         return
@@ -94,7 +120,11 @@ def command(
 
 
 def named_adapters(given: list[str]) -> dict[str, str]:
-    """`NAME=DIR` or `DIR`: a folder without a name is `adapter`, or has its own where there are several."""
+    """Parse the values of `--adapter`, `NAME=DIR` or `DIR`; return name → folder.
+
+    Without NAME, a single adapter is called `adapter`, and one of several has the name of its folder.  Raises
+    `InputError` for a value that is neither, and for a name given twice.
+    """
     from mla_tune.errors import InputError
 
     named: dict[str, str] = {}
@@ -104,14 +134,17 @@ def named_adapters(given: list[str]) -> dict[str, str]:
             path = Path(text).expanduser()
             name, folder = ("adapter" if len(given) == 1 else path.resolve().name), text
         if not name or not folder:
-            raise InputError(f"--adapter {text}: NAME=DIR or DIR was expected")
+            raise InputError(f"--adapter {text}: expected NAME=DIR or DIR")
         if name in named:
-            raise InputError(f"--adapter {text}: '{name}' is the name of another adapter already: give NAME=DIR")
+            raise InputError(
+                f"--adapter {text}: another adapter is already called '{name}': give NAME=DIR with another name"
+            )
         named[name] = folder
     return named
 
 
 def _requests(prompt: str | None, prompts: Path | None, adapters: list[str]) -> list[Request]:
+    """Return the requests of the file `prompts`, or `prompt` for each adapter."""
     from mla_tune.inference.requests import Request, read_requests
 
     if prompts is not None:

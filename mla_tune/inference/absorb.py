@@ -14,8 +14,9 @@ from mla_tune.errors import InputError, NotMLAError
 from mla_tune.inference.absorbed_weights import find_absorbed_weights
 from mla_tune.inference.attention_interface import PREFIX, STATE, register
 from mla_tune.inference.batched_lora import disable_batched_lora, enable_batched_lora
-from mla_tune.inference.latent_attention import LatentAttention, no_plain_weight
+from mla_tune.inference.latent_attention import LatentAttention, no_plain_weight_reason
 
+#: Values of `absorb(mode=…)`.
 MODES = ("auto", "absorbed", "expanded")
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,16 +24,17 @@ Model = TypeVar("Model", bound=nn.Module)
 class absorb:
     """Make every MLA module of `model` attend in the latent space where that is cheaper.
 
-    `model` is a transformers model or a `PeftModel` on one.  No weight is changed or copied, and nothing else about the
-    model: `generate`, caches, adapters and `adapter_names` work as before.  `mode`: auto (each call takes the cheaper
-    way: decoding is absorbed, long prompts are expanded), absorbed or expanded.  Called again, it changes the mode.
-    `model.set_attn_implementation` ends it: call it again to absorb over another implementation.
+    `model` is a transformers model or a `PeftModel` on one.  No weight is changed or copied, and `generate`, caches,
+    adapters and `adapter_names` work as before.  `mode` is `auto` (each call uses the cheaper form: decoding is
+    absorbed, long prompts are expanded), `absorbed` or `expanded`.  Another call of `absorb` changes the mode.
+    `model.set_attn_implementation` ends absorption: call `absorb` again to absorb over the new implementation.
 
     Where `kv_b_proj` is quantized or offloaded, W_UK and W_UV come from the absorbed.safetensors beside the model, if
-    that was made from it; modules that stay expanded are told by `unsupported_reasons`.
+    that file was made from this model.  `unsupported_reasons` names the modules that stay expanded in every mode.
 
-    As a function it returns nothing of use and lasts until `expand(model)`; as a context manager (`with absorb(model)
-    as model:`) until the block ends.  Raises `NotMLAError` for a model without MLA modules, `InputError` for a mode.
+    Called as a function, absorption lasts until `expand(model)`, and the return value is not needed; as a context
+    manager (`with absorb(model) as model:`), until the block ends.  Raises `NotMLAError` for a model without MLA
+    modules, and `InputError` for an unknown mode.
     """
 
     def __init__(self, model: Any, mode: str = "auto") -> None:
@@ -43,8 +45,8 @@ class absorb:
         if not modules:
             raise NotMLAError(f"{type(model).__name__} has no Multi-head Latent Attention")
         for module in modules:
-            _absorb(module, mode)
-        _take_stored(model)
+            _absorb_module(module, mode)
+        _attach_stored_weights(model)
         enable_batched_lora(model)
 
     def __enter__(self) -> Any:
@@ -55,10 +57,10 @@ class absorb:
 
 
 def expand(model: Model) -> Model:
-    """Take `absorb` back: the model is as it was, to the bit.  Does nothing to a model that is not absorbed."""
+    """Undo `absorb`; return the model, bit for bit as before.  Does nothing to a model that is not absorbed."""
     for module in mla_modules(model):
         if hasattr(module, STATE):
-            _expand(module)
+            _expand_module(module)
     disable_batched_lora(model)
     return model
 
@@ -69,47 +71,52 @@ def is_absorbed(model: nn.Module) -> bool:
 
 
 def mla_modules(model: nn.Module) -> Iterator[Any]:
-    """The attention modules with a latent cache: exact in all families of transformers 5.23."""
+    """Yield the attention modules with a latent cache.
+
+    In all MLA families of transformers 5.23 these, and no others, have `kv_b_proj` and `expand_kv`.
+    """
     return (m for m in model.modules() if hasattr(m, "kv_b_proj") and hasattr(m, "expand_kv"))
 
 
 def unsupported_reasons(model: nn.Module) -> dict[str, str]:
-    """By module path, why it is not absorbed whatever the mode; empty where all can be."""
-    found = {}
+    """Return module path → reason for each module of an absorbed model that stays expanded whatever the mode."""
+    reasons = {}
     for path, module in model.named_modules():
         state: LatentAttention | None = getattr(module, STATE, None)
-        if state is not None and (why := state.unsupported_reason()):
-            found[path] = why
-    return found
+        if state is not None and (reason := state.unsupported_reason()):
+            reasons[path] = reason
+    return reasons
 
 
-def _absorb(module: Any, mode: str) -> None:
+def _absorb_module(module: Any, mode: str) -> None:
+    """Give an attention module its `LatentAttention` and the attention implementation that uses it."""
     state: LatentAttention | None = getattr(module, STATE, None)
     if state is None:
         state = LatentAttention(module)
         setattr(module, STATE, state)
-        module.expand_kv = MethodType(_keep_latent, module)
+        module.expand_kv = MethodType(_skip_expansion, module)
     config = module.config
     if not config._attn_implementation.startswith(PREFIX):
         config._attn_implementation = register(config._attn_implementation)
     state.mode = mode
 
 
-def _take_stored(model: nn.Module) -> None:
-    """For modules without a plain `kv_b_proj`, W_UK and W_UV from the file beside the model, where it fits."""
+def _attach_stored_weights(model: nn.Module) -> None:
+    """Give modules without a plain `kv_b_proj` weight W_UK and W_UV from the file beside the model, if it matches."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    wanting = {
+    modules = {
         path: module
         for path, module in inner.named_modules()
-        if hasattr(module, STATE) and getattr(module, STATE).stored is None and no_plain_weight(module)
+        if hasattr(module, STATE) and getattr(module, STATE).stored_weights is None and no_plain_weight_reason(module)
     }
-    found, why = find_absorbed_weights(inner, wanting)
-    for path, module in wanting.items():
+    found, reason = find_absorbed_weights(inner, modules)
+    for path, module in modules.items():
         state: LatentAttention = getattr(module, STATE)
-        state.stored, state.not_stored = found.get(path), why
+        state.stored_weights, state.no_stored_weights_reason = found.get(path), reason
 
 
-def _expand(module: Any) -> None:
+def _expand_module(module: Any) -> None:
+    """Remove what `_absorb_module` added."""
     del module.expand_kv
     delattr(module, STATE)
     name = module.config._attn_implementation
@@ -117,10 +124,13 @@ def _expand(module: Any) -> None:
         module.config._attn_implementation = name.removeprefix(PREFIX)
 
 
-def _keep_latent(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In the place of `expand_kv`: the latent (B, 1, S, C) and the rope key (B, 1, S, R) as they are."""
+def _skip_expansion(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace `expand_kv`: return the latent (B, 1, S, C) and the rope key (B, 1, S, R) unexpanded.
+
+    The attention function (`attention_interface`) then receives them in place of keys and values.
+    """
     state: LatentAttention = getattr(module, STATE)
-    if not module.config._attn_implementation.startswith(PREFIX):  # the user has set another one since
+    if not module.config._attn_implementation.startswith(PREFIX):  # the user has chosen another implementation since
         return state.expand(kv_nope, k_rot)
-    state.listen(kv_nope)
+    state.record_adapter_names(kv_nope)
     return kv_nope, k_rot

@@ -1,17 +1,18 @@
-"""The attention function and the mask function that transformers finds for an absorbed model.
+"""The attention function and the mask function that an absorbed model uses in transformers.
 
-One pair for each implementation that a model may have had ("sdpa" → "mla_tune_sdpa"): a call that is not absorbed goes
-to the old one, with expanded keys and values and the mask that it expects.
+Each attention implementation that a model had before gets its own pair ("sdpa" → "mla_tune_sdpa").  A call that is not
+absorbed goes on to the original implementation, with expanded keys and values and the mask that it expects.
 
-Which of the two a call takes is a count of floating-point operations, of numbers moved, and of a fixed cost, for B
-rows, T queries and S keys; W = C·H(P+V) is the size of W_UKV:
+In mode `auto`, a call is absorbed where that is estimated to take less time.  The estimate counts floating-point
+operations, numbers moved between memory and processor, and a fixed cost of absorbed attention, for B rows, T queries
+and S keys; W = C·H(P+V) is the size of W_UKV:
 
-                operations / 2                             numbers
+                operations / 2                             numbers moved
     expanded    B·S·W + B·T·S·H(P+R+V)                     W + B·S(C+R) + B·S·H(4P+2R+2V)
-    absorbed    B·T·W + B·T·S·H(2C+R)                      W + B·S(2C+R) + 8·B·T·S·H          and some calls more
+    absorbed    B·T·W + B·T·S·H(2C+R)                      W + B·S(2C+R) + 8·B·T·S·H          + fixed cost
 
-(keys and values of all heads are made, copied together and read; a score is written and read by each of a few products
-and a softmax).  Decoding (T = 1) is absorbed, a long prompt (T = S) expanded.
+Expanded: the keys and values of all heads are written, concatenated and read.  Absorbed: a score is written and read by
+each of several products and a softmax.  So decoding (T = 1) is absorbed, and a long prompt (T = S) is expanded.
 """
 
 from __future__ import annotations
@@ -28,35 +29,45 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mla_tune.inference.latent_attention import LatentAttention
 
+#: What the names of our attention implementations in transformers begin with.
 PREFIX = "mla_tune_"
-#: Where an attention module keeps its `LatentAttention`.
+#: Attribute of an attention module that holds its `LatentAttention`.
 STATE = "_mla_tune_latent"
-#: Operations and bytes a second, and seconds that absorbed attention takes besides, of a usual machine of each kind:
-#: only their proportions matter, and these only where both ways take about the same time (`scripts/bench_choice.py`).
+#: By type of device, for a typical machine: operations a second, bytes a second, and the fixed seconds of absorbed
+#: attention.  Only their proportions matter, and only where both forms take about the same time
+#: (`scripts/bench_choice.py` measures what a wrong choice costs).
 _RATES = {"cpu": (2e11, 2e10, 0.0), "cuda": (4e14, 2.5e12, 1.6e-4)}
 
 
 def register(original: str) -> str:
-    """Make the pair for `original` known to transformers; returns its name."""
+    """Register the pair of functions over the implementation `original` in transformers; return its name."""
     name = PREFIX + original
-    AttentionInterface.register(name, _attention_over(original))
+    AttentionInterface.register(name, _attention_function(original))
     mask = original if original in ALL_MASK_ATTENTION_FUNCTIONS else "eager"
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask])
     return name
 
 
 def prefers_absorbed(latent: LatentAttention, B: int, T: int, S: int, device: str = "cpu", itemsize: int = 4) -> bool:
-    """Whether a call with these counts of rows, queries and keys is cheaper absorbed; `itemsize`: bytes of a number."""
+    """Whether a call with B rows, T queries and S keys is estimated to be faster absorbed than expanded.
+
+    `device` is the type of the device (`cpu`, `cuda`), `itemsize` the number of bytes of a cached number.
+    """
     m = latent.module
     H, C, R, P, V = m.num_heads, m.kv_lora_rank, m.qk_rope_head_dim, latent.P, latent.V
     W, pairs = C * H * (P + V), B * T * S * H
     operations = 2 * (B * T * W + pairs * (2 * C + R)) - 2 * (B * S * W + pairs * (P + R + V))
     numbers = B * S * C + 8 * pairs - B * S * H * (4 * P + 2 * R + 2 * V)
-    per_operation, per_byte, besides = _RATES.get(device, _RATES["cuda"])
-    return operations / per_operation + numbers * itemsize / per_byte + besides < 0
+    operation_rate, byte_rate, fixed_seconds = _RATES.get(device, _RATES["cuda"])
+    return operations / operation_rate + numbers * itemsize / byte_rate + fixed_seconds < 0
 
 
-def _attention_over(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def _attention_function(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return an attention function that computes absorbed, or expands and calls the implementation `original`.
+
+    On an absorbed module, its `key` is the latent (B, 1, S, C) and its `value` the rope key (B, 1, S, R).
+    """
+
     def attention(
         module: Any,
         query: torch.Tensor,
@@ -66,40 +77,46 @@ def _attention_over(original: str) -> Callable[..., tuple[torch.Tensor, torch.Te
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         state: LatentAttention | None = getattr(module, STATE, None)
-        if state is None:  # another attention module under the same configuration
+        if state is None:  # an attention module without MLA that shares the configuration
             return _original(original, module)(module, query, key, value, attention_mask, **kwargs)
         B, T, S = query.shape[0], query.shape[2], key.shape[2]
         if T > 1:
-            state.forget()
-        mask = _with_indices(attention_mask, kwargs.get("indices"), query, S)
-        if not _is_absorbed(state, B, T, key, kwargs):
+            state.clear_derived()
+        mask = _mask_by_indices(attention_mask, kwargs.get("indices"), query, S)
+        if not _uses_absorbed(state, B, T, key, kwargs):
             if kwargs.get("indices") is not None:
                 kwargs["indices"] = None
             keys, values = state.expand(key, value)
             if original == "sdpa" and T > 1:
-                values, V = _as_wide_as(keys, values), values.shape[-1]
+                values, V = _pad_to_key_size(keys, values), values.shape[-1]
                 out, weights = _original(original, module)(module, query, keys, values, mask, **kwargs)
                 return out[..., :V], weights
             return _original(original, module)(module, query, keys, values, mask, **kwargs)
         sinks = kwargs.get("s_aux")
-        keep = original == "eager"
+        return_weights = original == "eager"
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if mask is None and T > 1 and causal:
             mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril()[None, None]
-        return state.attend(query, key, value, mask, float(kwargs["scaling"]), sinks, keep)
+        return state.attend(
+            query, key, value, mask, float(kwargs["scaling"]), sinks=sinks, return_weights=return_weights
+        )
 
     return attention
 
 
-def _as_wide_as(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Values (B, H, S, V), with zeros behind up to the P+R of keys on a CPU: torch's fused attention for CPUs takes one
-    size for both, and else there is a score in memory for each pair of tokens."""
+def _pad_to_key_size(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """On a CPU, pad values (B, H, S, V) with zeros to the size P+R of keys; elsewhere return them unchanged.
+
+    Torch's fused attention for CPUs needs keys and values of one size; without it, SDPA would write all B·H·T·S scores
+    to memory.
+    """
     missing = keys.shape[-1] - values.shape[-1]
     return F.pad(values, (0, missing)) if missing > 0 and values.device.type == "cpu" else values
 
 
-def _is_absorbed(state: LatentAttention, B: int, T: int, latent: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+def _uses_absorbed(state: LatentAttention, B: int, T: int, latent: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether this call is computed absorbed: the module and the arguments allow it, and the mode asks for it."""
     if state.mode == "expanded" or state.unsupported_reason() or kwargs.get("position_bias") is not None:
         return False
     if kwargs.get("dropout") or kwargs.get("softcap") is not None:
@@ -108,10 +125,10 @@ def _is_absorbed(state: LatentAttention, B: int, T: int, latent: torch.Tensor, k
     return state.mode == "absorbed" or prefers_absorbed(state, B, T, latent.shape[2], device, itemsize)
 
 
-def _with_indices(
+def _mask_by_indices(
     mask: torch.Tensor | None, indices: torch.Tensor | None, query: torch.Tensor, S: int
 ) -> torch.Tensor | None:
-    """The mask, and the keys that an indexer chose, (B, T, k), where a model hands them over apart from it."""
+    """Return the mask, restricted to the keys `indices` (B, T, k) of an indexer where a model passes them."""
     if indices is None:
         return mask if mask is None else mask[..., :S]
     chosen = torch.zeros(indices.shape[0], indices.shape[1], S, dtype=torch.bool, device=query.device)
@@ -125,6 +142,6 @@ def _with_indices(
 
 
 def _original(name: str, module: Any) -> Callable[..., Any]:
-    """The function of this name; `eager` is a function of the model's own file."""
+    """Return the attention function of this name; `eager` is defined in the file of the model's class."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward")  # noqa: B009
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)

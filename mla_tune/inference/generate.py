@@ -1,4 +1,4 @@
-"""`generate`: answers to one prompt or many, from a model with merged or unmerged adapters, in one call."""
+"""`generate`: answer one prompt or many in one call, with merged or unmerged adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mla_tune.inference.requests import GenerateResult, Request, Settings
+from mla_tune.inference.requests import GenerateResult, GenerationSettings, Request
 from mla_tune.inference.session import Session
 
 #: A prompt as text, or the messages of a chat.
@@ -27,29 +27,33 @@ def generate(
     batch_size: int = 8,
     attention: str = "auto",
 ) -> list[GenerateResult]:
-    """Answer prompts, with attention in the latent space; returns one result for each prompt, in their order.
+    """Answer prompts with attention in the latent space; return one result for each prompt, in their order.
 
     `model`: a model folder, a run folder (its merged model, else its base with its adapter), an adapter folder,
     "embedded", or a hub id.  `prompts`: a text, the messages of a chat (dictionaries with `role` and `content`), or a
-    list of either.  `adapters`: names and folders of unmerged adapters to load.  `adapter`: which of them answers: one
-    name for all prompts, or a list with one for each; None is the model without an adapter, unless `model` or
-    `adapters` holds just one, which then answers.
+    list of either.  `adapters`: names and folders of unmerged adapters to load.  `adapter`: the adapter that answers:
+    one name for all prompts, or a list with one for each.  None is the model without an adapter; but if `adapter` is
+    not given and exactly one adapter is loaded (from `model` or `adapters`), that one answers.
 
-    `max_new_tokens`: most tokens of an answer.  `temperature`: 0 takes the likeliest token; above, tokens are drawn
-    from the `top_p` share of the probability, with `seed`.  `raw`: leave out the chat template.  `batch_size`: rows
-    that are computed at once.  `attention`: "auto", "absorbed" or "expanded" (see `mla_tune.absorb`).
+    `max_new_tokens`: maximum length of an answer.  `temperature`: 0 takes the most likely token; above 0, tokens are
+    sampled with `seed` from the most likely ones that together have the probability `top_p`.  `raw`: do not apply the
+    chat template.  `batch_size`: number of prompts answered at once.  `attention`: "auto", "absorbed" or "expanded", as
+    for `mla_tune.absorb`.
 
     Raises `InputError` for an unknown adapter or a prompt that does not fit the model's window, `FileError` for a
     folder that is missing or damaged.
     """
     session = Session(str(model), {name: str(folder) for name, folder in (adapters or {}).items()}, attention)
     one_chat = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], dict)
-    asked: list[Any] = [prompts] if isinstance(prompts, str) or one_chat else list(prompts)
+    prompt_list: list[Any] = [prompts] if isinstance(prompts, str) or one_chat else list(prompts)
     if adapter is None and len(session.adapters) == 1:
         adapter = session.adapters[0]
-    names = [adapter] * len(asked) if adapter is None or isinstance(adapter, str) else list(adapter)
+    names = [adapter] * len(prompt_list) if adapter is None or isinstance(adapter, str) else list(adapter)
     requests = [
         Request(prompt, adapter=name) if isinstance(prompt, str) else Request(messages=prompt, adapter=name)
-        for prompt, name in zip(asked, names, strict=True)
+        for prompt, name in zip(prompt_list, names, strict=True)
     ]
-    return session.answer(requests, Settings(max_new_tokens, temperature, top_p, seed, raw, batch_size))
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw, batch_size=batch_size
+    )
+    return session.answer(requests, settings)

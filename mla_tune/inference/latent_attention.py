@@ -1,15 +1,17 @@
-"""Attention of one module in the latent space: scores and values without expanding a cached token.
+"""`LatentAttention`: attention of one MLA module in the latent space, without expanding cached tokens.
 
     B batch   T queries   S keys   H heads   P qk_nope_head_dim   R qk_rope_head_dim   V v_head_dim   C kv_lora_rank
 
     q̃[h] = W_UK[h]ᵀ q_nope[h]  (C)     score = (q̃ · c + q_rope · k_rope) · scale
     õ[h] = Σ softmax(score) c   (C)     o[h] = W_UV[h] õ[h]  (V)          (DeepSeek-V2, arXiv:2405.04434, section 2.1)
 
-An adapter on W_UKV, B split into B_K (H, P, r) and B_V (H, V, r), stays low-rank:
+A LoRA on W_UKV, with B split into B_K (H, P, r) and B_V (H, V, r), stays low-rank:
 
-    q̃ += s · (q_nope B_K) A             o += s · (õ Aᵀ) B_Vᵀ             DoRA: q_nope and o times g before and after
+    q̃ += s · (q_nope B_K) A             o += s · (õ Aᵀ) B_Vᵀ
 
-W_UK and W_UV are views of kv_b_proj's own memory, or `stored` ones where it has no plain weight.
+With DoRA, q_nope is multiplied by its part of g before, and o after (g: see `lora_tensors`).
+
+W_UK and W_UV are views of kv_b_proj's weight, or come from absorbed.safetensors where it has no plain weight.
 """
 
 from __future__ import annotations
@@ -22,23 +24,29 @@ import torch
 from torch import nn
 
 from mla_tune.inference.absorbed_weights import AbsorbedWeights, base_layer
-from mla_tune.inference.batched_lora import batched_lora_forward
+from mla_tune.inference.batched_lora import ensure_batched_forward
 from mla_tune.inference.latent_sdpa import latent_sdpa
 from mla_tune.inference.lora_tensors import BatchedLoraFactors, LayerLora, LoraFactors, is_adapted
 
 
 @dataclass(frozen=True, slots=True)
-class _HeadRows:
-    """`of` with the heads apart: A (B, r, C) and its transpose, B_K (B, H, P, r), B_V (B, H, r, V), g_K (B, H, 1, P)
-    and g_V (B, H, 1, V)."""
+class _BatchedHeadFactors:
+    """The factors of W_UKV with an adapter for each row of the batch, split by head and into K and V."""
 
-    of: BatchedLoraFactors
+    source: BatchedLoraFactors
+    """What the other fields were made from."""
     A: torch.Tensor
+    """A (B, r, C)."""
     A_T: torch.Tensor
+    """Aᵀ (B, C, r)."""
     B_K: torch.Tensor
+    """s · B_K (B, H, P, r)."""
     B_V: torch.Tensor
+    """s · B_Vᵀ (B, H, r, V)."""
     g_K: torch.Tensor | None
+    """g of the keys (B, H, 1, P); None without DoRA."""
     g_V: torch.Tensor | None
+    """g of the values (B, H, 1, V); None without DoRA."""
 
 
 class LatentAttention:
@@ -47,54 +55,57 @@ class LatentAttention:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.P, self.V = module.qk_nope_head_dim, module.v_head_dim
-        #: The model's own: keys (B, H, S, P+R) and values (B, H, S, V) of latent and rope key.
+        #: The model's own `expand_kv`: latent and rope key → keys (B, H, S, P+R) and values (B, H, S, V).
         self.expand = module.expand_kv
         self.mode = "auto"
-        #: W_UK and W_UV from a file, for a kv_b_proj without a plain weight; or why there are none.
-        self.stored: AbsorbedWeights | None = None
-        self.not_stored = ""
-        #: One adapter name for each row of the batch at hand, as PEFT was told; None: those that are active.
+        #: W_UK and W_UV from absorbed.safetensors, for a kv_b_proj without a plain weight.
+        self.stored_weights: AbsorbedWeights | None = None
+        #: Why there are none, where there are none.
+        self.no_stored_weights_reason = ""
+        #: Adapter name of each row of the current batch (`adapter_names` of PEFT); None: the active adapters apply.
         self.names: Sequence[str] | None = None
-        self._updates: list[LoraFactors] = []
-        self._rows: _HeadRows | None = None
+        #: LoRAs that apply to all rows in the current call.
+        self._active: list[LoraFactors] = []
+        #: LoRAs that differ by row in the current call.
+        self._batched: _BatchedHeadFactors | None = None
 
     @property
     def lora(self) -> LayerLora | None:
-        """Of kv_b_proj as it is now: adapters may come and go."""
+        """The LoRA of kv_b_proj as it is now, because adapters may be added and removed; None without adapters."""
         layer = self.module.kv_b_proj
-        return batched_lora_forward(layer).tensors if is_adapted(layer) else None
+        return ensure_batched_forward(layer).lora if is_adapted(layer) else None
 
-    def listen(self, latent: torch.Tensor) -> None:
-        """Ask PEFT which rows have which adapters; latent (B, 1, S, C)."""
+    def record_adapter_names(self, latent: torch.Tensor) -> None:
+        """Find out which adapter PEFT gives to each row of the current batch; `latent` is (B, 1, S, C)."""
         layer = self.module.kv_b_proj
-        self.names = batched_lora_forward(layer).listen(latent) if is_adapted(layer) else None
+        self.names = ensure_batched_forward(layer).requested_adapter_names(latent) if is_adapted(layer) else None
 
     def unsupported_reason(self) -> str:
-        """Why this call can't be computed absorbed; empty where it can."""
+        """Return why the current call can't be computed absorbed, or "" where it can."""
         lora = self.lora
         base = base_layer(self.module)
-        if lora and (why := lora.unsupported_reason()):
-            return why
+        if lora and (reason := lora.unsupported_reason()):
+            return reason
         if base._parameters.get("bias") is not None:
             return "kv_b_proj has a bias"
-        if why := no_plain_weight(self.module):
-            if self.stored is None:
-                return why + (self.not_stored and f", and {self.not_stored}")
-            if not self.stored.matches(base.weight):
-                return f"{why}, and has changed since absorbed.safetensors was found to fit"
+        if reason := no_plain_weight_reason(self.module):
+            if self.stored_weights is None:
+                return reason + (self.no_stored_weights_reason and f", and {self.no_stored_weights_reason}")
+            if not self.stored_weights.matches(base.weight):
+                return f"{reason}, and has changed since absorbed.safetensors was found to match it"
             if lora and (lora.layer.merged or lora.layer.lora_magnitude_vector):
-                what = "adapters are merged into it" if lora.layer.merged else "a DoRA needs the norms of its rows"
-                return f"{why}, and {what}"
+                also = "adapters are merged into it" if lora.layer.merged else "a DoRA needs the norms of its rows"
+                return f"{reason}, and {also}"
         if lora and self.names is None:
             active = lora.active()
-            if len(active) > 1 and any(update.g is not None for update in active):
+            if len(active) > 1 and any(factors.g is not None for factors in active):
                 return "a DoRA beside another adapter"
         return ""
 
-    def forget(self) -> None:
-        """A prompt begins: what is derived from parameters is made anew."""
+    def clear_derived(self) -> None:
+        """Drop tensors derived from the adapters' parameters, so that a prompt begins with fresh ones."""
         if (lora := self.lora) is not None:
-            lora.forget()
+            lora.clear_derived()
 
     def attend(
         self,
@@ -103,118 +114,125 @@ class LatentAttention:
         k_rope: torch.Tensor,
         mask: torch.Tensor | None,
         scale: float,
+        *,
         sinks: torch.Tensor | None = None,
-        keep_weights: bool = False,
+        return_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(values (B, T, H, V), weights (B, H, T, S) if kept) of query (B, H, T, P+R), latent (B, 1, S, C), k_rope
-        (B, 1, S, R), mask (B or 1, 1, T, S): true, or 0, where a key is seen.  `sinks` (H) are scores without a value.
+        """Compute attention of `query` (B, H, T, P+R) over `latent` (B, 1, S, C) and `k_rope` (B, 1, S, R).
+
+        `mask` (B or 1, 1, T, S) is true, or 0, where a query sees a key.  `sinks` (H) are scores in the softmax that
+        have no value.  Returns the output (B, T, H, V), and the attention weights (B, H, T, S) if asked for.
         """
-        self._take_adapters()
-        W_UK, W_UV = self.weights(query)
+        self._update_adapters()
+        W_UK, W_UV = self.up_projections(query)
         q_nope, q_rope = (query * scale).split([self.P, query.shape[-1] - self.P], dim=-1)
         latent, k_rope = latent.squeeze(1), k_rope.squeeze(1)
-        q = self.query(q_nope, W_UK).transpose(1, 2)
+        q = self._absorb_query(q_nope, W_UK).transpose(1, 2)
         q_rope = q_rope.transpose(1, 2)
-        summed, weights = latent_sdpa(q, q_rope, latent, k_rope, mask, sinks, keep_weights)
-        return self.value(summed.transpose(1, 2), W_UV).transpose(1, 2), weights
+        output, weights = latent_sdpa(q, q_rope, latent, k_rope, mask, sinks, return_weights=return_weights)
+        return self._expand_output(output.transpose(1, 2), W_UV).transpose(1, 2), weights
 
-    def query(self, q_nope: torch.Tensor, W_UK: torch.Tensor) -> torch.Tensor:
-        """q̃ (B, H, T, C) of q_nope (B, H, T, P) and W_UK (H, P, C)."""
-        updates, rows = self._updates, self._rows
-        for update in updates:
-            if update.g is not None:
-                q_nope = (q_nope * self._heads(update.g)[:, : self.P].unsqueeze(1)).to(q_nope.dtype)
-        if rows is not None and rows.g_K is not None:
-            q_nope = (q_nope * rows.g_K).to(q_nope.dtype)
-        q = _by_head(q_nope, W_UK)
-        for update in updates:
-            B_K = self._ranks(update.B)[:, : self.P]
-            q = q + (_by_head(q_nope.to(B_K.dtype), B_K) @ (update.A * update.s)).to(q.dtype)
-        if rows is not None:
-            q = q + _by_row(_by_both(q_nope.to(rows.B_K.dtype), rows.B_K), rows.A).to(q.dtype)
+    def _absorb_query(self, q_nope: torch.Tensor, W_UK: torch.Tensor) -> torch.Tensor:
+        """Return q̃ (B, H, T, C) for q_nope (B, H, T, P) and W_UK (H, P, C), with the adapters of this call."""
+        active, batched = self._active, self._batched
+        for lora in active:
+            if lora.g is not None:
+                q_nope = (q_nope * self._split_heads(lora.g, -1)[:, : self.P].unsqueeze(1)).to(q_nope.dtype)
+        if batched is not None and batched.g_K is not None:
+            q_nope = (q_nope * batched.g_K).to(q_nope.dtype)
+        q = _multiply_by_head(q_nope, W_UK)
+        for lora in active:
+            B_K = self._split_heads(lora.B, -2)[:, : self.P]
+            q = q + (_multiply_by_head(q_nope.to(B_K.dtype), B_K) @ (lora.A * lora.s)).to(q.dtype)
+        if batched is not None:
+            inner = _multiply_by_row_and_head(q_nope.to(batched.B_K.dtype), batched.B_K)
+            q = q + _multiply_by_row(inner, batched.A).to(q.dtype)
         return q
 
-    def value(self, summed: torch.Tensor, W_UV: torch.Tensor) -> torch.Tensor:
-        """o (B, H, T, V) of õ (B, H, T, C) and W_UV (H, V, C)."""
-        updates, rows = self._updates, self._rows
-        o = _by_head(summed, W_UV.mT)
-        for update in updates:
-            B_V = self._ranks(update.B)[:, self.P :]
-            o = o + _by_head(summed.to(B_V.dtype) @ (update.A.mT * update.s), B_V.mT).to(o.dtype)
-            if update.g is not None:
-                o = (o * self._heads(update.g)[:, self.P :].unsqueeze(1)).to(o.dtype)
-        if rows is not None:
-            o = o + _by_both(_by_row(summed.to(rows.B_V.dtype), rows.A_T), rows.B_V).to(o.dtype)
-            if rows.g_V is not None:
-                o = (o * rows.g_V).to(o.dtype)
+    def _expand_output(self, latent_output: torch.Tensor, W_UV: torch.Tensor) -> torch.Tensor:
+        """Return o (B, H, T, V) for õ (B, H, T, C) and W_UV (H, V, C), with the adapters of this call."""
+        active, batched = self._active, self._batched
+        o = _multiply_by_head(latent_output, W_UV.mT)
+        for lora in active:
+            B_V = self._split_heads(lora.B, -2)[:, self.P :]
+            inner = latent_output.to(B_V.dtype) @ (lora.A.mT * lora.s)
+            o = o + _multiply_by_head(inner, B_V.mT).to(o.dtype)
+            if lora.g is not None:
+                o = (o * self._split_heads(lora.g, -1)[:, self.P :].unsqueeze(1)).to(o.dtype)
+        if batched is not None:
+            inner = _multiply_by_row(latent_output.to(batched.B_V.dtype), batched.A_T)
+            o = o + _multiply_by_row_and_head(inner, batched.B_V).to(o.dtype)
+            if batched.g_V is not None:
+                o = (o * batched.g_V).to(o.dtype)
         return o
 
-    def _take_adapters(self) -> None:
-        """Those that act in this call."""
+    def _update_adapters(self) -> None:
+        """Set `_active` and `_batched` to the adapters that apply in the current call."""
         lora = self.lora
-        self._updates = lora.active() if lora is not None and self.names is None else []
-        rows = lora.rows(self.names) if lora is not None and self.names is not None else None
-        if rows is None:
-            self._rows = None
-        elif self._rows is None or self._rows.of is not rows:
-            self._rows = self._by_rows(rows)
+        self._active = lora.active() if lora is not None and self.names is None else []
+        factors = lora.batched(self.names) if lora is not None and self.names is not None else None
+        if factors is None:
+            self._batched = None
+        elif self._batched is None or self._batched.source is not factors:
+            self._batched = self._split_batched(factors)
 
-    def _by_rows(self, rows: BatchedLoraFactors) -> _HeadRows:
-        B_T = rows.B_T.unflatten(-1, (-1, self.P + self.V)).transpose(1, 2)  # (B, H, r, P+V)
-        g = None if rows.g is None else self._heads(rows.g).unsqueeze(2)
-        return _HeadRows(
-            of=rows,
-            A=rows.A_T.mT.contiguous(),
-            A_T=rows.A_T,
+    def _split_batched(self, factors: BatchedLoraFactors) -> _BatchedHeadFactors:
+        """Split the factors of kv_b_proj by head and into K and V."""
+        B_T = self._split_heads(factors.B_T, -1).transpose(1, 2)  # (B, H, r, P+V)
+        g = None if factors.g is None else self._split_heads(factors.g, -1).unsqueeze(2)
+        return _BatchedHeadFactors(
+            source=factors,
+            A=factors.A_T.mT.contiguous(),
+            A_T=factors.A_T,
             B_K=B_T[..., : self.P].mT.contiguous(),
             B_V=B_T[..., self.P :].contiguous(),
             g_K=None if g is None else g[..., : self.P],
             g_V=None if g is None else g[..., self.P :],
         )
 
-    def weights(self, like: torch.Tensor) -> Sequence[torch.Tensor]:
-        """W_UK (H, P, C) and W_UV (H, V, C) to multiply with `like`: views of kv_b_proj's memory, or stored ones."""
-        if self.stored is not None:
-            return self.stored.take(like)
+    def up_projections(self, query: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return W_UK (H, P, C) and W_UV (H, V, C).
+
+        They are views of kv_b_proj's weight, or the stored ones, with the device and dtype of `query`.
+        """
+        if self.stored_weights is not None:
+            return self.stored_weights.load_like(query)
         weight = base_layer(self.module).weight
         return weight.view(-1, self.P + self.V, weight.shape[1]).split((self.P, self.V), dim=1)
 
-    def _heads(self, g: torch.Tensor) -> torch.Tensor:
-        """g (…, H(P+V)) → (…, H, P+V)."""
-        return g.unflatten(-1, (-1, self.P + self.V))
-
-    def _ranks(self, B: torch.Tensor) -> torch.Tensor:
-        """B (…, H(P+V), r) → (…, H, P+V, r)."""
-        return B.unflatten(-2, (-1, self.P + self.V))
+    def _split_heads(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Split dimension `dim`, of H(P+V) numbers, in two: (H, P+V)."""
+        return x.unflatten(dim, (-1, self.P + self.V))
 
 
-def no_plain_weight(module: Any) -> str:
-    """Why W_UK and W_UV can't be views of the weight of this module's `kv_b_proj`; empty where they can."""
+def no_plain_weight_reason(module: Any) -> str:
+    """Return why W_UK and W_UV can't be views of the weight of this module's `kv_b_proj`, or "" where they can."""
     base = base_layer(module)
     weight = base._parameters.get("weight")
     if not isinstance(base, nn.Linear) or (weight is not None and not weight.is_floating_point()):
         return f"kv_b_proj is a {type(base).__name__}"
-    if weight is None or weight.dim() != 2 or weight.element_size() < 2:  # None: it is computed (parametrized)
+    if weight is None or weight.dim() != 2 or weight.element_size() < 2:  # None: torch's parametrize
         return "kv_b_proj has no plain weight"
     return "kv_b_proj is offloaded" if weight.is_meta else ""
 
 
-def _by_head(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, n) times W (H, n, m), each head by its own: (B, H, T, m)."""
+def _multiply_by_head(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """Multiply x (B, H, T, n) with W (H, n, m), one matrix for each head; return (B, H, T, m)."""
     B, H, T, _ = x.shape
     flat = x.squeeze(0) if B == 1 else x.transpose(0, 1).reshape(H, B * T, -1)
-    # oneDNN, which multiplies 16 bits on a CPU, copies a matrix whose rows are not its memory's: W.mT stands first.
-    turned = W.device.type == "cpu" and W.element_size() == 2 and W.stride(-1) != 1
-    y = torch.bmm(W.mT, flat.mT).mT if turned else torch.bmm(flat, W)
+    # On a CPU oneDNN multiplies 16-bit matrices, and copies a right factor that is a transposed view.  As a left
+    # factor, W.mT has contiguous rows and is not copied, so compute (Wᵀ xᵀ)ᵀ instead.
+    transposed = W.device.type == "cpu" and W.element_size() == 2 and W.stride(-1) != 1
+    y = torch.bmm(W.mT, flat.mT).mT if transposed else torch.bmm(flat, W)
     return y.unsqueeze(0) if B == 1 else y.view(H, B, T, -1).transpose(0, 1)
 
 
-def _by_row(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, n) times W (B, n, m), each row of the batch by its own: (B, H, T, m)."""
+def _multiply_by_row(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """Multiply x (B, H, T, n) with W (B, n, m), one matrix for each row of the batch; return (B, H, T, m)."""
     B, H, T, n = x.shape
     return torch.bmm(x.reshape(B, H * T, n), W).view(B, H, T, -1)
 
 
-def _by_both(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, n) times W (B, H, n, m): (B, H, T, m)."""
+def _multiply_by_row_and_head(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """Multiply x (B, H, T, n) with W (B, H, n, m), one matrix for each row and head; return (B, H, T, m)."""
     return torch.bmm(x.flatten(0, 1), W.flatten(0, 1)).unflatten(0, W.shape[:2])

@@ -1,8 +1,8 @@
-"""A cache for decoding that has room for tokens to come, and a token's latent and rope key side by side.
+"""`LatentCache`: a KV cache with memory allocated ahead, which keeps a token's latent and rope key in one row.
 
-transformers' `DynamicCache` copies all it holds for each new token; in the latent space, where a step reads the cache
-twice and little else, that is a third to a half of a long context's time.  Here a token is written behind the last, as
-one row of C + R numbers, so that absorbed attention multiplies with both at once.
+transformers' `DynamicCache` copies all cached tokens for each new one.  An absorbed step reads the cache twice and does
+little else, so that copy takes a third to a half of its time in a long context.  Here a new token is written behind the
+last, as one row of C + R numbers, so that absorbed attention multiplies with latent and rope key in one product.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-#: Room that is taken ahead: this share of the tokens, but as many as this at least.
-_SHARE, _LEAST = 0.125, 64
+#: Tokens for which memory is allocated ahead: this share of the cached ones, but at least this number.
+_AHEAD_SHARE, _MIN_AHEAD = 0.125, 64
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Latents (B, 1, S, C) and rope keys (B, 1, S, R) of one layer, views of rows of C + R for more tokens than S."""
+    """The cache of one layer: latents (B, 1, S, C) and rope keys (B, 1, S, R), as views of `memory`.
+
+    `memory` (B, 1, S + room, C + R) has room for tokens to come.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -27,9 +30,9 @@ class PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values, those that are given at the end."""
-        alike = key_states.shape[:-1] == value_states.shape[:-1] and key_states.dtype == value_states.dtype
-        if torch.is_grad_enabled() or not alike:  # backward may need what was there
+        """Append latents and rope keys; return all that are cached."""
+        is_joinable = key_states.shape[:-1] == value_states.shape[:-1] and key_states.dtype == value_states.dtype
+        if torch.is_grad_enabled() or not is_joinable:  # backward may need the old tensors unchanged
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -37,8 +40,8 @@ class PreallocatedLayer(DynamicLayer):
         S = self.get_seq_length()
         end = S + T
         memory = self.memory
-        if memory is None or memory.shape[2] < end or not self._holds(memory, B, heads):
-            room = max(_LEAST, int(_SHARE * end))
+        if memory is None or memory.shape[2] < end or not self._is_in_memory(memory, B, heads):
+            room = max(_MIN_AHEAD, int(_AHEAD_SHARE * end))
             memory = key_states.new_empty(B, heads, end + room, C + value_states.shape[-1])
             if S:
                 old: Any = (self.keys, self.values)
@@ -49,15 +52,17 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def reset(self) -> None:
-        """Drop all tokens and the memory that was taken ahead."""
+        """Drop all tokens, and the memory allocated ahead."""
         super().reset()
         self.memory = None
 
-    def _holds(self, memory: torch.Tensor, B: int, heads: int) -> bool:
-        """Whether keys and values are the beginning of `memory` (as they were handed out, or cropped since), and not
-        tensors that somebody has put in their place (beams that were reordered, rows that were chosen)."""
+    def _is_in_memory(self, memory: torch.Tensor, B: int, heads: int) -> bool:
+        """Whether keys and values are still views of the beginning of `memory`, cropped or not.
+
+        They are not where other tensors have replaced them: beams were reordered, or rows of the batch selected.
+        """
         if memory.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # torch forbids to write there
+            return False  # torch does not allow writing there
         keys: Any = self.keys
         values: Any = self.values
         C, R = keys.shape[-1], values.shape[-1]
@@ -72,11 +77,11 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class LatentCache(DynamicCache):
-    """A `DynamicCache` with room: `model.generate(..., past_key_values=LatentCache(config=model.config))`.
+    """A `DynamicCache` with memory allocated ahead: `generate(…, past_key_values=LatentCache(config=model.config))`.
 
-    It differs in time and memory alone.  Layers that cache something else (sliding windows, indexers, linear
-    attention) stay as they are.  As with any cache whose tokens can be cropped, a view of its tensors that a caller has
-    kept changes when other tokens are written after a crop; `copy.deepcopy` makes an independent one.
+    It gives the same results in less time.  Layers that cache something else (sliding windows, indexers, linear
+    attention) stay as they are.  After a crop, new tokens are written over the cropped ones: a view of the cache that a
+    caller has kept then changes.  `copy.deepcopy` makes an independent copy.
     """
 
     def __init__(self, *, config: Any) -> None:
@@ -85,7 +90,10 @@ class LatentCache(DynamicCache):
 
 
 def joined_rows(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor | None:
-    """Rows (B, S, C+R) of latent (B, S, C) and rope key (B, S, R) where they lie in one memory, as here; else None."""
+    """Return latent (B, S, C) and rope key (B, S, R) as one view (B, S, C+R), without a copy.
+
+    Returns None where the two do not lie side by side in memory, as they do in a `LatentCache`.
+    """
     if k_rope.shape[-1] == 0:
         return latent
     (B, S, C), n = latent.shape, latent.shape[-1] + k_rope.shape[-1]

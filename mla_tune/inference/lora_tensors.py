@@ -1,11 +1,11 @@
-"""The LoRA of one linear layer of PEFT, as tensors: for the adapters that are active, or row by row of a batch.
+"""The LoRA factors of one PEFT layer as tensors: of the active adapters, or of one adapter for each row of a batch.
 
     A (r, in)   B (out, r)   s scaling   m (out) DoRA's magnitude          y = g ⊙ (W x + s·B A x)
     g = m / ‖W + s·B A‖, one norm for each row of W (DoRA, arXiv:2402.09353); 1 without DoRA
 
-Nothing is kept that could go stale: A and B are views of PEFT's own parameters, and what is derived from them (g,
-stacks of a mixed batch) is kept only while parameters, versions and places in memory are the same, and is made anew at
-`forget`, with which every prompt begins.
+No stale tensor is used: A and B are PEFT's own parameters, and tensors derived from them (g, the stacked factors of a
+batch) are reused only while the parameters, their versions and their places in memory are unchanged (`VersionGuard`).
+Every prompt also begins with `clear_derived`, which drops them.
 """
 
 from __future__ import annotations
@@ -21,57 +21,67 @@ from torch import nn
 
 from mla_tune.errors import InputError
 
-#: PEFT's name for a row of a batch without an adapter.
+#: PEFT's name, in `adapter_names`, for a row of a batch without an adapter.
 BASE = "__base__"
 
 
 @dataclass(frozen=True, slots=True)
 class BatchedLoraFactors:
-    """One adapter for each row of a batch: Aᵀ (B, in, r), Bᵀ (B, r, out) times s, g (B, out) or None where all are 1.
+    """The factors of one layer with an adapter for each row of the batch.
 
-    Ranks are filled up with zeros to the largest; a row of the base has zeros and ones.
+    Ranks are padded with zeros to the largest, r.  A row without an adapter has zeros in A and B and ones in g.
     """
 
     A_T: torch.Tensor
+    """Aᵀ (B, in, r)."""
     B_T: torch.Tensor
+    """s · Bᵀ (B, r, out)."""
     g: torch.Tensor | None
+    """g (B, out); None where no adapter is a DoRA."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFactors:
-    """One adapter for all rows: A (r, in), B (out, r), s, g (out) or None."""
+    """The factors of one layer with one adapter for all rows of the batch."""
 
     A: torch.Tensor
+    """A (r, in)."""
     B: torch.Tensor
+    """B (out, r)."""
     s: float
+    """The scaling."""
     g: torch.Tensor | None
+    """g (out); None where the adapter is no DoRA."""
 
 
 class LayerLora:
-    """What the adapters of `layer`, a `peft` LoRA layer on a linear one, add to it."""
+    """What the adapters of `layer`, PEFT's LoRA layer around a linear layer, add to it."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self._rows: tuple[list[str], VersionGuard, BatchedLoraFactors | None] | None = None
-        self._norms: dict[str, tuple[VersionGuard, torch.Tensor]] = {}
+        #: The latest batch: adapter names, what its factors were made from, and the factors.
+        self._batch: tuple[list[str], VersionGuard, BatchedLoraFactors | None] | None = None
+        #: g by adapter name, with what it was made from.
+        self._g_cache: dict[str, tuple[VersionGuard, torch.Tensor]] = {}
+        #: The result of `unsupported_reason`, and the state of the layer that it is for.
         self._reason: tuple[Any, str] | None = None
 
     def unsupported_reason(self) -> str:
-        """Why the layer can't be taken apart into W, A and B; empty where it can."""
+        """Return why the layer can't be computed from W, A and B, or "" where it can."""
         layer = self.layer
         names = getattr(getattr(layer, "lora_A", None), "_modules", None)
         state = (tuple(names) if names else None, layer.training)
-        if self._reason is None or self._reason[0] != state:  # asked for every token
+        if self._reason is None or self._reason[0] != state:  # cached, because this is asked for every token
             self._reason = (state, self._find_reason())
         return self._reason[1]
 
     def _find_reason(self) -> str:
         layer = self.layer
-        linear = isinstance(self.layer, LoraLayer) and hasattr(layer.get_base_layer(), "out_features")
+        is_linear = isinstance(self.layer, LoraLayer) and hasattr(layer.get_base_layer(), "out_features")
         # mla-tune adapts dense and shared MLPs through the parameter (see `adapter.placement`).
         if isinstance(self.layer, ParamWrapper):
-            linear = linear and layer.parameter_name == "weight" and layer.base_layer is layer.get_base_layer()
-        if not linear:
+            is_linear = is_linear and layer.parameter_name == "weight" and layer.base_layer is layer.get_base_layer()
+        if not is_linear:
             return f"a {type(layer).__name__} is no LoRA of a linear layer"
         if getattr(layer, "fan_in_fan_out", False):
             return "fan_in_fan_out"
@@ -84,127 +94,134 @@ class LayerLora:
             return "dropout while training"
         return ""
 
-    def forget(self) -> None:
-        """Drop everything that was derived from the parameters; it is made anew when it is needed."""
-        self._rows = self._reason = None
-        self._norms.clear()
+    def clear_derived(self) -> None:
+        """Drop all tensors derived from the parameters; they are computed again when needed."""
+        self._batch = self._reason = None
+        self._g_cache.clear()
 
     def active(self) -> list[LoraFactors]:
-        """The adapters that act on every row now, in PEFT's order."""
+        """Return the factors of the active adapters, which apply to every row, in PEFT's order."""
         layer = self.layer
         if layer.disable_adapters and layer.merged:
-            layer.unmerge()  # as PEFT does when such a layer is run
+            layer.unmerge()  # as PEFT does in the forward of such a layer
         if layer.disable_adapters or layer.merged:
             return []
-        return [self._update(name) for name in layer.active_adapters if name in layer.lora_A]
+        return [self._factors(name) for name in layer.active_adapters if name in layer.lora_A]
 
-    def rows(self, names: Sequence[str]) -> BatchedLoraFactors | None:
-        """The adapters of a batch, one name for each row; None where none of them adapts this layer."""
+    def batched(self, names: Sequence[str]) -> BatchedLoraFactors | None:
+        """Return the stacked factors of a batch with one adapter name for each row.
+
+        Returns None where none of these adapters is on this layer.  Raises `InputError` where adapters are merged into
+        the layer.
+        """
         layer = self.layer
         names = list(names)
         refuse_merged(layer)
-        kept = None if self._learns(names) else self._rows
-        if kept is not None and kept[0] == names and kept[1].holds():
-            return None if layer.disable_adapters else kept[2]
+        cached = None if self._needs_gradient(names) else self._batch
+        if cached is not None and cached[0] == names and cached[1].is_unchanged():
+            return None if layer.disable_adapters else cached[2]
         distinct = list(dict.fromkeys(names))
-        updates = {name: self._update(name) for name in distinct if name in layer.lora_A}
-        rows = self._stack(names, updates) if updates else None
-        self._rows = (names, VersionGuard(layer, distinct), rows)  # those that are not here, too: they may come
-        return None if layer.disable_adapters else rows
+        by_name = {name: self._factors(name) for name in distinct if name in layer.lora_A}
+        stacked = self._stack(names, by_name) if by_name else None
+        # The guard covers all names, because an adapter may be added to this layer later.
+        self._batch = (names, VersionGuard(layer, distinct), stacked)
+        return None if layer.disable_adapters else stacked
 
-    def _learns(self, names: Sequence[str]) -> bool:
-        """Whether gradients are wanted: what was kept without them has none."""
+    def _needs_gradient(self, names: Sequence[str]) -> bool:
+        """Whether gradients for one of these adapters are recorded; cached factors carry none."""
         lora_A = self.layer.lora_A
         return torch.is_grad_enabled() and any(lora_A[name].weight.requires_grad for name in names if name in lora_A)
 
-    def _stack(self, names: Sequence[str], updates: dict[str, LoraFactors]) -> BatchedLoraFactors:
-        some = next(iter(updates.values()))
-        rank = max(u.A.shape[0] for u in updates.values())
-        A_T = some.A.new_zeros(len(names), some.A.shape[1], rank)
-        B_T = some.A.new_zeros(len(names), rank, some.B.shape[0])
-        dora = any(u.g is not None for u in updates.values())
-        g = some.B.new_ones(len(names), some.B.shape[0]) if dora else None
+    def _stack(self, names: Sequence[str], by_name: dict[str, LoraFactors]) -> BatchedLoraFactors:
+        """Stack the factors of each row; names that `by_name` lacks are rows without an adapter."""
+        first = next(iter(by_name.values()))
+        rank = max(factors.A.shape[0] for factors in by_name.values())
+        A_T = first.A.new_zeros(len(names), first.A.shape[1], rank)
+        B_T = first.A.new_zeros(len(names), rank, first.B.shape[0])
+        has_dora = any(factors.g is not None for factors in by_name.values())
+        g = first.B.new_ones(len(names), first.B.shape[0]) if has_dora else None
         for row, name in enumerate(names):
-            if (update := updates.get(name)) is None:
+            if (factors := by_name.get(name)) is None:
                 continue
-            A_T[row, :, : update.A.shape[0]] = update.A.T
-            B_T[row, : update.A.shape[0]] = update.B.T * update.s
-            if g is not None and update.g is not None:
-                g[row] = update.g
+            A_T[row, :, : factors.A.shape[0]] = factors.A.T
+            B_T[row, : factors.A.shape[0]] = factors.B.T * factors.s
+            if g is not None and factors.g is not None:
+                g[row] = factors.g
         return BatchedLoraFactors(A_T, B_T, g)
 
-    def _update(self, name: str) -> LoraFactors:
+    def _factors(self, name: str) -> LoraFactors:
         layer = self.layer
         A, B, s = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
         return LoraFactors(A, B, s, self._g(name, A, B, s) if name in layer.lora_magnitude_vector else None)
 
     def _g(self, name: str, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
+        """Return g (out) of a DoRA, cached while nothing that it depends on has changed."""
         module = self.layer.lora_magnitude_vector[name]
-        learns = torch.is_grad_enabled() and module.weight.requires_grad
-        kept = None if learns else self._norms.get(name)
-        if kept is not None and kept[0].holds():
-            return kept[1]
+        needs_gradient = torch.is_grad_enabled() and module.weight.requires_grad
+        cached = None if needs_gradient else self._g_cache.get(name)
+        if cached is not None and cached[0].is_unchanged():
+            return cached[1]
         W = self.layer.get_base_layer().weight
         norm = torch.linalg.norm(W.to(A.dtype) + s * (B @ A), dim=1)
-        g = module.weight / norm.detach()  # a constant of the gradient, as in the paper (section 4.3)
-        if not learns:
-            self._norms[name] = (VersionGuard(self.layer, [name]), g.detach())
+        g = module.weight / norm.detach()  # the norm gets no gradient, as in the paper (section 4.3)
+        if not needs_gradient:
+            self._g_cache[name] = (VersionGuard(self.layer, [name]), g.detach())
         return g
 
 
 class VersionGuard:
-    """Tells whether anything that the adapters of these names are made of has changed since.
+    """Detects whether the parameters of a layer, of its base and its adapters `names`, have changed since it was made.
 
-    Torch's own lookups (`layer.lora_A[name].weight`) take ten times as long as those in the dictionaries behind them,
-    and this is asked of every layer for every token.
+    It is asked for every layer and every token.  Therefore it reads the dictionaries behind torch's modules: a lookup
+    like `layer.lora_A[name].weight` takes ten times as long.
     """
 
     def __init__(self, layer: Any, names: Sequence[str]) -> None:
         self._layer, self._base, self._merged = layer, layer.get_base_layer(), list(layer.merged_adapters)
-        #: Dictionary, key, and what it must hold, by identity.
-        self._held: list[tuple[dict[str, Any], str, Any]] = []
-        #: Parameter, its version, its place in memory.
-        self._marks: list[tuple[Any, int, int]] = []
+        #: Dictionary, key, and the object that it must hold there.
+        self._expected: list[tuple[dict[str, Any], str, Any]] = []
+        #: Parameter, its version, and its place in memory.
+        self._parameters: list[tuple[Any, int, int]] = []
         self._scaling = [(name, layer.scaling.get(name)) for name in names]
         modules = [self._base]
         for group in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
             for name in names:
                 module = group._modules.get(name)
-                self._held.append((group._modules, name, module))
+                self._expected.append((group._modules, name, module))
                 if module is not None:
                     modules.append(module)
         for module in modules:
             p = module._parameters["weight"]
-            self._held.append((module._parameters, "weight", p))
-            self._marks.append((p, p._version, p.data_ptr()))
+            self._expected.append((module._parameters, "weight", p))
+            self._parameters.append((p, p._version, p.data_ptr()))
 
-    def holds(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether nothing has changed since this guard was made."""
         layer = self._layer
         if layer.get_base_layer() is not self._base or layer.merged_adapters != self._merged:
             return False
         scaling = layer.scaling
-        for name, s in self._scaling:  # loops: `all` of a generator takes half as long again
+        for name, s in self._scaling:  # a loop, because `all` with a generator takes 1.5 times as long
             if scaling.get(name) != s:
                 return False
-        for found, key, value in self._held:
-            if found.get(key) is not value:
+        for dictionary, key, value in self._expected:
+            if dictionary.get(key) is not value:
                 return False
-        for p, version, place in self._marks:  # noqa: SIM110
+        for p, version, place in self._parameters:  # noqa: SIM110
             if p._version != version or p.data_ptr() != place:
                 return False
         return True
 
 
 def refuse_merged(layer: Any) -> None:
-    """Raise `InputError` where adapters are merged into the weights of `layer`: every row would have them."""
+    """Raise `InputError` where adapters are merged into the weights of `layer`, and so would apply to every row."""
     if layer.merged:
         raise InputError(
-            f"merged into the base: {', '.join(layer.merged_adapters)}; unmerge them before rows of a batch choose "
-            "their adapters"
+            f"adapters are merged into the base weights: {', '.join(layer.merged_adapters)}; unmerge them before a "
+            "call with adapter_names"
         )
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT has put an adapter on this module."""
+    """Whether this module is PEFT's layer around another one."""
     return isinstance(module, BaseTunerLayer)

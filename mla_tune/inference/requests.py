@@ -1,4 +1,4 @@
-"""`--prompts FILE.jsonl`: one request a line."""
+"""What a session is asked and what it returns: requests, settings and results; and the reader of `--prompts` files."""
 
 from __future__ import annotations
 
@@ -9,78 +9,89 @@ from typing import Any
 from mla_tune.errors import FileError, InputError
 from mla_tune.user_files import parse_json, read_text
 
-#: What a user calls the model without an adapter.
+#: The user's name for the model without an adapter.
 BASE_NAME = "base"
+#: Keys of a line in a file of requests.
+_FIELDS = {"prompt", "messages", "adapter"}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One thing to answer: a `prompt`, or the `messages` of a chat.  `adapter` is a name of the session, or None for
-    the base."""
+    """One prompt or chat to answer: either `prompt` or `messages` is given."""
 
     prompt: str | None = None
+    """A prompt as text."""
     messages: list[dict[str, str]] | None = None
+    """The messages of a chat, each with `role` and `content`."""
     adapter: str | None = None
+    """Name of the session's adapter that answers; None for the model without an adapter."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """`temperature` 0 is greedy.  `raw` leaves the chat template out."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSettings:
+    """How a session answers its requests."""
 
     max_new_tokens: int = 128
+    """Maximum length of an answer."""
     temperature: float = 0.0
+    """0 takes the most likely token; above 0, tokens are sampled."""
     top_p: float = 1.0
+    """Sample from the most likely tokens that together have this probability."""
     seed: int = 0
+    """Seed of sampling."""
     raw: bool = False
-    batch: int = 8
+    """Whether prompts are continued as they are, without the chat template."""
+    batch_size: int = 8
+    """Number of requests answered at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
     """One answer."""
 
-    #: The prompt, or the last message of a chat.
     prompt: str
-    #: The answer.
+    """The prompt, or the last message of a chat."""
     text: str
-    #: Number of new tokens.
+    """The answer."""
     tokens: int
-    #: Seconds that the answer's batch took.
+    """Number of new tokens."""
     seconds: float
-    #: What ended it: the end of the text, or the limit on tokens.
+    """Seconds that the whole batch of this answer took."""
     stopped: str
-    #: The adapter that answered; None for the model without one.
+    """What ended the answer: `end of text`, or `length` (`max_new_tokens`)."""
     adapter: str | None = None
-    #: Rows of the batch.
+    """The adapter that answered; None for the model without an adapter."""
     batch: int = 1
+    """Number of rows in the batch."""
 
     def to_json(self) -> dict[str, Any]:
-        """The answer as `mla-tune generate --json` prints it."""
+        """Return the answer as `mla-tune generate --json` prints it."""
         return asdict(self)
 
 
-_FIELDS = {"prompt", "messages", "adapter"}
-
-
 def read_requests(file: Path, default: str | None) -> list[Request]:
-    """The requests of a file: `prompt` or `messages`, and `adapter` (`base`: none; absent: `default`).
+    """Read requests from a file with one JSON object a line.
+
+    Each has `prompt` or `messages`, and may have `adapter`: the name of an adapter, or `base` for none.  A line without
+    `adapter` is answered by the adapter `default`.
 
     Raises `FileError` for a file that can't be read and `InputError` naming the line that is wrong.
     """
-    lines = read_text(file, "the file of prompts").split("\n")  # U+2028 and its like may stand inside a JSON string
-    requests = [_request(line, f"{file}:{n}", default) for n, line in enumerate(lines, 1) if line.strip()]
+    lines = read_text(file, "the file of prompts").split("\n")  # not splitlines: a JSON string may contain U+2028
+    requests = [_parse_request(line, f"{file}:{n}", default) for n, line in enumerate(lines, 1) if line.strip()]
     if not requests:
-        raise InputError(f"{file}: holds no requests: one JSON object a line, with prompt or messages")
+        raise InputError(f"{file}: holds no requests: expected one JSON object a line, with prompt or messages")
     return requests
 
 
-def _request(line: str, where: str, default: str | None) -> Request:
+def _parse_request(line: str, where: str, default: str | None) -> Request:
+    """Return the request of one line; `where` names file and line in messages."""
     try:
         row: Any = parse_json(line, where, "the request", todo="One JSON object a line was expected")
     except FileError as error:
         raise InputError(str(error)) from None
     if not isinstance(row, dict) or not row.keys() <= _FIELDS or ("prompt" in row) == ("messages" in row):
-        raise InputError(f"{where}: an object with either prompt or messages, and adapter if you like, was expected")
+        raise InputError(f"{where}: expected an object with either prompt or messages, and optionally adapter")
     prompt, messages, adapter = row.get("prompt"), row.get("messages"), row.get("adapter", default)
     if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
         raise InputError(f"{where}: prompt must be a text that is not empty")

@@ -12,7 +12,7 @@ from mla_tune.inference.latent_attention import LatentAttention
 
 @pytest.fixture
 def absorbed_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The T of each absorbed call."""
+    """The number of query tokens of each absorbed attention call, in order."""
     calls: list[int] = []
     attend = LatentAttention.attend
 

@@ -96,7 +96,7 @@ def test_static_cache_and_assisted_decoding() -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.008)])
 def test_sixteen_bits(dtype: torch.dtype, tolerance: float, implementation: str) -> None:
-    """As near to float32 as stock is, within a factor of two."""
+    """The error against float32 is at most twice that of stock."""
     exact = stepped(build(first_k_dense_replace=3), ids())
     model = build(first_k_dense_replace=3).to(dtype)
     model.set_attn_implementation(implementation)
@@ -111,7 +111,7 @@ def test_sixteen_bits(dtype: torch.dtype, tolerance: float, implementation: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [(), ("x", "y")])
 def test_compiled(adapters: tuple[str, ...]) -> None:
-    """One graph: nothing falls out of it."""
+    """`torch.compile` makes one graph, without graph breaks."""
     model = build(first_k_dense_replace=3)
     model = adapt(model, *adapters) if adapters else model
     whole, steps = logits(model, ids()), stepped(model, ids())
@@ -124,7 +124,7 @@ def test_compiled(adapters: tuple[str, ...]) -> None:
     torch._dynamo.reset()
 
 
-def test_eager_gives_its_weights() -> None:
+def test_eager_returns_attention_weights() -> None:
     model = build()
     model.set_attn_implementation("eager")
     stock = model(ids(), output_attentions=True)
@@ -134,7 +134,7 @@ def test_eager_gives_its_weights() -> None:
         assert near(a, b)
 
 
-def test_long_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_queries_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     whole = logits(model, ids())
     monkeypatch.setattr("mla_tune.inference.latent_sdpa._SCORES", 2 * 4 * 14 * 3)
@@ -190,7 +190,7 @@ def test_expand_leaves_nothing_behind() -> None:
     mla_tune.expand(model)
 
 
-def test_another_implementation_meanwhile(absorbed_calls: list[int]) -> None:
+def test_set_attn_implementation_ends_absorption(absorbed_calls: list[int]) -> None:
     model = build()
     right = logits(model, ids())
     mla_tune.absorb(model, "absorbed")
@@ -210,10 +210,10 @@ def test_weights_are_not_copied() -> None:
     with mla_tune.absorb(model, "absorbed"):
         for module in mla_modules(model):
             state = getattr(module, attention.STATE)
-            assert state.weights(module.kv_b_proj.weight)[0].data_ptr() == module.kv_b_proj.weight.data_ptr()
+            assert state.up_projections(module.kv_b_proj.weight)[0].data_ptr() == module.kv_b_proj.weight.data_ptr()
 
 
-def test_a_copy_of_an_absorbed_model_is_its_own() -> None:
+def test_a_copy_of_an_absorbed_model_is_independent() -> None:
     model = adapt(build(), "x")
     mla_tune.absorb(model, "absorbed")
     twin = copy.deepcopy(model)
@@ -225,7 +225,7 @@ def test_a_copy_of_an_absorbed_model_is_its_own() -> None:
     assert not near(logits(model, ids()), right)
 
 
-def test_what_is_refused() -> None:
+def test_unknown_modes_and_models_without_mla_are_refused() -> None:
     with pytest.raises(NotMLAError, match="Linear has no Multi-head Latent Attention"):
         mla_tune.absorb(nn.Linear(2, 2))
     with pytest.raises(InputError, match="mode 'fast': allowed are auto, absorbed, expanded"):
@@ -233,7 +233,7 @@ def test_what_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_no_torch_before_it_is_asked_for() -> None:
+def test_import_mla_tune_loads_no_torch() -> None:
     import subprocess
     import sys
 
@@ -286,7 +286,7 @@ def test_one_adapter(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", ["auto", "absorbed"])
 def test_rows_of_a_batch(mode: str, method: str) -> None:
-    """Each row is its own adapter's merged model, ranks 3 and 4 side by side, the base between them."""
+    """Each row equals the merged model of its adapter; ranks 3 and 4 and rows of the base are in one batch."""
     model = adapt(build(), "x", "y", **METHODS[method])
     names = ["x", BASE, "y", "x"]
     models = {name: merged(model, name) for name in dict.fromkeys(names)}
@@ -312,7 +312,7 @@ def test_rows_with_beams() -> None:
 @fast_families()
 @pytest.mark.parametrize("family", [name for name in NAMES if name not in ("minicpm3", "youtu")])
 def test_routed_experts_by_their_factors(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As PEFT computes them, which makes W + s·B A of all experts for every token."""
+    """Equals PEFT, which computes W + s·B A of all experts in every forward."""
     stacks = ["experts.gate_up_proj", "experts.down_proj"]
     settings = {"target_modules": ["kv_b_proj"], "target_parameters": stacks}
     model = adapt(tiny(family), "x", "y", **settings, r=3)
@@ -386,7 +386,7 @@ def test_switching_is_bitwise_reproducible(dora: bool) -> None:
 @pytest.mark.parametrize("names", [None, ["x", "y"]])
 @pytest.mark.parametrize("dora", [False, True])
 def test_weights_that_change_are_seen(dora: bool, names: list[str] | None, change: str) -> None:
-    """Of the adapter and of the base, between two prompts."""
+    """Weights of the adapter or of the base change between two prompts."""
     model = adapt(build(), "x", "y", use_dora=dora)
     with mla_tune.absorb(model, "absorbed"):
         before = logits(model, ids(), adapter_names=names)
@@ -408,14 +408,14 @@ def _scaled(layer: Any) -> None:
 
 
 def _replaced(layer: Any) -> None:
-    """By another module, with twice the weight."""
+    """Replace the module by another one with twice the weight."""
     layer.lora_B["x"] = copy.deepcopy(layer.lora_B["x"])
     layer.lora_B["x"].weight.mul_(2)
 
 
 @pytest.mark.parametrize("change", [lambda layer: layer.lora_B["x"].weight.mul_(2), _scaled, _replaced])
 def test_between_two_steps_of_one_prompt(change: Any) -> None:
-    """Scales, modules and versions of parameters are looked at for every token."""
+    """A change of scale, module or parameter between two tokens takes effect, because each token checks them."""
     model = adapt(build(), "x", "y", use_dora=True)
     names = ["x", "y"]
 
@@ -448,7 +448,7 @@ def test_adapters_that_come_after_absorb() -> None:
     "settings, reason",
     [({"lora_bias": True}, "a bias on B"), ({"lora_dropout": 0.5}, "dropout while training")],
 )
-def test_what_can_not_be_taken_apart_is_expanded(settings: dict[str, Any], reason: str) -> None:
+def test_unsupported_adapters_are_expanded_with_a_reason(settings: dict[str, Any], reason: str) -> None:
     model = adapt(build(), "x", **settings)
     if reason == "a bias on B":
         right = logits(model, ids())
@@ -462,7 +462,7 @@ def test_what_can_not_be_taken_apart_is_expanded(settings: dict[str, Any], reaso
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_training_through_absorbed_attention(dora: bool) -> None:
-    """Gradients are those of stock."""
+    """Gradients equal those of stock attention."""
     grads = []
     for mode in ("expanded", "absorbed"):
         model = adapt(build(), "x", use_dora=dora)
@@ -497,14 +497,14 @@ def test_control_sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_control_indices_ignored(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     model = tiny(family)
     right = logits(model, ids())
-    monkeypatch.setattr(attention, "_with_indices", lambda mask, *_: mask)
+    monkeypatch.setattr(attention, "_mask_by_indices", lambda mask, *_: mask)
     with mla_tune.absorb(model, "absorbed"):
         assert not near(logits(model, ids()), right, 1e-3)
 
 
 def _without_mask(attend: Any) -> Any:
-    def blind(self: LatentAttention, query: Any, latent: Any, k_rope: Any, mask: Any, *rest: Any) -> Any:
-        return attend(self, query, latent, k_rope, None, *rest)
+    def blind(self: LatentAttention, query: Any, latent: Any, k_rope: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        return attend(self, query, latent, k_rope, None, *args, **kwargs)
 
     return blind
 
@@ -518,10 +518,10 @@ def test_control_adapter_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_control_stale_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the watch and without `forget`, a change of weights goes unseen."""
+    """With the version guard and `clear_derived` disabled, a change of weights has no effect."""
     model = adapt(build(), "x", "y", target_modules=["kv_b_proj"])
-    monkeypatch.setattr("mla_tune.inference.lora_tensors.VersionGuard.holds", lambda _: True)
-    monkeypatch.setattr(LayerLora, "forget", lambda _: None)
+    monkeypatch.setattr("mla_tune.inference.lora_tensors.VersionGuard.is_unchanged", lambda _: True)
+    monkeypatch.setattr(LayerLora, "clear_derived", lambda _: None)
     with mla_tune.absorb(model, "absorbed"):
         before = logits(model, ids(), adapter_names=["x", "y"])
         with torch.no_grad():
@@ -532,7 +532,7 @@ def test_control_stale_stack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_peft_model_is_a_model() -> None:
-    """`absorb` on the PeftModel and on the model in it are the same."""
+    """`absorb` on a PeftModel and on the model inside it give the same logits."""
     model = adapt(build(), "x")
     assert isinstance(model, PeftModel)
     with mla_tune.absorb(model.get_base_model(), "absorbed"):

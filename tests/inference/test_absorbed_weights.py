@@ -29,7 +29,7 @@ PATH = "model.layers.0.self_attn"
 
 
 class Coded(nn.Linear):
-    """A linear layer whose weight is 8-bit codes, as those of quantized models are."""
+    """A linear layer whose weight is 8-bit codes, like those of quantized models."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False)
@@ -42,7 +42,7 @@ class Coded(nn.Linear):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose `kv_b_proj` are whole hundredths, with its absorbed tensors."""
+    """A model folder with absorbed tensors; the weights of its `kv_b_proj` are integers divided by 100."""
     path = tmp_path_factory.mktemp("model")
     model = build()
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_an_offloaded_model(folder: Path, absorbed_calls: list[int]) -> None:
 
 
 def test_adapters_above_it(folder: Path) -> None:
-    """Unmerged, one and row by row; PEFT on stock attention is the oracle."""
+    """One unmerged adapter, and one for each row; the oracle is PEFT on stock attention."""
     plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = adapt(plain, "x", "y", target_modules=["kv_b_proj", "o_proj"])
     for module in mla_modules(model):
@@ -144,7 +144,7 @@ def test_a_weight_that_changes_is_seen(folder: Path) -> None:
         before = logits(model, ids())
         weight = next(mla_modules(model)).kv_b_proj.weight
         weight.copy_(weight // 2)
-        assert "has changed since absorbed.safetensors was found to fit" in unsupported_reasons(model)[PATH]
+        assert "has changed since absorbed.safetensors was found to match it" in unsupported_reasons(model)[PATH]
         ours = logits(model, ids())
     assert near(ours, logits(model, ids()))
     assert not near(ours, before, 1e-3)
@@ -155,8 +155,8 @@ def test_a_plain_weight_is_not_read_from_the_file(folder: Path) -> None:
     with mla_tune.absorb(model):
         for module in mla_modules(model):
             state = getattr(module, attention.STATE)
-            assert state.stored is None
-            assert state.weights(module.kv_b_proj.weight)[0].data_ptr() == module.kv_b_proj.weight.data_ptr()
+            assert state.stored_weights is None
+            assert state.up_projections(module.kv_b_proj.weight)[0].data_ptr() == module.kv_b_proj.weight.data_ptr()
 
 
 def _gone(path: Path) -> None:
@@ -179,7 +179,7 @@ def _torn(path: Path) -> None:
 
 
 def _silent(path: Path) -> None:
-    """A file that does not say what it was made from."""
+    """A file without the hashes of the tensors that it was made from."""
     save_file(load_file(path / "absorbed.safetensors"), path / "absorbed.safetensors", {"format": "pt"})
 
 
@@ -200,7 +200,7 @@ def test_a_file_that_does_not_fit(
     why: str,
     absorbed_calls: list[int],
 ) -> None:
-    """Expanded, with the reason."""
+    """The module stays expanded, and the reason is given."""
     path = copied(folder, tmp_path / "model")
     change(path)
     model = coded(path)
@@ -215,7 +215,7 @@ def test_a_file_that_does_not_fit(
 
 
 def test_control_another_file_is_taken(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the comparison of hashes these tests fail."""
+    """With the comparison of hashes disabled, another model's file is used, and the logits are wrong."""
     path = copied(folder, tmp_path / "model")
     tensors = load_file(path / "model.safetensors")
     tensors[f"{PATH}.kv_b_proj.weight"] = tensors[f"{PATH}.kv_b_proj.weight"].flip(0).contiguous()

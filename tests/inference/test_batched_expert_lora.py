@@ -1,4 +1,4 @@
-"""Rows of one batch with adapters of their own on the routed experts.
+"""Rows of one batch with different adapters on the routed experts.
 
 The oracle of every row is the model that PEFT has merged its adapter into, in a copy, through stock attention and
 transformers' own experts.
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 import mla_tune
 from mla_tune.errors import CheckError, InputError
-from mla_tune.inference.batched_expert_lora import Pairs, PairStack
+from mla_tune.inference.batched_expert_lora import GroupedExpertWeights, SortedPairs
 from mla_tune.inference.batched_lora import drop_stale_adapter_names
 from mla_tune.inference.lora_tensors import BASE
 from tests.helpers import tiny_families
@@ -32,7 +32,7 @@ NAMES = ["x", BASE, "y"]
 
 
 def by_row(model: Any, names: list[str], tokens: torch.Tensor, ask: Any = logits, **kwargs: Any) -> torch.Tensor:
-    """What each row's own merged model answers."""
+    """The logits of each row from the merged model of its adapter."""
     models = {name: merged(model, name) for name in dict.fromkeys(names)}
     rows = []
     for i, name in enumerate(names):
@@ -73,7 +73,7 @@ def test_one_parameter(family: str, parameter: str) -> None:
 
 
 def test_adapters_that_are_elsewhere() -> None:
-    """`e` is on the experts alone and only there; `y` on attention; both beside the base, and without `e`."""
+    """`e` adapts only experts and `y` only attention; batches of both with the base, and of `y` with the base."""
     model = adapt(build(), "y")
     parameters = ["mlp.experts.gate_up_proj"]
     model.add_adapter("e", LoraConfig(r=2, target_modules=[], target_parameters=parameters, init_lora_weights=False))
@@ -93,7 +93,7 @@ def test_beams(names: list[str]) -> None:
 
 
 def test_eight_adapters() -> None:
-    """More adapters than experts, in an order that is not that of their coming."""
+    """More adapters than experts, in another order than they were added in."""
     names = [f"n{i}" for i in (7, 2, 0, 6, 1, 5, 4, 3)]
     model = adapt(build(), *sorted(names), **BOTH, use_rslora=True)
     right = by_row(model, names, ids(8), stepped)
@@ -113,7 +113,7 @@ def test_factors_of_another_dtype() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Counts the numbers of the largest tensor that any operation makes anew."""
+    """Records the size of the largest new tensor that any operation allocates."""
 
     numbers = 0
 
@@ -126,10 +126,10 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("parameters", [[GATE_UP, DOWN], [DOWN]])
 @pytest.mark.parametrize("names", [None, ["x", "y"]])
-def test_nothing_as_large_as_the_weights_is_made(
+def test_no_tensor_as_large_as_the_weights_is_allocated(
     names: list[str] | None, parameters: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither W + s·B A of a layer, nor the W of every pair of token and expert."""
+    """Neither W + s·B A of a layer, nor a copy of W for each pair of a token and an expert, is computed."""
     model = adapt(build(), "x", "y", target_modules=["o_proj"], target_parameters=parameters)
     sizes = [p.numel() for key, p in model.named_parameters() if "experts.base_layer" in key and p.dim() == 3]
     monkeypatch.setattr(ParamWrapper, "_activate_lora", None)
@@ -167,7 +167,7 @@ def test_switching_and_later_adapters() -> None:
 
 
 def test_adapters_that_come_after_absorb() -> None:
-    """The layers are PEFT's, which refuses; `absorb` again takes them in."""
+    """Layers adapted after `absorb` have PEFT's forward, which refuses; calling `absorb` again includes them."""
     model = build()
     mla_tune.absorb(model)
     wrapped = adapt(model, "x", "y", **BOTH)
@@ -189,7 +189,7 @@ def test_merged_layers(settings: dict[str, Any]) -> None:
     with mla_tune.absorb(model, "absorbed"):
         model.merge_adapter()
         assert near(logits(model, ids()), right)
-        with pytest.raises(InputError, match="merged into the base: x; unmerge them"):
+        with pytest.raises(InputError, match="merged into the base weights: x; unmerge them"):
             logits(model, ids(), adapter_names=["x", BASE])
         drop_stale_adapter_names(model)
         with model.disable_adapter():
@@ -200,7 +200,7 @@ def test_merged_layers(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_that_change_are_seen(change: str) -> None:
-    """Of an adapter and of the experts, between two prompts."""
+    """Weights of an adapter or of the experts change between two prompts."""
     model = adapt(build(), "x", "y", **BOTH)
     with mla_tune.absorb(model):
         before = stepped(model, ids(3), adapter_names=NAMES)
@@ -268,18 +268,18 @@ def test_gradients_of_rows(family: str) -> None:
 
 
 def test_a_router() -> None:
-    """A parameter that is neither linear nor a stack; PEFT refuses it without saying which."""
+    """A router's weight belongs to neither a linear layer nor experts; the error names it, unlike PEFT's."""
     model = adapt(build(), "x", "y", target_modules=["o_proj"])
     model.add_adapter("router", LoraConfig(r=2, target_modules=[], target_parameters=["gate.weight"]))
     right = by_row(model, NAMES, ids(3))
     with mla_tune.absorb(model):
         assert near(logits(model, ids(3), adapter_names=NAMES), right)
-        with pytest.raises(InputError, match="router adapts weight of a DeepseekV3TopkRouter: rows of a batch can't"):
+        with pytest.raises(InputError, match="router adapts weight of a DeepseekV3TopkRouter: rows of one batch can't"):
             logits(model, ids(3), adapter_names=["x", "router", BASE])
 
 
-def test_experts_that_are_not_of_the_text() -> None:
-    """Those of a vision tower: their tokens are patches, in no row of the batch."""
+def test_experts_outside_the_text_decoder_are_refused() -> None:
+    """Tokens of a vision tower are image patches, which belong to no row of the batch."""
     model = build()
     text = model.model.layers[1].mlp.experts
     model.vision = torch.nn.ModuleDict({"experts": type(text)(model.config)})
@@ -291,23 +291,23 @@ def test_experts_that_are_not_of_the_text() -> None:
     mla_tune.absorb(model)
     layer = model.vision.experts
     assert layer(patches, index, weights, adapter_names=[BASE] * 3).abs().max() == 0
-    with pytest.raises(InputError, match="y adapts down_proj of a DeepseekV3Experts: rows of a batch can't"):
+    with pytest.raises(InputError, match="y adapts down_proj of a DeepseekV3Experts: rows of one batch can't"):
         layer(patches, index, weights, adapter_names=[BASE, "y", BASE])
 
 
 @pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48)])
-def test_tokens_that_belong_to_no_row(shape: tuple[int, ...]) -> None:
+def test_a_number_of_tokens_that_does_not_match_the_rows(shape: tuple[int, ...]) -> None:
     model = adapt(build(), "x", "y", **BOTH)
     mla_tune.absorb(model)
     layer = model.base_model.model.model.layers[1].mlp.experts
     index = torch.zeros(*shape[:-1], 2, dtype=torch.long)
-    with pytest.raises(InputError, match="adapter_names has 2 rows, and experts are given"):
+    with pytest.raises(InputError, match="adapter_names has 2 names, but experts got an input"):
         layer(torch.randn(shape), index, torch.ones(index.shape), adapter_names=["x", "y"])
 
 
-def test_pairs_in_another_order() -> None:
-    """A later transformers may take them so: not to be guessed at."""
+def test_another_order_of_pairs_is_an_error() -> None:
+    """A later transformers may order pairs differently; the result would be wrong without this error."""
     index = torch.tensor([[0, 1], [2, 0]])
-    stack = PairStack(torch.randn(3, 5, 4), [[]], Pairs.of(index, None, 1))
-    with pytest.raises(CheckError, match="another order than that of the tokens"):
+    stack = GroupedExpertWeights(torch.randn(3, 5, 4), [[]], SortedPairs.sort(index, None, 1))
+    with pytest.raises(CheckError, match="no longer orders pairs by token"):
         stack[index.T.reshape(-1)]

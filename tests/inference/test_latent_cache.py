@@ -37,7 +37,7 @@ def more(cache: Any, count: int, seed: int) -> None:
 
 
 def narrow(cache: Any) -> None:
-    """The first row alone, as a view."""
+    """Keep only the first row, as a view."""
     layer = cache.layers[0]
     layer.keys, layer.values = layer.keys[:1], layer.values[:1]
 
@@ -71,8 +71,8 @@ def test_the_same_tensors(R: int, first: str, second: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("R", [4, 0])
-def test_tokens_are_not_copied_again(R: int) -> None:
-    """R = 0: no rope key (glm5_next)."""
+def test_a_new_token_does_not_copy_the_cached_ones(R: int) -> None:
+    """R = 0 is a model without rope keys (glm5_next)."""
     layer = PreallocatedLayer()
     keys, values = layer.update(*tokens(100, 0, R=R))
     place = keys.data_ptr()
@@ -88,7 +88,7 @@ def test_tokens_are_not_copied_again(R: int) -> None:
 
 @torch.no_grad()
 def test_a_copy_is_independent() -> None:
-    """A prefix that several continuations share."""
+    """A copied prefix can be continued in several ways."""
     config = build().config
     prefix = LatentCache(config=config)
     for i in range(len(prefix.layers)):
@@ -114,7 +114,7 @@ def test_reset_and_use_again() -> None:
 @fast_families()
 @pytest.mark.parametrize("family", NAMES)
 def test_decoding(family: str) -> None:
-    """Cached steps, greedy text, beams; in families that cache something else as well."""
+    """Cached steps, greedy decoding and beams give the same, also in families that cache something else too."""
     model = tiny(family)
     steps, text, beams = stepped(model, ids()), generate(model, ids()), generate(model, ids(), 8, num_beams=3)
     with mla_tune.absorb(model, "absorbed"):
@@ -143,8 +143,8 @@ def test_float64(family: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> 
 
     right = steps(DynamicCache(config=model.config))
     fused: list[int] = []
-    real = latent._fused
-    monkeypatch.setattr(latent, "_fused", lambda q, *rest: fused.append(q.shape[1]) or real(q, *rest))
+    real = latent._fused_sdpa
+    monkeypatch.setattr(latent, "_fused_sdpa", lambda q, *rest: fused.append(q.shape[1]) or real(q, *rest))
     with mla_tune.absorb(model, "absorbed"):
         ours = steps(LatentCache(config=model.config))
     for a, b in zip(ours, right, strict=True):
@@ -153,7 +153,7 @@ def test_float64(family: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_rows_of_left_padding() -> None:
-    """Fused, with a mask, and rows that see nothing."""
+    """Fused attention with a mask in which some queries see no key."""
     model = build()
     tokens, mask = ids(), torch.ones(2, 14, dtype=torch.long)
     tokens[0, :6], mask[0, :6] = 0, 0
@@ -163,8 +163,8 @@ def test_rows_of_left_padding() -> None:
         assert torch.equal(generate(model, tokens, attention_mask=mask, past_key_values=cache), right)
 
 
-def test_side_by_side() -> None:
-    """Rows are taken as one only where they are."""
+def test_joined_rows() -> None:
+    """`joined_rows` returns a view only where latent and rope key lie side by side."""
     memory = torch.arange(2 * 9 * 7.0).view(2, 9, 7)
     latent_, k_rope = memory[:, :5, :4], memory[:, :5, 4:]
     rows = joined_rows(latent_, k_rope)

@@ -1,4 +1,4 @@
-"""Adapters of any placement in one model.
+"""Several adapters with different placements in one model.
 
 The oracle is each adapter alone, as PEFT loads and merges it; that all of them are what their files say is compared
 with the files.
@@ -24,7 +24,7 @@ from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
-from mla_tune.inference.load_adapters import has_whole_modules, load_adapters, without_whole_modules
+from mla_tune.inference.load_adapters import has_modules_to_save, load_adapters, modules_to_save_disabled
 from mla_tune.inference.lora_tensors import BASE
 from mla_tune.model.attach import attach, attached_loras
 from mla_tune.recipe.load import load_recipe
@@ -56,7 +56,7 @@ def base_of(folder: Path, family: str) -> Path:
 
 
 def trained(base: Path, folder: Path, placement: dict[str, Any]) -> Path:
-    """An adapter of a recipe on `base`, as if trained, saved by PEFT."""
+    """An adapter for a recipe's targets on `base`, with random weights, saved by PEFT."""
     arch = architecture(json.loads((base / "config.json").read_text()))
     section = AdapterSection.model_validate({"rank": 6, "alpha": 10} | placement)
     with warnings.catch_warnings():
@@ -75,7 +75,7 @@ def opened(base: Path, folder: Path) -> Adapter:
 
 
 def together(base: Path, folders: dict[str, Path]) -> Any:
-    """PEFT's names are those of the adapters with `adapter_` before."""
+    """Load the adapters; their names in PEFT are `adapter_NAME`."""
     net, lost = with_loss(base, folders)
     assert lost == ""
     return net
@@ -96,7 +96,7 @@ def logits(model: Any, tokens: torch.Tensor = TOKENS, **kwargs: Any) -> torch.Te
 
 
 def alone(base: Path, folder: Path) -> Any:
-    """By PEFT, merged."""
+    """Logits of an adapter that PEFT has loaded alone and merged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(load(base), str(folder)).merge_and_unload().eval()
@@ -111,7 +111,7 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(base, the folder of every placement, its logits when alone)."""
+    """(base, folder of an adapter for each placement, logits of each adapter loaded alone)."""
     folder = tmp_path_factory.mktemp("side-by-side")
     base = base_of(folder, request.param)
     torch.manual_seed(5)
@@ -122,7 +122,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @fast_cases("deepseek_v3-False")
 @pytest.mark.parametrize("turned", [False, True])
 def test_all_placements_in_one_model(made: Any, turned: bool) -> None:
-    """In both orders of loading; nobody is warned of anything, and no file is written to."""
+    """Adapters load in both orders, without warnings, and no file is written."""
     base, folders, right = made
     before = {name: digest(path) for name, path in folders.items()}
     names = list(folders)[::-1] if turned else list(folders)
@@ -151,7 +151,7 @@ def test_all_placements_in_one_model(made: Any, turned: bool) -> None:
 
 @fast_cases("deepseek_v3")
 def test_placement_is_that_of_the_files(made: Any) -> None:
-    """Matrices, ranks and scales are those that PEFT gives the adapter alone, and the numbers are the file's."""
+    """Matrices, ranks and scales are as in a model with that adapter alone; weights equal those in the file."""
     base, folders, _ = made
     net = together(base, folders)
     for name, folder in folders.items():
@@ -173,7 +173,7 @@ def test_placement_is_that_of_the_files(made: Any) -> None:
 
 
 def test_one_parameter_beside_the_other(tmp_path: Path) -> None:
-    """Both files have the same keys, `experts.lora_A`, and mean different weights."""
+    """Both files have the key `experts.lora_A`, but for different parameters."""
     base = make_base(tmp_path / "base")
     folders = {
         name: make_adapter(tmp_path / name, base, target_parameters=[f"mlp.experts.{name}"])
@@ -202,7 +202,7 @@ def old_file(folder: Path, base: Path, *more: str, **settings: Any) -> Path:
 
 
 def test_a_file_of_single_experts(tmp_path: Path) -> None:
-    """Which PEFT joins to stacks, here beside another adapter on them; the oracle adds every expert's by hand."""
+    """PEFT stacks the experts' LoRAs, beside another adapter; the oracle adds each expert's delta itself."""
     torch.manual_seed(3)
     base = make_base(tmp_path / "base")
     old = old_file(tmp_path / "old", base)
@@ -226,23 +226,27 @@ def test_a_file_of_single_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "more, settings, words",
     [
-        (["model.layers.0.mlp.up_proj"], {}, r"left out: model\.layers\.0\.mlp\.up_proj\.weight"),
+        (["model.layers.0.mlp.up_proj"], {}, r"not loaded: model\.layers\.0\.mlp\.up_proj\.weight"),
         ([], {"use_rslora": True}, r"gate_up_proj: rank 6, scale 4\.04145 in the file; 6, 5\.71548 in PEFT"),
     ],
 )
-def test_what_peft_would_load_otherwise(tmp_path: Path, more: list[str], settings: Any, words: str) -> None:
-    """Silently, were it asked itself."""
+def test_adapters_that_peft_misloads_are_refused(tmp_path: Path, more: list[str], settings: Any, words: str) -> None:
+    """PEFT itself would load them without a warning."""
     base = make_base(tmp_path / "base")
     old = old_file(tmp_path / "old", base, *more, **settings)
-    with pytest.raises(InputError, match=rf"old: PEFT does not load this adapter as its file has it \(.*{words}"):
+    with pytest.raises(
+        InputError, match=rf"old: PEFT loads this adapter differently from what its file holds \(.*{words}"
+    ):
         together(base, {"old": old})
 
 
-def test_keys_that_peft_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT leaves such an adapter at its first values, and says nothing."""
+def test_keys_that_peft_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT would leave the initial values in such an adapter, without a warning."""
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "a", base, target_modules=["o_proj"])
-    monkeypatch.setattr("mla_tune.inference.load_adapters._moved", lambda *_: {r"\.o_proj\.lora_B": ".o_proj.lora_C"})
+    monkeypatch.setattr(
+        "mla_tune.inference.load_adapters._key_mapping", lambda *_: {r"\.o_proj\.lora_B": ".o_proj.lora_C"}
+    )
     with pytest.raises(InputError, match=r"not loaded: base_model\.model\.model\.layers\.0\.self_attn\.o_proj\.lora_B"):
         together(base, {"a": adapter})
 
@@ -260,7 +264,7 @@ def test_one_matrix_as_a_module_and_as_a_parameter(
     folders = dict(reversed(folders.items())) if turned else folders
     words = (
         "module and parameter can't be in one model: both adapt model.layers.0.self_attn.o_proj, parameter as a "
-        rf"parameter \(target_parameters\), and there PEFT has no {what}, which module has. Merge one of them"
+        rf"parameter \(target_parameters\), and there PEFT does not support {what}, which module has. Merge one of them"
     )
     with pytest.raises(InputError, match=words):
         together(base, folders)
@@ -278,8 +282,8 @@ def test_one_matrix_as_a_module_and_as_a_parameter_of_plain_lora(tmp_path: Path)
         assert near(logits(net), logits(alone(base, folder))), name
 
 
-def test_a_tensor_in_the_place_of_the_bases(tmp_path: Path) -> None:
-    """PEFT loads a saved embedding into the base: every other adapter would have it."""
+def test_a_saved_embedding_that_would_overwrite_the_base(tmp_path: Path) -> None:
+    """PEFT loads a saved embedding into the base, so it would apply to every other adapter."""
     base = make_base(tmp_path / "base")
     adapter, other = (make_adapter(tmp_path / name, base, target_modules=["o_proj"]) for name in "ab")
     tensors = load_file(adapter / WEIGHTS)
@@ -288,26 +292,26 @@ def test_a_tensor_in_the_place_of_the_bases(tmp_path: Path) -> None:
     net, lost = with_loss(base, {"a": adapter})
     assert lost == "model.embed_tokens.weight"
     assert near(logits(net), logits(alone(base, adapter)))
-    with pytest.raises(InputError, match=r"a has a model\.embed_tokens\.weight of its own that would take the place"):
+    with pytest.raises(InputError, match=r"a holds a model\.embed_tokens\.weight that would replace the base's"):
         together(base, {"b": other, "a": adapter})
 
 
 def test_a_head_saved_with_its_base_layer(tmp_path: Path) -> None:
-    """As PEFT saves an adapted head: the base's own tensor, which changes nothing."""
+    """PEFT saves an adapted head with the base's tensor; loading that tensor changes nothing."""
     base = make_base(tmp_path / "base")
     folders = {name: make_adapter(tmp_path / name, base, target_modules=["lm_head", "o_proj"]) for name in "ab"}
     tensors = load_file(folders["a"] / WEIGHTS)
     head = load_file(base / "model.safetensors")["lm_head.weight"]
     save_file(tensors | {"base_model.model.lm_head.base_layer.weight": head}, folders["a"] / WEIGHTS)
     net = together(base, folders)
-    assert not has_whole_modules(net, "adapter_a")
+    assert not has_modules_to_save(net, "adapter_a")
     right = torch.cat([logits(alone(base, folders[name]))[i : i + 1] for i, name in enumerate("ab")])
     with mla_tune.absorb(net):
         assert near(logits(net, adapter_names=["adapter_a", "adapter_b"]), right)
 
 
-def test_whole_modules_beside_a_mixed_batch(tmp_path: Path) -> None:
-    """PEFT has them choose by row though no row has one: it raises for a norm and for adapters without the module."""
+def test_modules_to_save_beside_a_mixed_batch(tmp_path: Path) -> None:
+    """PEFT would look up the module of each row, and raise for a norm and for adapters without the module."""
     base = make_base(tmp_path / "base")
     folders = {
         "a": make_adapter(tmp_path / "a", base, target_modules=["o_proj"]),
@@ -316,11 +320,11 @@ def test_whole_modules_beside_a_mixed_batch(tmp_path: Path) -> None:
         "head": make_adapter(tmp_path / "head", base, target_modules=["o_proj"], modules_to_save=["lm_head"]),
     }
     net = together(base, folders)
-    assert [name for name in folders if has_whole_modules(net, f"adapter_{name}")] == ["norm", "head"]
+    assert [name for name in folders if has_modules_to_save(net, f"adapter_{name}")] == ["norm", "head"]
     right = torch.cat([logits(alone(base, folders[name]))[i : i + 1] for i, name in enumerate("ab")])
     names = {"adapter_names": ["adapter_a", "adapter_b"]}
     for before in ("a", "head"):
         net.set_adapter(f"adapter_{before}")
-        with mla_tune.absorb(net), without_whole_modules(net):
+        with mla_tune.absorb(net), modules_to_save_disabled(net):
             assert near(logits(net, **names), right)
         assert near(logits(net), logits(alone(base, folders[before]))), "they act again"

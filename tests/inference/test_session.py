@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM
 from mla_tune.adapter.files import open_adapter
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import FileError, InputError
-from mla_tune.inference.requests import Request, Settings, read_requests
+from mla_tune.inference.requests import GenerationSettings, Request, read_requests
 from mla_tune.inference.session import Session
 from mla_tune.resources import EMBEDDED_MODEL
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PROMPTS = ["Write a function that adds two numbers.", "What is 3 + 4?", "Name a color.", "Count to three."]
-SHORT = Settings(max_new_tokens=12)
+SHORT = GenerationSettings(max_new_tokens=12)
 
 
 def make_adapter(folder: Path, seed: int, **settings: Any) -> Path:
@@ -57,7 +57,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def oracle(adapters: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """By adapter, the answers of its merged checkpoint to all prompts; merged by merge-absorb, answered by stock."""
+    """Adapter → answers of its checkpoint, merged by merge-absorb, to all prompts, from stock transformers."""
     folder = tmp_path_factory.mktemp("merged")
     program = str(Path(sys.executable).parent / "mla-tune")
     texts = {}
@@ -90,8 +90,8 @@ def session(adapters: dict[str, str]) -> Session:
     return Session("embedded", adapters)
 
 
-def ask(session: Session, *names: str | None, settings: Settings = SHORT) -> list[Any]:
-    """The prompts in turn, to these adapters."""
+def ask(session: Session, *names: str | None, settings: GenerationSettings = SHORT) -> list[Any]:
+    """Answer one prompt for each of the adapters `names`."""
     return session.answer([Request(PROMPTS[i % 4], adapter=n) for i, n in enumerate(names)], settings)
 
 
@@ -111,7 +111,7 @@ def test_one_adapter(session: Session, oracle: dict[str, list[str]], name: str |
 @pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_mixed_batch(adapters: dict[str, str], oracle: dict[str, list[str]], turned: bool) -> None:
-    """LoRA, DoRA, shared and routed experts, which PEFT reaches as parameters, and the base; loaded in both orders."""
+    """LoRA, DoRA, adapters on shared and routed experts, and the base in one batch; loaded in both orders."""
     session = Session("embedded", dict(reversed(adapters.items())) if turned else adapters)
     names = ["one", "experts", None, "two.b", "mlp", "experts", "one", None]
     answers = ask(session, *names)
@@ -124,10 +124,10 @@ def test_a_mixed_batch(adapters: dict[str, str], oracle: dict[str, list[str]], t
     "settings",
     [{"modules_to_save": ["model.norm"]}, {"modules_to_save": ["lm_head"]}, {"target_parameters": ["gate.weight"]}],
 )
-def test_what_can_not_be_mixed_is_answered_apart(
+def test_adapters_that_can_not_be_mixed_get_their_own_batches(
     adapters: dict[str, str], oracle: dict[str, list[str]], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """Whole modules and routers; the others stay in one batch beside them.  The oracle of this one is PEFT's merge."""
+    """Those with modules_to_save or on a router; the others share a batch.  The oracle is PEFT's merge."""
     folder = str(make_adapter(tmp_path / "apart", 5, **settings))
     base = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
     merged = PeftModel.from_pretrained(base, folder).merge_and_unload().eval()
@@ -145,8 +145,8 @@ def test_what_can_not_be_mixed_is_answered_apart(
         assert [a.batch for a in answers] == [3, 1, 3, 3]
 
 
-def test_nothing_is_warned_of(tmp_path: Path) -> None:
-    """PEFT calls patterns that it uses ignored, and would say that an adapter was active which is now deleted."""
+def test_loading_gives_no_warning(tmp_path: Path) -> None:
+    """PEFT would warn that it ignores patterns which it uses, and that a deleted adapter was active."""
     patterns = {"rank_pattern": {"mlp.gate_proj.weight": 3}, "alpha_pattern": {"mlp.gate_proj.weight": 5}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -162,7 +162,7 @@ def test_nothing_is_warned_of(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_acceptance_of_unmerged_adapters(session: Session, oracle: dict[str, list[str]]) -> None:
-    """Base, A, B, A, base, and a mixed batch between them: nothing is left behind."""
+    """Base, A, B, A, base and a mixed batch after one another do not affect each other."""
     for name in (None, "one", "two.b", "one", None):
         assert ask(session, name)[0].text == oracle[name][0]
     ask(session, "one", "two.b", None)
@@ -171,7 +171,7 @@ def test_acceptance_of_unmerged_adapters(session: Session, oracle: dict[str, lis
 
 
 def test_batches(session: Session) -> None:
-    answers = ask(session, *["one", None] * 3, settings=Settings(max_new_tokens=2, batch=4))
+    answers = ask(session, *["one", None] * 3, settings=GenerationSettings(max_new_tokens=2, batch_size=4))
     assert [a.batch for a in answers] == [4, 4, 4, 4, 2, 2]
 
 
@@ -191,7 +191,9 @@ def test_streamed_text_is_the_answer(session: Session) -> None:
 
 def test_sampling(session: Session) -> None:
     def text(seed: int, top_p: float) -> str:
-        return ask(session, "one", settings=Settings(12, temperature=1.5, top_p=top_p, seed=seed))[0].text
+        return ask(
+            session, "one", settings=GenerationSettings(max_new_tokens=12, temperature=1.5, top_p=top_p, seed=seed)
+        )[0].text
 
     assert text(1, 1.0) == text(1, 1.0) != text(2, 1.0)
     assert text(1, 0.01) == text(2, 0.01) == ask(session, "one")[0].text, "of the likeliest token alone"
@@ -224,17 +226,17 @@ def test_the_base_beside_an_adapter_that_replaces_its_tensors(adapters: dict[str
     save_file(load_file(file) | {"base_model.model.model.embed_tokens.weight": embedding + 0.1}, file)
     session = Session("embedded", {"x": str(tmp_path / "x")})
     assert ask(session, "x")[0].text
-    with pytest.raises(InputError, match=r"the adapter has a model\.embed_tokens\.weight of its own in the place"):
+    with pytest.raises(InputError, match=r"the adapter has replaced model\.embed_tokens\.weight of the base"):
         ask(session, "x", None)
 
 
 def test_an_adapter_of_another_base(adapters: dict[str, str], tmp_path: Path) -> None:
-    """By hash: the shapes are the same."""
+    """The base is recognized by its hash; the shapes are the same."""
     run = tmp_path / "run"
     shutil.copytree(adapters["one"], run / "adapter")
     hashed = {"kind": "files", "sha256": "0" * 64}
     (run / "run.json").write_text(json.dumps({"base_path": str(EMBEDDED_MODEL), "base_hash": hashed}))
-    with pytest.raises(InputError, match=r"does not fit .*: it was trained on another base \(see base_path"):
+    with pytest.raises(InputError, match=r"does not fit .*: it was trained on another base \(compare base_path"):
         Session("embedded", {"x": str(run)})
 
 
@@ -254,7 +256,7 @@ def test_an_adapter_of_other_shapes(adapters: dict[str, str], tmp_path: Path) ->
 def test_other_folders(tmp_path: Path, adapters: dict[str, str]) -> None:
     with pytest.raises(FileError, match="not an adapter folder"):
         Session("embedded", {"x": str(tmp_path)})
-    with pytest.raises(InputError, match="'base' is the model without an adapter"):
+    with pytest.raises(InputError, match="'base' means the model without an adapter"):
         Session("embedded", {"base": adapters["one"]})
 
 
@@ -262,7 +264,7 @@ def test_other_folders(tmp_path: Path, adapters: dict[str, str]) -> None:
     "line, words",
     [
         ("{", r"rows.jsonl:2: the request is not valid JSON"),
-        ('{"adapter": "x"}', r"rows.jsonl:2: an object with either prompt or messages"),
+        ('{"adapter": "x"}', r"rows.jsonl:2: expected an object with either prompt or messages"),
         ('{"prompt": "a", "messages": []}', "either prompt or messages"),
         ('{"prompt": "a", "lora": "x"}', "either prompt or messages"),
         ('{"prompt": " "}', "a text that is not empty"),
@@ -312,12 +314,12 @@ def test_generate_command(cli: Any, adapters: dict[str, str], oracle: dict[str, 
 @pytest.mark.parametrize(
     "args, words",
     [
-        (("--prompt", "x", "--prompts", "y"), "give --prompt TEXT, or --prompts"),
-        ((), "give --prompt TEXT, or --prompts"),
+        (("--prompt", "x", "--prompts", "y"), "give either --prompt TEXT, or --prompts"),
+        ((), "give either --prompt TEXT, or --prompts"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
-        (("--prompt", "x", "--adapter", "=y"), "NAME=DIR or DIR was expected"),
-        (("--prompt", "x", "--adapter", "a=b", "--adapter", "a=c"), "the name of another adapter already"),
-        (("--prompt", "x", "--stream", "--json"), "--stream shows one answer"),
+        (("--prompt", "x", "--adapter", "=y"), "expected NAME=DIR or DIR"),
+        (("--prompt", "x", "--adapter", "a=b", "--adapter", "a=c"), "another adapter is already called 'a'"),
+        (("--prompt", "x", "--stream", "--json"), "--stream prints one answer"),
     ],
 )
 def test_wrong_arguments(cli: Any, args: tuple[str, ...], words: str) -> None:
@@ -337,10 +339,10 @@ def test_chat(adapters: dict[str, str], oracle: dict[str, list[str]]) -> None:
     assert done.stdout.strip() == f"{oracle['one'][0]}\n{oracle[None][0]}".strip()
     for words in (
         "answering with one",
-        "forgotten",
+        "conversation forgotten",
         "no adapter is called 'nobody'",
-        "no such command",
-        "/reset          forget",
+        "there is no command /",
+        "/reset   forget",
     ):
         assert words in done.stderr
 
@@ -361,7 +363,7 @@ def test_chat_remembers(adapters: dict[str, str], session: Session) -> None:
 
 @pytest.mark.slow
 def test_a_base_of_the_hub(adapters: dict[str, str], oracle: dict[str, list[str]], tmp_path: Path) -> None:
-    """No folder of weights to compare an adapter with: from the hub's cache, without a network."""
+    """A base from the hub's cache, without network: adapters are compared with the model in memory."""
     cache = tmp_path / "models--me--tiny"
     shutil.copytree(EMBEDDED_MODEL, cache / "snapshots" / "1234")
     (cache / "refs").mkdir()
@@ -379,7 +381,7 @@ def test_a_base_of_the_hub(adapters: dict[str, str], oracle: dict[str, list[str]
 
 
 def test_open_adapter_agrees(adapters: dict[str, str], session: Session) -> None:
-    """The fixture's adapters are what their names say."""
+    """The fixture's adapters adapt what their names say."""
     tensors = Checkpoint.open(EMBEDDED_MODEL).tensors
     opened = open_adapter(Path(adapters["experts"]), session.loaded.arch, tensors)
     assert any(delta.site.is_experts for delta in opened.deltas)
