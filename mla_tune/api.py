@@ -62,8 +62,8 @@ def inspect(
     does not fit the model.
     """
     from mla_tune.arch.build import architecture
-    from mla_tune.arch.lookup import load_config
     from mla_tune.preflight.inspect import DEFAULT_RANK, inspect_architecture
+    from mla_tune.recipe.model_source import load_config
 
     config, where, _ = load_config(str(model))
     arch = architecture(config, where)
@@ -105,7 +105,7 @@ def plan(recipe: Recipe, *, data: bool = True) -> TrainingPlan:
 def _count_data(resolved: ResolvedRecipe) -> tuple[dict[str, Any], int]:
     """Read and tokenize the data: its summary, and the optimizer steps that it makes."""
     from mla_tune.console import err
-    from mla_tune.data.prepare import prepare, steps_of
+    from mla_tune.data.prepare import optimizer_steps, prepare
     from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
     from mla_tune.training.resolve import check_held_out
 
@@ -115,7 +115,7 @@ def _count_data(resolved: ResolvedRecipe) -> tuple[dict[str, Any], int]:
     for line in prepared.lines:
         err.print(line, markup=False, soft_wrap=True)
     check_held_out(recipe, prepared)
-    return prepared.summary(), steps_of(recipe, prepared.train_rows)
+    return prepared.summary(), optimizer_steps(recipe, prepared.train_rows)
 
 
 def _machine(recipe: Recipe) -> tuple[bool, str]:

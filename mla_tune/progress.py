@@ -1,16 +1,22 @@
-"""How far a stage of the work is."""
+"""Report how many bytes of a stage of work are done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock
 
-#: Told the stage ("merge", "absorb", "check", "logits"), the bytes done and the bytes in all.  Stages may overlap.
 Progress = Callable[[str, int, int], None]
+"""A function to call with the stage ("merge", "absorb", "check", "logits"), the bytes done, and the bytes in all.
+
+Stages may overlap.
+"""
 
 
 def counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
-    """A function that is told bytes as they are done, by any thread."""
+    """Return a function to call with the number of bytes each time some are done; any thread may call it.
+
+    It adds them up and calls `progress`, unless that is None, with `stage`, their sum so far, and `total`.
+    """
     done, lock = 0, Lock()
 
     def count(nbytes: int) -> None:

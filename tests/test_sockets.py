@@ -18,14 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mla_tune.adapter.merge_options import MergeOptions
+from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.base import QuantFormat, QuantizedTensor
 from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import InputError
 from mla_tune.merge.run import merge_absorb
+from mla_tune.serving.compatibility import check_compatibility
+from mla_tune.serving.engines import find_engine
 from mla_tune.sockets import QUANT_FORMATS
 from mla_tune.verification.decoders import DECODERS, Decoder
-from mla_tune.verification.read import read_whole
+from mla_tune.verification.read import read_tensor
 from mla_tune.verification.verify import verify
 from tests.helpers.merging import make_adapter, make_base
 
@@ -33,7 +36,7 @@ CODES, SCALE = "_q8", "_q8_scale"
 
 
 class ToyFormat(QuantFormat):
-    name, title, understood, bytes_per_weight = "toy-int8", "INT8", "quant_method 'toy'", 1.0
+    name, title, kind, understood, bytes_per_weight = "toy-int8", "INT8", "int8", "quant_method 'toy'", 1.0
 
     def claims(self, quant: Mapping[str, Any]) -> bool:
         return quant.get("quant_method") == "toy"
@@ -44,7 +47,7 @@ class ToyFormat(QuantFormat):
             key.removesuffix(CODES): QuantizedTensor(
                 format=self,
                 codes=ref,
-                scale=tensors[key + "_scale"],
+                scales=(tensors[key + "_scale"],),
                 block=(1, ref.shape[-1]),
                 weight_key=key.removesuffix(CODES),
             )
@@ -58,12 +61,12 @@ class ToyFormat(QuantFormat):
     def decode(self, codes, scales, tensor, *, row=0, expert=None, float_type=np.float32) -> np.ndarray:
         return codes.astype(float_type) * scales[row : row + len(codes)].astype(float_type)
 
-    def encode(self, numbers, tensor, *, rng=None, absmax=None) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, numbers, tensor, *, rng=None, absmax=None) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         scales = (np.abs(numbers).max(axis=1, keepdims=True) / 127).astype(np.float32)
-        return np.rint(numbers / scales).astype(np.int8), scales
+        return np.rint(numbers / scales).astype(np.int8), (scales,)
 
     def decode_fresh(self, codes, scales, tensor, float_type=np.float32) -> np.ndarray:
-        return self.decode(codes, scales, tensor, float_type=float_type)
+        return self.decode(codes, scales[0], tensor, float_type=float_type)
 
     def edit_config(
         self, config: Mapping[str, Any], dequantized: Collection[str], quantized: Collection[str]
@@ -79,7 +82,7 @@ class ToyDecoder(Decoder):
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__(tensor)
-        self.scales = read_whole(tensor.scale)
+        self.scales = read_tensor(tensor.scale)
 
     def codes(self, raw: torch.Tensor, rows: int) -> torch.Tensor:
         return raw.view(torch.int8).view(rows, -1)
@@ -93,11 +96,12 @@ class ToyDecoder(Decoder):
     def step(self, scaled: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(scaled)
 
-    def blocks(self) -> torch.Tensor:
+    def zeros(self) -> torch.Tensor:
         return torch.zeros_like(self.scales)
 
-    def note(self, x: torch.Tensor, seen: torch.Tensor, begin: int, end: int) -> None:
-        seen[begin:end] = torch.maximum(seen[begin:end], x.abs().to(seen.dtype).amax(1, keepdim=True))
+    def track_largest(self, x: torch.Tensor, largest: torch.Tensor, begin: int, end: int) -> None:
+        rows = largest[begin:end]
+        largest[begin:end] = torch.maximum(rows, x.abs().to(rows.dtype).amax(1, keepdim=True))
 
     def bad_scales(self, codes: torch.Tensor, sums: torch.Tensor, *, strict: bool) -> str:
         return "" if bool((codes >= 126).all()) or not strict else "has scales that are too large"
@@ -116,13 +120,13 @@ def toy() -> Iterator[ToyFormat]:
 MATRICES = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
-def make_toy(plain: Path, out: Path) -> dict[str, torch.Tensor]:
-    """Write `plain` with its attention matrices in int8 to `out`; returns the numbers that the codes stand for."""
+def make_toy(plain: Path, out: Path, matrices: tuple[str, ...] = MATRICES) -> dict[str, torch.Tensor]:
+    """Write `plain` with these attention matrices in int8 to `out`; returns the numbers that the codes stand for."""
     out.mkdir()
     tensors, numbers = {}, {}
     for key, value in load_file(plain / "model.safetensors").items():
         numbers[key] = value.float()
-        if key.endswith(tuple(f"{name}.weight" for name in MATRICES)):
+        if key.endswith(tuple(f"{name}.weight" for name in matrices)):
             scale = value.float().abs().amax(1, keepdim=True) / 127
             codes = (value.float() / scale).round().to(torch.int8)
             tensors[key + CODES], tensors[key + SCALE] = codes, scale
@@ -193,6 +197,30 @@ def test_a_wrong_code_is_found(toy: ToyFormat, quantized: str, tmp_path: Path) -
     found = verify(tmp_path / "out", logits=False)
     assert not found.holds
     assert key in {failure.key for failure in found.proof.failures}
+
+
+def test_serve_check_asks_the_format_which_weights_are_quantized(toy: ToyFormat, tmp_path: Path) -> None:
+    plain = make_base(tmp_path / "plain", dtype="bfloat16")
+    make_toy(plain, tmp_path / "whole")
+    make_toy(plain, tmp_path / "mixed", tuple(name for name in MATRICES if name != "q_a_proj"))
+    verdicts = {}
+    for name in ("whole", "mixed"):
+        checkpoint = Checkpoint.open(tmp_path / name)
+        report = check_compatibility(find_engine("vllm"), checkpoint, architecture(checkpoint.config))
+        verdicts[name] = {check.item.subject: (check.verdict, check.item.count) for check in report.model}
+    assert verdicts["whole"]["fused layers"] == ("applied", 0)
+    # q_a_proj and kv_a_proj_with_mqa of three layers, of which the second is quantized.
+    assert verdicts["mixed"]["fused layers"] == ("refused", 3)
+    found = verdicts["mixed"]["plain weights"][1] - verdicts["whole"]["plain weights"][1]
+    assert found == 3, "q_a_proj of three layers is plain and not named in config.json"
+
+
+def test_serve_check_says_nothing_for_certain_of_a_format_that_nobody_reads(tmp_path: Path) -> None:
+    make_toy(make_base(tmp_path / "plain", dtype="bfloat16"), tmp_path / "base")
+    checkpoint = Checkpoint.open(tmp_path / "base")
+    report = check_compatibility(find_engine("vllm"), checkpoint, architecture(checkpoint.config))
+    verdicts = {check.item.subject: check.verdict for check in report.model}
+    assert verdicts["quantization"] == verdicts["fused layers"] == "unknown"
 
 
 def test_without_the_format_it_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
-"""Where an adapter sits, what its method is, and what its files hold.
+"""Adapters: what a method is, which matrices an adapter is on, and what its files hold.
 
-methods          Adapter methods: what LoRA, rsLoRA and DoRA are, in one place
-placement        Roles of a recipe → the exact matrices to adapt, with rank, alpha and learning-rate factor of each
-peft_config      A `Placement` → the PEFT `LoraConfig` that reaches exactly those matrices, also after save and load
-settings         adapter_config.json: which settings leave an adapter that can be merged exactly, and rank and scale
-                 of each name
-keys             The keys of an adapter file → where in the base model each tensor belongs
-files            A PEFT adapter folder → which low-rank factors sit on which site, and which whole tensors replace the
-                 base's
-inputs           From what the user names to the folders of a merge: adapters, base, output
-merge_options    What a user may choose about a merge: the options of `merge-absorb`, and which values they can have
-megatron         Names that NVIDIA's NeMo, Megatron-Bridge and Automodel give to adapters on MLA → sites
-import_megatron  An adapter in the names of NeMo, Megatron-Bridge or Automodel → a PEFT adapter for transformers'
+methods          Adapter methods: `AdapterMethod`, and its instances LoRA, rsLoRA and DoRA
+placement        Placement: from the roles in a recipe to the exact matrices to adapt, with rank, alpha and learning
+                 rate of each
+peft_config      Turn a `Placement` into the PEFT `LoraConfig` that adapts exactly its matrices, also after saving and
+                 loading
+settings         Read adapter_config.json: refuse settings that can't be merged exactly, and give rank and scale of each
+                 matrix
+keys             Map the keys of an adapter file to the matrices and tensors of the base model (`AdapterKeys`)
+deltas           `Adapter`: an opened adapter, with its low-rank updates (`LoraDelta`) and its fully trained tensors
+                 (`SavedTensor`)
+files            Open a PEFT adapter folder: which low-rank update belongs to which site, which tensors replace tensors
+                 of the base
+merge_options    `MergeOptions`: the options of `merge-absorb` that decide what is written, and the values that are
+                 allowed
+megatron         Map the names that NVIDIA's NeMo, Megatron-Bridge and Automodel give to adapters on MLA to sites
+                 (`MegatronNames`)
+import_megatron  Import an adapter of NVIDIA's NeMo, Megatron-Bridge or Automodel as a PEFT adapter for transformers'
                  model
 """

@@ -1,11 +1,12 @@
-"""Names that NVIDIA's NeMo, Megatron-Bridge and Automodel give to adapters on MLA → sites.  Names only, no weights.
+"""Map the names that NVIDIA's NeMo, Megatron-Bridge and Automodel give to adapters on MLA to sites (`MegatronNames`).
 
     (module.)*decoder.layers.3.self_attention.linear_kv_up_proj.adapter.linear_in.weight      A (r, in)
     (module.)*decoder.layers.3.mlp.experts.local_experts.5.linear_fc1.adapter.linear_out.weight
                                                                                               B (2I, r): gate, then up
 
-Their linear_fc1 is gate and up in one.  Routed experts have an adapter each (`local_experts.N`), one for all of a layer
-(two dimensions), or a stack (three).  Layers of `mtp` come after the decoder's.
+Their linear_fc1 is gate and up in one matrix.  The routed experts of a layer have an adapter each (`local_experts.N`),
+one that they share (factors of two dimensions), or a stack (three dimensions).  Layers of `mtp` become those after the
+decoder's.  No weights are read here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _KEY = re.compile(
     r"(?P<name>linear_\w+)\."
     r"(?:adapter\.linear_(?P<side>in|out)|lora_(?P<ab>[ABab])(?:\.default)?)\.weight$"
 )
-#: Parts of other names that belong to the same parts of a model, and that have no meaning here.
+#: Endings of keys that belong to the adapted modules but hold nothing of an adapter.
 _IGNORED = ("._extra_state", ".layer_norm_weight", ".layer_norm_bias")
 
 #: Name inside a layer → roles: `mlp.linear_fc1` is gate and up, in this order.
@@ -35,38 +36,43 @@ for _role in ADAPTABLE:
 
 @dataclass(frozen=True, slots=True)
 class MegatronFactor:
-    """One factor: `is_a` or B, of these sites (two where B's rows are gate and up), of one expert or of all."""
+    """One low-rank factor in the source."""
 
     key: str
+    """Its key."""
     sites: tuple[Site, ...]
+    """The sites that it belongs to; two for linear_fc1, whose B has the rows of gate, then those of up."""
     is_a: bool
+    """Whether it is A; else it is B."""
     expert: int | None
+    """The expert that it belongs to; None if it does not belong to a single expert."""
 
 
 class MegatronNames:
-    """Translates keys for one architecture."""
+    """Maps keys to the sites of one architecture."""
 
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
         self._sites: dict[tuple[int, Role], Site] = {}
         for site in arch.stored_sites:
             if site.layer is not None:
-                # LongCat-Flash has two attentions a layer, which these names can't tell apart.
+                # LongCat-Flash has two attention modules in a layer, which these names can't tell apart.
                 self._sites.setdefault((site.layer, site.role), site)
-        self.ambiguous = len({a.layer for a in arch.attention}) != len(arch.attention)
+        #: Whether a layer has several attention modules, so that a name does not say which one it means.
+        self.is_ambiguous = len({a.layer for a in arch.attention}) != len(arch.attention)
 
-    def source(self, key: str) -> MegatronFactor | str | None:
-        """What a key is: a factor, None for what may be left out, or a sentence on why it is neither."""
+    def resolve(self, key: str) -> MegatronFactor | str | None:
+        """Return the factor that a key stands for, None for a key to ignore, or else a text: what is wrong with it."""
         if key.endswith(_IGNORED):
             return None
         match = _KEY.match(key)
         if match is None:
-            return "is no name of a LoRA that NeMo, Megatron-Bridge or Automodel write for an MLA model"
+            return "not a name that NeMo, Megatron-Bridge or Automodel give to a LoRA on an MLA model"
         layer = int(match["layer"]) + (self.arch.num_layers if match["where"] == "mtp" else 0)
         block = "mlp.experts" if match["block"].startswith("mlp.experts") else match["block"]
         roles = _ROLES.get(f"{block}.{match['name']}", ())
         if not roles:
-            return f"'{match['name']}' is no matrix of MLA or of its MLPs"
+            return f"'{match['name']}' is not a matrix of MLA or of an MLP"
         sites = [self._sites.get((layer, role)) for role in roles]
         if any(site is None for site in sites):
             return f"layer {layer} of this model has no {' and '.join(roles)}"

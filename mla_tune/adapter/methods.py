@@ -1,13 +1,13 @@
-"""Adapter methods: what LoRA, rsLoRA and DoRA are, in one place.
+"""Adapter methods: `AdapterMethod`, and its instances LoRA, rsLoRA and DoRA.
 
     LoRA     W' = W + s·B·A, s = alpha/r                   Hu et al., arXiv:2106.09685, section 4.1
     rsLoRA   the same with s = alpha/√r                    Kalajdzievski, arXiv:2312.03732, section 3
     DoRA     W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖            Liu et al., arXiv:2402.09353; one norm for each row
 
-A (r, in), B (out, r), m (out).  `sockets.ADAPTER_METHODS` holds the methods by the names that `adapter.method` of a
-recipe may have.  Settings, limits and the merge's arithmetic are asked of the method.  The proof
-(`verification.tensors`) and the absorbed runtime (`inference.lora_tensors`) have arithmetic of their own for each.
-No torch is imported here.
+A (r, in), B (out, r), m (out).  `sockets.ADAPTER_METHODS` holds the methods under the names that `adapter.method` of a
+recipe may have.  A method says which settings and limits it has and how a merge computes W'.  The proof
+(`verification.exact_sum`) and absorbed decoding (`inference.lora_tensors`) compute each method with their own code.
+This module imports no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mla_tune.sockets import ADAPTER_METHODS
 if TYPE_CHECKING:
     import numpy as np
 
-#: Key of DoRA's magnitude in an adapter file, after the module's path.
+#: Name of DoRA's magnitude m in an adapter file, after the module's path.
 MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -33,50 +33,50 @@ def scaling(alpha: float, rank: int, rslora: bool) -> float:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AdapterMethod:
-    """One adapter method of the LoRA kind: low-rank factors A and B, and perhaps vectors beside them."""
+    """An adapter method of the LoRA kind: low-rank factors A and B, and possibly vectors beside them."""
 
-    #: What `adapter.method` of a recipe calls it.
     name: str
-    #: How people write it.
+    """Its name in `adapter.method` of a recipe."""
     title: str
-    #: One sentence on what it does, for documentation.
+    """The name that people use."""
     summary: str
-    #: Switches of PEFT's LoraConfig (and of adapter_config.json) that are on for this method and off for others.
+    """One sentence on what it does, for documentation."""
     switches: Sequence[str] = ()
-    #: Vectors of `out` numbers that are trained beside A and B: their keys after the module's path.
+    """Settings of PEFT's LoraConfig (and of adapter_config.json) that are true for this method and false for others."""
     vectors: Sequence[str] = ()
-    #: Settings of adapter_config.json with which it can't be combined.
+    """Names, after the module's path, of the vectors (out) that are trained beside A and B."""
     excludes: Sequence[str] = ()
-    #: W' is W plus a change, so that several adapters on one matrix add up and can be given weights.
+    """Settings of adapter_config.json that it can't be combined with."""
     additive: bool = True
-    #: PEFT can adapt a parameter with it (`target_parameters`), not only a module.
+    """Whether W' is W plus an update, so that a merge can add several adapters on one matrix, with weights."""
     through_parameters: bool = True
-    #: PEFT has it for stacks of routed experts.
+    """Whether PEFT can adapt a parameter with it (`target_parameters`), and not only a module."""
     on_experts: bool = True
-    #: Training through a parameter keeps W' of the whole matrix for the backward pass (preflight counts it).
+    """Whether PEFT has it for stacks of routed experts."""
     keeps_weight: bool = False
-    #: Why it can't be trained on a base that stays quantized; empty if it can.
+    """Whether training through a parameter keeps W' of the whole matrix for the backward pass (the memory estimate
+    counts it)."""
     unsupported_on_quantized: str = ""
-    #: Tested where FSDP2 or ZeRO-3 shards the model.
+    """Why it can't be trained on a base that stays quantized; empty if it can."""
     sharded: bool = True
+    """Whether it is supported (and tested) when FSDP2 or ZeRO-3 shards the model."""
 
     def matches(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the switches of this method are on in an adapter_config.json."""
+        """Return whether all switches of this method are on in an adapter_config.json."""
         return all(settings.get(switch) for switch in self.switches)
 
     def scale(self, alpha: float, rank: int) -> float:
-        """Return s, the factor on B·A, for a matrix of this alpha and rank."""
+        """Return s, the factor on B·A, for this alpha and rank."""
         return scaling(alpha, rank, rslora="use_rslora" in self.switches)
 
     def params(self, lora_params: int, out: int) -> int:
-        """Return the number of trained parameters of one matrix: `lora_params` of A and B, and `out` a vector."""
+        """Return the trained parameters of one matrix: `lora_params` of A and B, and `out` for each vector."""
         return lora_params + out * len(self.vectors)
 
     def finish(self, merged: np.ndarray, vectors: Mapping[str, np.ndarray]) -> None:
-        """Turn rows of W + Σ s·B·A into rows of W', in place.
+        """Turn rows of W + Σ s·B·A into rows of W', in place; by default they are that already.
 
-        `merged` (n, in) are floats; `vectors` holds the n numbers of each of `self.vectors` for these rows.
-        The default leaves them: W' = W + s·B·A.
+        `merged` (n, in) holds floats, `vectors` the n numbers of each of `self.vectors` for these rows.
         """
 
 
@@ -115,7 +115,8 @@ DORA = _Dora(
 def method_of(settings: Mapping[str, Any]) -> AdapterMethod:
     """Return the method of an adapter with these settings (adapter_config.json).
 
-    Where the switches of several are on (DoRA with rsLoRA's scale), it is the one that was registered last.
+    If several methods match (DoRA with rsLoRA's scale), it is one with the most switches, and of these the one that was
+    registered last.
     """
     matching = [method for method in ADAPTER_METHODS.values() if method.matches(settings)]
     most = max(len(method.switches) for method in matching)
@@ -123,18 +124,18 @@ def method_of(settings: Mapping[str, Any]) -> AdapterMethod:
 
 
 def title_of(settings: Mapping[str, Any]) -> str:
-    """Name the method of an adapter in the words of a recipe: `lora`, or `dora with rslora's scale`."""
+    """Return the name of an adapter's method for people: `lora`, or `dora with rslora's scale`."""
     method = method_of(settings)
-    other = [m.name for m in ADAPTER_METHODS.values() if m.switches and m is not method and m.matches(settings)]
-    return f"{method.name} with {other[0]}'s scale" if other else method.name
+    others = [m.name for m in ADAPTER_METHODS.values() if m.switches and m is not method and m.matches(settings)]
+    return f"{method.name} with {others[0]}'s scale" if others else method.name
 
 
 def vector_names() -> tuple[str, ...]:
-    """List the vectors beside A and B of all methods, as adapter files call them."""
+    """Return the names of the vectors of all methods (`AdapterMethod.vectors`)."""
     return tuple(dict.fromkeys(name for method in ADAPTER_METHODS.values() for name in method.vectors))
 
 
 def titles() -> str:
-    """List the methods as people write them: "LoRA, rsLoRA and DoRA"."""
+    """Return the titles of all methods in a sentence's form: "LoRA, rsLoRA and DoRA"."""
     *most, last = (method.title for method in ADAPTER_METHODS.values())
     return f"{', '.join(most)} and {last}"

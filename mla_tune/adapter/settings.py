@@ -1,4 +1,4 @@
-"""adapter_config.json: which settings leave an adapter that can be merged exactly, and rank and scale of each name."""
+"""Read adapter_config.json: refuse settings that can't be merged exactly, and give rank and scale of each matrix."""
 
 from __future__ import annotations
 
@@ -12,48 +12,49 @@ from mla_tune.errors import InputError
 from mla_tune.sockets import ADAPTER_METHODS
 from mla_tune.user_files import read_json_object
 
+#: Name of the file in an adapter folder.
 CONFIG_FILE = "adapter_config.json"
 
 #: Settings that may have any value, besides the switches of adapter methods: they don't change what the tensors mean,
-#: or are read where they do.
-FREE = frozenset(
+#: or mla-tune reads them.
+ANY_VALUE = frozenset(
     {
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_bias", "lora_dropout"),
         *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("modules_to_save", "ensure_weight_tying"),
-        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # read by init_lora_weights only
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # used by init_lora_weights only
         *("megatron_core", "qalora_group_size", "runtime_config"),
     }
 )
-#: Values of the others that leave a LoRA; a setting that stands neither here nor above must be unset.
-ALLOWED: dict[str, tuple[Any, ...]] = {
+#: Values that other settings may have.  A setting that is neither here nor in `ANY_VALUE` must be unset (`_UNSET`).
+ALLOWED_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", "all", "lora_only"),
-    # pissa, corda, olora, loftq and lora_ga change the base weights before training: W + s·B·A is not the model.
+    # pissa, corda, olora, loftq and lora_ga change the base weights before training, so W + s·B·A is not the model.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
 _UNSET = (None, False, [], {})
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json of `folder`.
+    """Return the contents of adapter_config.json of `folder`.
 
-    Raises `FileError` for a file that can't be read, and `InputError` for settings of an adapter that is none of
-    `sockets.ADAPTER_METHODS`.
+    Raises `FileError` for a file that can't be read, and `InputError`, which names all such settings, if the adapter is
+    not one of `sockets.ADAPTER_METHODS` or has a setting that can't be merged.
     """
     file = folder / CONFIG_FILE
     settings = read_json_object(file, "the adapter's configuration")
     problems = []
-    free = FREE.union(*(method.switches for method in ADAPTER_METHODS.values()))
+    any_value = ANY_VALUE.union(*(method.switches for method in ADAPTER_METHODS.values()))
     for name, value in settings.items():
-        allowed = ALLOWED.get(name, _UNSET)
-        if name not in free and not any(value == a and type(value) is type(a) for a in allowed):
+        allowed = ALLOWED_VALUES.get(name, _UNSET)
+        if name not in any_value and not any(value == a and type(value) is type(a) for a in allowed):
             problems.append(f"{name}: {value!r}")
     if settings.get("peft_type") is None:
         problems.append("no peft_type")
     method = method_of(settings)
-    for other in method.excludes:  # LoraConfig refuses it too
+    for other in method.excludes:  # PEFT's LoraConfig refuses these, too
         if settings.get(other):
             problems.append(f"{' and '.join(method.switches)} with {other}")
     for name in ("modules_to_save", "target_parameters"):
@@ -72,19 +73,27 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 class AdapterSettings:
-    """What adapter_config.json says about one name: targeted as a parameter or not, its rank, its alpha."""
+    """Answers what adapter_config.json says about one module or parameter, with PEFT's own rules for matching names.
+
+    `file` names adapter_config.json in errors, `settings` are its contents.
+    """
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self.file, self.settings = file, settings
-        self.parameters: list[str] = settings.get("target_parameters") or []
+        self.target_parameters: list[str] = settings.get("target_parameters") or []
 
     def is_parameter(self, parameter: str) -> bool:
-        """As `BaseTuner._inject_parameters` matches `target_parameters`."""
-        return any(parameter == t or parameter.endswith(f".{t}") for t in self.parameters)
+        """Return whether this parameter is adapted through `target_parameters` (`BaseTuner._inject_parameters`)."""
+        return any(parameter == t or parameter.endswith(f".{t}") for t in self.target_parameters)
 
     def number(self, default: str, pattern: str, name: str) -> float:
-        """`r` or `lora_alpha` of one name: the first pattern that matches it at its end, else the default
-        (`peft.utils.other.get_pattern_key`)."""
+        """Return the rank or alpha of a module or parameter by its name.
+
+        It comes from the first entry of the setting `pattern` whose key matches the end of the name
+        (`peft.utils.other.get_pattern_key`), or else from the setting `default`.
+
+        Raises `InputError` for a value that is not a positive number and a key that is not a regular expression.
+        """
         value = self.settings.get(default)
         for key, special in (self.settings.get(pattern) or {}).items():
             try:
@@ -98,7 +107,7 @@ class AdapterSettings:
         return value
 
     def rank_and_scale(self, name: str) -> tuple[int, float]:
-        """r and s of one name."""
+        """Return (r, s) of `name`: the rank, and the factor on B·A.  Raises `InputError` for wrong numbers."""
         rank = self.number("r", "rank_pattern", name)
         if rank != int(rank):
             raise InputError(f"{self.file}: r of {name} is {rank!r}: a whole number was expected")

@@ -1,140 +1,45 @@
-"""The family table: one entry for each model type whose layout mla-tune knows.  Data only.
+"""The family table: one entry for each model type whose layout mla-tune knows.
 
-An entry says where transformers puts the matrices of a decoder layer, which config.json keys give their sizes, and how
-checkpoints name them.  `registry.architecture()` turns an entry and a config.json into sites; `schedules` has the rules
-that say what each layer is; models around a text model (vision, audio) are in `wrappers`.
+An entry (`arch.family.Family`) says where transformers puts the matrices of a decoder layer, which keys of config.json
+give their sizes, and how checkpoints name them.  `arch.build.architecture` turns an entry and a config.json into sites.
+`arch.layer_types` has the rules that say what each layer is.  Models around a text model (vision, audio) are in
+`arch.multimodal`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
+from mla_tune.arch.family import Family, MoELayout
 from mla_tune.arch.key_mapping import KeyMapping
 from mla_tune.arch.parts import Part
 from mla_tune.arch.roles import GROUPS, Role
 
-#: Where a family's parts are: in the module of MLA, of linear attention or of an indexer, in a layer, in a layer with
-#: or without experts, in the decoder.
-Where = Literal["mla", "linear", "indexer", "layer", "moe", "dense", "decoder"]
-
-
-@dataclass(frozen=True, slots=True)
-class MoELayout:
-    """Mixture-of-experts block of a decoder layer.
-
-    `layers` names the rule for which layers have one (`layer_types.MOE_LAYERS`).  `shared_width_key`: the width of one
-    shared expert where it is not that of a routed one.  `fused_on_disk`: published files hold all experts of a layer in
-    one tensor.
-    """
-
-    layers: str
-    path: str = "mlp"
-    router: str = "gate"
-    router_reason: str = "router: an adapter would re-route tokens and unbalance the experts"
-    #: transformers reads the router's weight instead of calling it: an adapter there acts only once it is merged.
-    router_read_directly: bool = False
-    router_bias_key: str | None = None
-    experts_key: str = "n_routed_experts"
-    identity_experts_key: str | None = None
-    top_k_key: str = "num_experts_per_tok"
-    width_key: str = "moe_intermediate_size"
-    shared_key: str | None = "n_shared_experts"
-    shared_width_key: str | None = None
-    fused_on_disk: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One model type.
-
-    `attention` and `dense_mlp` are paths inside a decoder layer.  `dense_beside_moe`: every layer has its dense MLPs,
-    and the MoE block beside them.  `norms` counts the D-wide norms of a layer.  `parts` are all other weights.
-    `peft_remaps_experts`: PEFT rewrites any target that ends in gate_proj, up_proj, down_proj or gate to the fused
-    routed experts, so that dense and shared MLPs have to be named as parameters.  `architecture` is the entry of
-    `architectures` that tells a published file without a model_type.  `defaults` are transformers' values for keys that
-    a config.json may leave out.
-
-    `query` names W_UQ where it is not q_b_proj, and its shape; `compresses_query` is False where the family has no
-    query compression whatever config.json says.  `attention_types` names the rule for what attention each layer has
-    (`schedules.KINDS`), `indexers` that for which layers have an indexer, `layer_dims` that for layers with dimensions
-    of their own.  `kv_source_key` is a list with, for each layer, the layer whose cache it reads.
-
-    `mtp`: published checkpoints hold MTP layers as further decoder layers, `model.layers.<num_hidden_layers + i>`.
-    `keeps_dtype` are endings of tensors on disk that stay as they are when others change their dtype: transformers
-    keeps them in float32 (`_keep_in_fp32_modules_strict`), because small steps of theirs matter.
-    `eager_only`: transformers has no other attention for it.  `not_reloaded` are roles whose adapters PEFT saves and
-    does not load again.
-    """
-
-    model_type: str
-    title: str
-    attention: tuple[str, ...] = ("self_attn",)
-    dense_mlp: tuple[str, ...] = ("mlp",)
-    dense_beside_moe: bool = False
-    moe: MoELayout | None = None
-    norms: int = 2
-    layers_key: str = "num_hidden_layers"
-    width_key: str = "intermediate_size"
-    peft_remaps_experts: bool = False
-    aliases: tuple[str, ...] = ()
-    architecture: str | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    query: tuple[str, tuple[str, str]] = ("q_b_proj", ("H*P+H*R", "L"))
-    compresses_query: bool = True
-    attention_types: str = "mla"
-    indexers: str | None = None
-    layer_dims: str | None = None
-    kv_source_key: str | None = None
-    parts: Mapping[Where, tuple[Part, ...]] = field(default_factory=dict)
-    key_mapping: KeyMapping = field(default_factory=KeyMapping)
-    mtp: bool = False
-    keeps_dtype: tuple[str, ...] = ("e_score_correction_bias",)
-    eager_only: bool = False
-    not_reloaded: tuple[Role, ...] = ()
-    #: Why `--absorb fold` is exact here: what stands between its factors in transformers' code; None where nobody has
-    #: read it for that, and then folding is refused.
-    fold: str | None = None
-    #: The query and the normed latent are multiplied by √(D/L) and √(D/C), numbers that are in no tensor.
-    scaled_latents: bool = False
-
-    @property
-    def carries_state(self) -> bool:
-        """Linear attention carries what it has seen from token to token, over the borders of packed samples too."""
-        return "linear" in self.parts
-
-    @property
-    def needs_mask(self) -> bool:
-        """Its attention can't do with the borders of samples alone: indexers choose keys by a mask."""
-        return self.indexers is not None or self.carries_state
-
-
-#: Why folding is exact in a family like DeepSeek's (read in `modeling_*.py` of transformers 5.23, the module with
-#: `expand_kv`).
+#: Why folding is exact in a family like DeepSeek's (read in `modeling_*.py` of transformers 5.23, the attention module
+#: with `expand_kv`).
 _FOLD_PLAIN = (
     "q_b_proj and kv_b_proj have no bias; nothing but the split into nope and rope lies between them and the scores"
 )
 
 
 def _matrices(role: Role, **shapes: tuple[str, ...]) -> tuple[Part, ...]:
+    """Return a part of this role for each path=shape; `__` in a path stands for a dot."""
     return tuple(Part(path.replace("__", "."), shape, role) for path, shape in shapes.items())
 
 
-#: DeepSeek Sparse Attention; X index heads of Y numbers each.
+#: The indexer of DeepSeek Sparse Attention: X index heads of Y numbers each.
 _INDEXER = (
     *_matrices(Role.INDEXER, wq_b=("X*Y", "L"), wk=("Y", "D"), weights_proj=("X", "D")),
     Part("k_norm", ("2*Y",)),
 )
-#: Kimi Delta Attention (arXiv:2510.26692), K heads of Z numbers each, F taps of the short convolution.
-_KDA_ANY = _matrices(
+#: Kimi Delta Attention (KDA, arXiv:2510.26692): K heads of Z numbers each, F taps of the short convolution.  These
+#: matrices are in every family that has it.
+_KDA_COMMON = _matrices(
     Role.LINEAR_ATTENTION,
     q_proj=("K*Z", "D"), k_proj=("K*Z", "D"), v_proj=("K*Z", "D"), conv1d=("3*K*Z", "F"),
     b_proj=("K", "D"), o_proj=("D", "K*Z"),
 )  # fmt: skip
 _KDA_VECTORS = (Part("forget_gate.A_log", ("K",)), Part("forget_gate.dt_bias", ("K*Z",)), Part("o_norm", ("Z",)))
 _KDA = (
-    *_KDA_ANY,
+    *_KDA_COMMON,
     *_matrices(
         Role.LINEAR_ATTENTION,
         forget_gate__f_a_proj=("Z", "D"), forget_gate__f_b_proj=("K*Z", "Z"),
@@ -142,14 +47,16 @@ _KDA = (
     ),
     *_KDA_VECTORS,
 )  # fmt: skip
-#: q, k and v convolutions are three tensors on disk.
-_CONV = (("conv1d", ("q_conv1d", "k_conv1d", "v_conv1d")),)
+#: The convolution of q, k and v is one parameter in memory and three tensors on disk.
+_CONV_SPLIT = (("conv1d", ("q_conv1d", "k_conv1d", "v_conv1d")),)
+#: Endings of KDA tensors that transformers keeps in float32.
 _KDA_FLOAT32 = ("A_log", "dt_bias", "conv1d.weight")
-_FORGET = (r"\.forget_gate\.", ".")
+#: What belongs to the forget gate lies directly in the attention on disk.
+_FLAT_FORGET_GATE = (r"\.forget_gate\.", ".")
 
 
-def _hyper(path: str, rows: str, scales: str) -> tuple[Part, ...]:
-    """A hyper-connection of S residual streams."""
+def _hyper_connection(path: str, rows: str, scales: str) -> tuple[Part, ...]:
+    """Return the parts of a hyper-connection of S residual streams."""
     return (
         Part(f"{path}.fn", (rows, "S*D"), Role.HYPER_CONNECTION, is_parameter=True),
         Part(f"{path}.base", (rows,)),
@@ -205,7 +112,7 @@ FAMILIES: tuple[Family, ...] = (
         parts={
             "mla": (Part("g_proj", ("H", "D"), Role.ATTENTION_GATE),),
             "linear": (
-                *_KDA_ANY,
+                *_KDA_COMMON,
                 *_matrices(Role.LINEAR_ATTENTION, forget_gate__f_proj=("K*Z", "D"), g_proj=("K*Z", "D")),
                 *_KDA_VECTORS,
             ),
@@ -218,11 +125,11 @@ FAMILIES: tuple[Family, ...] = (
             (
                 (
                     (r"^(.*\.)?embed_tokens\b", r"\1word_embeddings"), (r"\.self_attn\.o_proj\b", ".self_attn.dense"),
-                    (r"\.self_attn\b", ".attention"), _FORGET,
+                    (r"\.self_attn\b", ".attention"), _FLAT_FORGET_GATE,
                     (r"\.gate\.e_score_correction_bias$", ".gate.expert_bias"),
                 ),
             ),
-            splits=_CONV,
+            splits=_CONV_SPLIT,
         ),
         keeps_dtype=("expert_bias", *_KDA_FLOAT32),
         mtp=True,
@@ -298,7 +205,7 @@ FAMILIES: tuple[Family, ...] = (
                 Part("index_kpool_compress_gate", ("Y", "D"), Role.INDEXER, is_parameter=True),
                 Part("index_kpool_compress_ape", ("G", "Y"), Role.INDEXER, is_parameter=True),
             ),
-            "layer": (*_hyper("attn_hc", "2*S+S*S", "3"), *_hyper("ffn_hc", "2*S+S*S", "3")),
+            "layer": (*_hyper_connection("attn_hc", "2*S+S*S", "3"), *_hyper_connection("ffn_hc", "2*S+S*S", "3")),
         },
         defaults={
             "n_shared_experts": 1, "num_experts_per_tok": 8, "dense_layers": 3, "qk_rope_head_dim": 0,
@@ -309,7 +216,8 @@ FAMILIES: tuple[Family, ...] = (
             "e_score_correction_bias", "hc_attn_base", "hc_attn_scale", "hc_ffn_base", "hc_ffn_scale", *_KDA_FLOAT32,
         ),
         key_mapping=KeyMapping(
-            ((_FORGET, (r"\.attn_hc\.(\w+)$", r".hc_attn_\1"), (r"\.ffn_hc\.(\w+)$", r".hc_ffn_\1")),), splits=_CONV
+            ((_FLAT_FORGET_GATE, (r"\.attn_hc\.(\w+)$", r".hc_attn_\1"), (r"\.ffn_hc\.(\w+)$", r".hc_ffn_\1")),),
+            splits=_CONV_SPLIT,
         ),
     ),
     Family(
@@ -339,7 +247,7 @@ FAMILIES: tuple[Family, ...] = (
         parts={
             "mla": (Part("gate_proj", ("H*V", "D"), Role.ATTENTION_GATE), Part("sinks", ("H",))),
             "indexer": _INDEXER,
-            "layer": (*_hyper("attn_hc", "2*S", "2"), *_hyper("ffn_hc", "2*S", "2")),
+            "layer": (*_hyper_connection("attn_hc", "2*S", "2"), *_hyper_connection("ffn_hc", "2*S", "2")),
             "decoder": (
                 Part("hc_head.hc_fn", ("S", "S*D"), Role.HYPER_CONNECTION, is_parameter=True),
                 Part("hc_head.hc_base", ("S",)),
@@ -360,7 +268,7 @@ FAMILIES: tuple[Family, ...] = (
                     (r"\.ffn_hc\.(\w+)$", r".hc_pre.hc_mlp_layer.hc_\1"),
                     (r"\.hc_head\.hc_(\w+)$", r".hc_pre.hc_head.hc_head_\1"),
                 )
-                # transformers writes the MLPs' gates under the name of the attention's
+                # The second variant is what transformers writes: it names the MLPs' gates like the attention's.
                 for mlp_gate in ((), ((r"\.gate_proj\b", ".linear_gate"),))
             )
         ),
@@ -377,18 +285,18 @@ FAMILIES: tuple[Family, ...] = (
         },
         key_mapping=KeyMapping(
             (
-                (_FORGET, (r"\.mlp\.(experts|gate|shared_experts)\b", r".block_sparse_moe.\1")),
-                # as transformers writes it: the dense MLPs too
-                (_FORGET, (r"\.mlp\b", ".block_sparse_moe")),
+                (_FLAT_FORGET_GATE, (r"\.mlp\.(experts|gate|shared_experts)\b", r".block_sparse_moe.\1")),
+                # What transformers writes: the dense MLPs have the name of the experts' block, too.
+                (_FLAT_FORGET_GATE, (r"\.mlp\b", ".block_sparse_moe")),
             ),
             experts=("w1", "w3", "w2"),
-            splits=_CONV,
+            splits=_CONV_SPLIT,
         ),
     ),
     Family(
         "longcat_flash",
         "LongCat-Flash",
-        fold="as deepseek_v3, but for a number on the query and one on the latent: numbers pass through products",
+        fold="as in deepseek_v3; one number scales the query and one the latent, and both commute with the products",
         scaled_latents=True,
         attention=("self_attn.0", "self_attn.1"),
         dense_mlp=("mlps.0", "mlps.1"),
@@ -414,7 +322,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "minicpm3",
         "MiniCPM3",
-        fold=f"{_FOLD_PLAIN}; its half-split rope is on the other part of the query",
+        fold=f"{_FOLD_PLAIN}; its half-split rope acts on the rope part of the query alone",
         defaults={"tie_word_embeddings": True},
     ),
     Family(
@@ -474,4 +382,5 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )  # fmt: skip
 
+#: Entries by model type, aliases included.
 BY_TYPE: dict[str, Family] = {name: f for f in FAMILIES for name in (f.model_type, *f.aliases)}

@@ -1,8 +1,8 @@
-"""Names of weights on disk from those in transformers' module tree.
+"""`KeyMapping`: from a name in transformers' module tree to the keys that a checkpoint may use for it.
 
-Three namespaces: PEFT's keys follow the module tree (with `base_model.model.` in front), checkpoints have names of
-their own in some families.  A family gives one or more ways to write them: as it was published, and as transformers
-writes it when it saves, which is not always the same.
+Adapter keys of PEFT follow the module tree (after `base_model.model.`), but checkpoints of some families have names of
+their own.  A family may have several naming variants: what was published, and what transformers writes when it saves a
+model, which is not always the same.
 """
 
 from __future__ import annotations
@@ -12,50 +12,52 @@ from collections.abc import Container
 from dataclasses import dataclass
 from functools import cache
 
-#: Replacements by regular expression, in order.
+#: (regular expression, replacement) pairs, applied one after another.
 Renames = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class KeyMapping:
-    """`ways`: each a list of replacements on a name in the module tree; the first is that of published checkpoints.
+    """How the checkpoints of a family name their weights."""
 
-    `experts` are names of an expert's (gate, up, down) in files that hold experts apart, `splits` parameters that are
-    cut by rows into several tensors on disk: last part of the module's path → those on disk.
-    """
-
-    ways: tuple[Renames, ...] = ((),)
+    variants: tuple[Renames, ...] = ((),)
+    """One entry per naming variant: renames from the module tree to the disk.  Published checkpoints use the first."""
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """Names of an expert's (gate, up, down) matrices where a checkpoint stores each expert by itself."""
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Modules whose parameters are split by rows on disk: (the module's own name, the names of its pieces)."""
 
     def candidates(self, name: str) -> tuple[str, ...]:
-        """Every name that the parameter or module `name` may have on disk, the most likely first."""
-        return _candidates(self.ways, name)
+        """Return every name that the parameter or module `name` may have on disk, the published one first."""
+        return _candidates(self.variants, name)
 
     def on_disk(self, name: str, keys: Container[str]) -> str:
-        """The first candidate that is among `keys`, else the most likely one."""
+        """Return the first candidate that is in `keys`, or the published name if none is."""
         names = self.candidates(name)
         return next((n for n in names if n in keys), names[0])
 
     def tensors(self, name: str, keys: Container[str]) -> list[str]:
-        """The keys that hold the parameter `name`: one, or those of its parts in the order of their rows."""
-        whole = self.on_disk(name, keys)
-        if whole in keys:
-            return [whole]
+        """Return the keys that together hold the parameter `name`: one key, or its pieces in the order of their rows.
+
+        A parameter that `keys` does not hold in any form gets its most likely key or keys.
+        """
+        single = self.on_disk(name, keys)
+        if single in keys:
+            return [single]
         module, _, leaf = name.rpartition(".")
-        stem, _, last = module.rpartition(".")
-        for split, parts in self.splits:
-            if last == split:
-                return [self.on_disk(f"{stem}.{part}.{leaf}", keys) for part in parts]
-        return [whole]
+        parent, _, module_name = module.rpartition(".")
+        for split, pieces in self.splits:
+            if module_name == split:
+                return [self.on_disk(f"{parent}.{piece}.{leaf}", keys) for piece in pieces]
+        return [single]
 
 
 @cache
-def _candidates(ways: tuple[Renames, ...], name: str) -> tuple[str, ...]:
+def _candidates(variants: tuple[Renames, ...], name: str) -> tuple[str, ...]:
     found = []
-    for way in (*ways, ()):
+    for renames in (*variants, ()):  # the name in the module tree itself may be on disk, too
         renamed = name
-        for pattern, replacement in way:
+        for pattern, replacement in renames:
             renamed = re.sub(pattern, replacement, renamed)
         found.append(renamed)
     return tuple(dict.fromkeys(found))

@@ -1,7 +1,7 @@
-"""Models around an MLA text model: where the text model is, how checkpoints call it, and what else is in them.
+"""Wrappers: models around an MLA text model (vision, audio), where the text model is, and what else they hold.
 
-Data, and the two functions that read it.  Towers (vision, audio) are listed matrix by matrix where their layout is
-known, so that totals are those of the whole model; an unknown tower is said to be left out.
+Where a tower's layout is known it is listed matrix by matrix, so that totals are those of the whole model.  Where it is
+not, totals are those of the text model, and `inspect` says so.
 """
 
 from __future__ import annotations
@@ -20,58 +20,61 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """`parts` are paths in the whole model; `{i}` in one stands for a block of `blocks_key` of the vision config.
-
-    `letters` → key of the vision config, or of the whole one with a dot in front; `defaults` are transformers' values.
-    """
+    """The weights of a vision tower and its projector."""
 
     parts: tuple[Part, ...]
+    """The weights, by their paths in the whole model; a path with `{i}` stands for one weight of each block."""
     blocks_key: str
+    """The key of `vision_config` with the number of blocks."""
     letters: Mapping[str, str]
+    """Letter of a size → its key in `vision_config`, or with a dot in front its key at the top level."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    """transformers' values for keys that a config.json may leave out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wrapper:
-    """One model type around a text model.
-
-    `text` is the text model's type where config.json leaves it out.  `flat`: published files have the text model's keys
-    at the top level.  `ways` are names on disk (`arch.key_mapping`) of the whole model's parameters, as in the family.
-    `tied` is transformers' default for `tie_word_embeddings`, which is read from the top level.  `prefix` is the path
-    of the text model in what transformers loads: a causal LM, or where there is none the model with its towers.
-    """
+    """One model type around a text model."""
 
     model_type: str
+    """`model_type` at the top level of config.json."""
     title: str
+    """The name that people use."""
     tower: Tower | None
-    text: str | None = None
-    flat: bool = False
+    """The vision tower; None if its layout is not known."""
+    text_model_type: str | None = None
+    """The text model's type where config.json does not give it; None: it always does."""
+    is_flat: bool = False
+    """Whether published files have the text model's keys at the top level, not in `text_config`."""
     tied: bool = False
-    ways: tuple[Renames, ...] = ((),)
+    """transformers' default for `tie_word_embeddings`, which it reads from the top level."""
+    key_variants: tuple[Renames, ...] = ((),)
+    """How checkpoints name the whole model's parameters; applied after the family's renames (`KeyMapping.variants`)."""
     prefix: str = "model.language_model"
+    """Path of the decoder in what transformers loads: a causal LM if it has one, else the model with its towers."""
 
 
-def _m(path: str, *shape: str, bias: bool = False, is_parameter: bool = False) -> Part:
+def _matrix(path: str, *shape: str, bias: bool = False, is_parameter: bool = False) -> Part:
     return Part(path, shape, Role.TOWER, bias, is_parameter)
 
 
 _PROJECTOR = (
     Part("model.multi_modal_projector.norm", ("W",)),
-    _m("model.multi_modal_projector.patch_merger.merging_layer", "W", "W*m*m"),
-    _m("model.multi_modal_projector.linear_1", "D", "W*n"),
-    _m("model.multi_modal_projector.linear_2", "D", "D"),
+    _matrix("model.multi_modal_projector.patch_merger.merging_layer", "W", "W*m*m"),
+    _matrix("model.multi_modal_projector.linear_1", "D", "W*n"),
+    _matrix("model.multi_modal_projector.linear_2", "D", "D"),
 )
 _PIXTRAL = Tower(
     (
-        _m("model.vision_tower.patch_conv", "W", "3*p*p"),
+        _matrix("model.vision_tower.patch_conv", "W", "3*p*p"),
         Part("model.vision_tower.ln_pre", ("W",)),
         *(
-            _m(f"model.vision_tower.transformer.layers.{{i}}.attention.{name}", "W", "W")
+            _matrix(f"model.vision_tower.transformer.layers.{{i}}.attention.{name}", "W", "W")
             for name in ("q_proj", "k_proj", "v_proj", "o_proj")
         ),
-        _m("model.vision_tower.transformer.layers.{i}.feed_forward.gate_proj", "J", "W"),
-        _m("model.vision_tower.transformer.layers.{i}.feed_forward.up_proj", "J", "W"),
-        _m("model.vision_tower.transformer.layers.{i}.feed_forward.down_proj", "W", "J"),
+        _matrix("model.vision_tower.transformer.layers.{i}.feed_forward.gate_proj", "J", "W"),
+        _matrix("model.vision_tower.transformer.layers.{i}.feed_forward.up_proj", "J", "W"),
+        _matrix("model.vision_tower.transformer.layers.{i}.feed_forward.down_proj", "W", "J"),
         Part("model.vision_tower.transformer.layers.{i}.attention_norm", ("W",)),
         Part("model.vision_tower.transformer.layers.{i}.ffn_norm", ("W",)),
         *_PROJECTOR,
@@ -82,20 +85,20 @@ _PIXTRAL = Tower(
 )
 _KIMI = Tower(
     (
-        _m("model.vision_tower.patch_embed.proj", "W", "3*p*p", bias=True),
-        _m("model.vision_tower.patch_embed.pos_emb.position_embeddings", "h*w", "W", is_parameter=True),
+        _matrix("model.vision_tower.patch_embed.proj", "W", "3*p*p", bias=True),
+        _matrix("model.vision_tower.patch_embed.pos_emb.position_embeddings", "h*w", "W", is_parameter=True),
         *(
-            _m(f"model.vision_tower.layers.{{i}}.attn.{name}", "W", "W", bias=True)
+            _matrix(f"model.vision_tower.layers.{{i}}.attn.{name}", "W", "W", bias=True)
             for name in ("q_proj", "k_proj", "v_proj", "proj")
         ),
-        _m("model.vision_tower.layers.{i}.mlp.fc1", "J", "W", bias=True),
-        _m("model.vision_tower.layers.{i}.mlp.fc2", "W", "J", bias=True),
+        _matrix("model.vision_tower.layers.{i}.mlp.fc1", "J", "W", bias=True),
+        _matrix("model.vision_tower.layers.{i}.mlp.fc2", "W", "J", bias=True),
         Part("model.vision_tower.layers.{i}.norm1", ("2*W",)),
         Part("model.vision_tower.layers.{i}.norm2", ("2*W",)),
         Part("model.vision_tower.final_layernorm", ("2*W",)),
         Part("model.mm_projector.pre_norm", ("2*x",)),
-        _m("model.mm_projector.in_proj", "W*m", "W*m", bias=True),
-        _m("model.mm_projector.out_proj", "D", "W*m", bias=True),
+        _matrix("model.mm_projector.in_proj", "W*m", "W*m", bias=True),
+        _matrix("model.mm_projector.out_proj", "D", "W*m", bias=True),
     ),
     "num_hidden_layers",
     {
@@ -109,22 +112,22 @@ _KIMI = Tower(
 )  # fmt: skip
 _GLM5 = Tower(
     (
-        _m("model.visual.patch_embed.proj", "W", "3*t*p*p", bias=True),
-        _m("model.visual.blocks.{i}.attn.qkv", "3*W", "W", bias=True),
-        _m("model.visual.blocks.{i}.attn.proj", "W", "W", bias=True),
+        _matrix("model.visual.patch_embed.proj", "W", "3*t*p*p", bias=True),
+        _matrix("model.visual.blocks.{i}.attn.qkv", "3*W", "W", bias=True),
+        _matrix("model.visual.blocks.{i}.attn.proj", "W", "W", bias=True),
         Part("model.visual.blocks.{i}.attn.q_norm", ("q",)),
         Part("model.visual.blocks.{i}.attn.k_norm", ("q",)),
-        _m("model.visual.blocks.{i}.mlp.gate_proj", "J", "W", bias=True),
-        _m("model.visual.blocks.{i}.mlp.up_proj", "J", "W", bias=True),
-        _m("model.visual.blocks.{i}.mlp.down_proj", "W", "J", bias=True),
+        _matrix("model.visual.blocks.{i}.mlp.gate_proj", "J", "W", bias=True),
+        _matrix("model.visual.blocks.{i}.mlp.up_proj", "J", "W", bias=True),
+        _matrix("model.visual.blocks.{i}.mlp.down_proj", "W", "J", bias=True),
         Part("model.visual.blocks.{i}.norm1", ("W",)),
         Part("model.visual.blocks.{i}.norm2", ("W",)),
-        _m("model.visual.merger.proj", "O", "O"),
+        _matrix("model.visual.merger.proj", "O", "O"),
         Part("model.visual.merger.post_projection_norm", ("2*O",)),
-        _m("model.visual.merger.gate_proj", "x", "O"),
-        _m("model.visual.merger.up_proj", "x", "O"),
-        _m("model.visual.merger.down_proj", "O", "x"),
-        _m("model.visual.downsample", "O", "W*m*m", bias=True),
+        _matrix("model.visual.merger.gate_proj", "x", "O"),
+        _matrix("model.visual.merger.up_proj", "x", "O"),
+        _matrix("model.visual.merger.down_proj", "O", "x"),
+        _matrix("model.visual.downsample", "O", "W*m*m", bias=True),
         Part("model.visual.post_layernorm", ("W",)),
     ),
     "depth",
@@ -139,7 +142,7 @@ _GLM5 = Tower(
     },
 )  # fmt: skip
 
-#: `language_model.model.…` on disk: LLaVA's names.
+#: LLaVA's names on disk: `language_model.model.…`.
 _LLAVA: Renames = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\b", "language_model.lm_head"),
@@ -153,26 +156,27 @@ _KIMI_TOWER: Renames = (
 WRAPPERS: dict[str, Wrapper] = {
     w.model_type: w
     for w in (
-        # Loaded as a causal LM: the text model alone.
-        Wrapper("dots3_note", "dots3 Note", None, "dots3_note_text", flat=True, prefix="model"),
-        Wrapper("glm5_next", "GLM-5.3-Flash", _GLM5, "glm5_next_text", flat=True),
+        # transformers loads this one as a causal LM, without its towers.
+        Wrapper("dots3_note", "dots3 Note", None, "dots3_note_text", is_flat=True, prefix="model"),
+        Wrapper("glm5_next", "GLM-5.3-Flash", _GLM5, "glm5_next_text", is_flat=True),
         Wrapper("kimi_k25", "Kimi K2.5", _KIMI, "deepseek_v3", tied=True,
-                ways=(
+                key_variants=(
                     _LLAVA,
-                    # as transformers writes it
+                    # what transformers writes
                     (*_LLAVA, (r"^language_model\.model\.layers\.", "language_model.model.blocks.")),
                 )),
-        Wrapper("llava", "LLaVA", None, ways=(_LLAVA,)),
-        Wrapper("mistral3", "Mistral 3", _PIXTRAL, tied=True, ways=(_LLAVA,)),
+        Wrapper("llava", "LLaVA", None, key_variants=(_LLAVA,)),
+        Wrapper("mistral3", "Mistral 3", _PIXTRAL, tied=True, key_variants=(_LLAVA,)),
         Wrapper("mistral_large4", "Mistral Large 4", _PIXTRAL, "mistral_large4_text"),
     )
 }  # fmt: skip
 
 
-def unwrapped(config: Config) -> tuple[Config, str | None, Wrapper | None]:
-    """(the text model's keys, its model type, what is around it), for any config.json.
+def unwrap(config: Config) -> tuple[Config, str | None, Wrapper | None]:
+    """Return (the text model's part of a config.json, its model type, the wrapper around it).
 
-    The type is None where nothing says it.  A text model inside an unknown model type is not unwrapped.
+    The type is None if config.json has none; the wrapper is None for a plain text model.  A text model inside a model
+    type that is not in `WRAPPERS` is not unwrapped.
     """
     kind = config.get("model_type")
     wrapper = WRAPPERS.get(str(kind))
@@ -180,15 +184,18 @@ def unwrapped(config: Config) -> tuple[Config, str | None, Wrapper | None]:
     if wrapper is None:
         return config, str(kind) if kind else None, None
     if isinstance(text, Mapping):
-        return text, str(text.get("model_type") or wrapper.text), wrapper
-    if not wrapper.flat:
+        return text, str(text.get("model_type") or wrapper.text_model_type), wrapper
+    if not wrapper.is_flat:
         return config, str(kind), None
-    # A text model alone has a type of its own; the wrapper's may be a flat file with or without towers.
-    return config, wrapper.text, wrapper
+    # A flat file, with or without towers; the config.json of the text model alone would have the text model's type.
+    return config, wrapper.text_model_type, wrapper
 
 
 def tower_parts(wrapper: Wrapper, config: Config, D: int) -> tuple[list[tuple[Part, str]], dict[str, int]]:
-    """(each part with its path, letters) of the tower of a wrapper; none where its layout is not known."""
+    """Return (each weight of the tower with its path, sizes by letter); nothing if its layout is not known.
+
+    `config` is the whole config.json, `D` the text model's hidden size.
+    """
     tower = wrapper.tower
     if tower is None:
         return [], {}
@@ -196,7 +203,7 @@ def tower_parts(wrapper: Wrapper, config: Config, D: int) -> tuple[list[tuple[Pa
 
     def value(key: str) -> int:
         found = config.get(key[1:]) if key.startswith(".") else vision.get(key)
-        if found is None:  # as Kimi K2.5 was published
+        if found is None:  # names of Kimi K2.5 as it was published
             found = next((vision[n] for n in (f"vt_{key}", f"init_{key}") if n in vision), None)
         found = tower.defaults.get(key) if found is None else found
         if key == ".n_features":

@@ -1,4 +1,4 @@
-"""The roles a weight matrix plays in an MLA model, and what is known about an adapter on each.
+"""Roles: what each weight matrix of an MLA model is for, and what an adapter on it does.
 
 Dimension letters used everywhere in mla-tune:
 
@@ -16,7 +16,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a matrix is for.  The values are the names that recipes, tables and JSON use."""
+    """What a weight matrix is for.  The values are the names that recipes, tables and JSON use."""
 
     W_DQ = "W_DQ"
     W_UQ = "W_UQ"
@@ -45,25 +45,27 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RoleFacts:
-    """What is known about one role.
-
-    `shape` in dimension letters, (out, in).  `cache` and `absorption` say what an adapter there does to the KV cache
-    and to absorbed decoding.  `risk` is low, medium or high, `note` why.  `nemo` is the name of the module that
-    NVIDIA NeMo and Megatron-Core give this matrix; empty where that was not looked up.
-    """
+    """What is known about the matrices of one role and about an adapter on them; `mla-tune inspect` shows it."""
 
     meaning: str
+    """What the matrix does."""
     shape: str
+    """Its shape (out, in) in dimension letters."""
     nemo: str
+    """The module's name in NVIDIA NeMo and Megatron-Core, which may fuse two roles; empty where it is not known."""
     risk: str
+    """How easily an adapter here damages the model: low, medium or high."""
     note: str
+    """Why the risk is what it is."""
     cache: str
+    """What an adapter here does to the KV cache."""
     absorption: str
+    """What absorbed decoding (`split` and `fold`) asks of an adapter here."""
 
 
 _KEEPS_CACHE = "cache unchanged"
 _NOT_INVOLVED = "not involved"
-_MLP_NOTE = "far from attention; the usual home of new knowledge"
+_MLP_NOTE = "does not touch attention; new knowledge is usually learned here"
 
 FACTS: dict[Role, RoleFacts] = {
     Role.W_DQ: RoleFacts(
@@ -72,25 +74,26 @@ FACTS: dict[Role, RoleFacts] = {
     ),
     Role.W_UQ: RoleFacts(
         "query up-projection, per head [nope P | rope R]", "(H(P+R), L)", "linear_q_up_proj", "low",
-        "acts on the scores only", _KEEPS_CACHE, "merge before 'fold'; 'split' is not touched",
+        "changes attention scores only", _KEEPS_CACHE, "fold: merge the adapter first; split: not involved",
     ),
     Role.W_Q: RoleFacts(
         "query projection without compression, per head [nope P | rope R]", "(H(P+R), D)", "linear_q_proj", "low",
-        "acts on the scores only", _KEEPS_CACHE, "merge before 'fold'; 'split' is not touched",
+        "changes attention scores only", _KEEPS_CACHE, "fold: merge the adapter first; split: not involved",
     ),
     Role.W_DKV: RoleFacts(
         "KV compression, [latent C | shared rope key R]", "(C+R, D)", "linear_kv_down_proj", "high",
-        "the bottleneck: all keys and values of all heads go through C numbers",
+        "the bottleneck: keys and values of all heads are computed from its C numbers",
         "changes the latent: a cached prefix can't be shared with another adapter", _NOT_INVOLVED,
     ),
     Role.W_UKV: RoleFacts(
         "KV up-projection, per head [key P | value V]", "(H(P+V), C)", "linear_kv_up_proj", "medium",
         "sets keys and values of every head, so the attention scores too", _KEEPS_CACHE,
-        "is what gets absorbed: merge first, or keep it low-rank beside the split",
+        "this matrix is absorbed: merge the adapter first, or keep it as low-rank factors beside the split",
     ),
     Role.W_O: RoleFacts(
         "attention output", "(D, HV)", "linear_proj", "low",
-        "after the scores; can't disturb them", _KEEPS_CACHE, "merge before 'fold'; 'split' is not touched",
+        "comes after the attention scores and can't disturb them", _KEEPS_CACHE,
+        "fold: merge the adapter first; split: not involved",
     ),
     Role.GATE: RoleFacts("gate of a dense layer's MLP", "(I, D)", "linear_fc1", "low", _MLP_NOTE,
                          _KEEPS_CACHE, _NOT_INVOLVED),
@@ -122,7 +125,7 @@ FACTS: dict[Role, RoleFacts] = {
     ),
     Role.ATTENTION_GATE: RoleFacts(
         "gate on the output of the attention's heads", "(H, D) or (HV, D)", "", "medium",
-        "closes or opens whole heads", _KEEPS_CACHE, _NOT_INVOLVED,
+        "can switch whole heads off", _KEEPS_CACHE, _NOT_INVOLVED,
     ),
     Role.INDEXER: RoleFacts(
         "indexer of sparse attention: which cached tokens a token attends to", "several", "", "high",
@@ -142,26 +145,26 @@ FACTS: dict[Role, RoleFacts] = {
     ),
     Role.MTP_PROJECTION: RoleFacts(
         "input of an MTP layer: [embedding D | hidden D]", "(D, 2D)", "", "high",
-        "all that an MTP layer knows passes through it", _KEEPS_CACHE, _NOT_INVOLVED,
+        "an MTP layer's whole input passes through it", _KEEPS_CACHE, _NOT_INVOLVED,
     ),
     Role.TOWER: RoleFacts(
         "vision or audio tower and its projector", "several", "", "medium",
-        "images and sounds only: text does not pass through it", _KEEPS_CACHE, _NOT_INVOLVED,
+        "processes images and audio only, no text", _KEEPS_CACHE, _NOT_INVOLVED,
     ),
 }  # fmt: skip
 
-#: Why mla-tune puts no adapter on a matrix of these roles.
-REASONS: dict[Role, str] = {
-    Role.ATTENTION_GATE: "attention gate: small, and it can close whole heads; not adapted by mla-tune",
+#: Why mla-tune puts no adapter on the matrices of these roles.
+REASONS_NOT_ADAPTED: dict[Role, str] = {
+    Role.ATTENTION_GATE: "attention gate: small, and it can switch whole heads off; not adapted by mla-tune",
     Role.INDEXER: "indexer: runs without gradients, so an adapter there would never learn",
     Role.LINEAR_ATTENTION: "linear attention (KDA): no MLA; not adapted by mla-tune",
-    Role.HYPER_CONNECTION: "hyper-connection: read directly, no layer that an adapter could wrap",
+    Role.HYPER_CONNECTION: "hyper-connection: a parameter, not a layer that an adapter could wrap",
     Role.NORM_GATE: "norm gate: scales a whole layer's input; not adapted by mla-tune",
     Role.MTP_PROJECTION: "MTP layer: in the checkpoint, but transformers does not load it",
-    Role.TOWER: "tower: text does not pass through it; not adapted by mla-tune",
+    Role.TOWER: "tower: processes no text; not adapted by mla-tune",
 }
 
-#: Group names that recipes may use beside single roles.  A group means those of its roles that the model has.
+#: Groups of roles that a recipe may name besides single roles.  Roles that the model lacks are skipped.
 GROUPS: dict[str, tuple[Role, ...]] = {
     "query": (Role.W_DQ, Role.W_UQ, Role.W_Q),
     "attention": (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV, Role.W_O),
@@ -171,7 +174,7 @@ GROUPS: dict[str, tuple[Role, ...]] = {
     "experts": (Role.EXPERTS_GATE_UP, Role.EXPERTS_DOWN),
 }
 
-#: Whole placements by name.
+#: Presets of `adapter.targets`: each is a list of roles and groups.
 PRESETS: dict[str, tuple[str, ...]] = {
     "safe": ("W_O", "mlp"),
     "all-linear": ("attention", "mlp", "experts"),
@@ -180,5 +183,5 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("W_DKV",),
 }
 
-#: Roles that an adapter may sit on at all.
+#: The roles that mla-tune can adapt, in the order of tables.
 ADAPTABLE: tuple[Role, ...] = (*GROUPS["attention"], *GROUPS["mlp"], *GROUPS["experts"])

@@ -1,4 +1,4 @@
-"""What an architecture is made of: one `Site` for each weight matrix."""
+"""`Architecture`: an MLA model as its config.json describes it, with one `Site` for each weight matrix."""
 
 from __future__ import annotations
 
@@ -7,50 +7,55 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mla_tune.arch.dims import DTYPE_BYTES, MLADims
-from mla_tune.arch.families import Family
+from mla_tune.arch.family import Family
 from mla_tune.arch.key_mapping import KeyMapping
 from mla_tune.arch.multimodal import Wrapper
 from mla_tune.arch.roles import ADAPTABLE, Role
 
-#: How a matrix lies on disk: one key; one key an expert (gate and up apart); one fused 3-D key.
+#: How a checkpoint stores a site: one key; one key for each matrix of each expert; one key for the 3-D stack.
 DiskLayout = Literal["module", "per_expert", "fused"]
 
-
-#: The output head's weight in transformers' module tree.
+#: Name of the output head's weight in transformers' module tree.
 HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One weight matrix of the model, or one fused stack of expert matrices.
-
-    `path` is the path in transformers' module tree: of the module for a linear layer
-    (`model.layers.0.self_attn.o_proj`), of the parameter for fused experts (`model.layers.1.mlp.experts.down_proj`) and
-    where `is_parameter`.  `shape` is (out, in) of one matrix, `count` the number of experts (1 elsewhere), `reason` why
-    it can't be adapted.  `layer` is None outside of the decoder layers; `mtp` marks one of an MTP layer.
-
-    `disk`, `disk_path` and `leaves` say where it lies in a checkpoint: its path there, and the names of the matrices of
-    one expert.  `aliases` are other paths under which a file may hold it once more.
-    """
+    """One weight matrix of the model, or one fused stack of expert matrices."""
 
     path: str
+    """Path in transformers' module tree: of the module for a linear layer (`model.layers.0.self_attn.o_proj`), of the
+    parameter for fused experts (`model.layers.1.mlp.experts.down_proj`) and if `is_parameter`."""
     role: Role
+    """What the matrix is for."""
     layer: int | None
+    """Index of the decoder layer; None outside of the layers.  MTP layers come after the others."""
     shape: tuple[int, int]
+    """(out, in) of one matrix."""
     count: int = 1
+    """Number of experts in a stack; 1 for a single matrix."""
     bias: bool = False
+    """Whether a bias (out) belongs to it."""
     attachable: bool = True
+    """Whether mla-tune can put an adapter on it."""
     reason: str = ""
+    """Why it is not adapted; empty if it can be."""
     disk: DiskLayout = "module"
+    """How the checkpoint stores it."""
     disk_path: str = ""
+    """Its path in the checkpoint, for `per_expert` that of the module with the experts; empty if it is `path`."""
     leaves: tuple[str, ...] = ()
+    """For `per_expert`: the names of the matrices of one expert that make up this one, in the order of their rows."""
     aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(disk_path, leaves) of further copies of the same weight in the checkpoint."""
     is_parameter: bool = False
+    """Whether `path` names a parameter of its own, and not a module with a `weight`."""
     mtp: bool = False
+    """Whether it belongs to an MTP (multi-token prediction) layer, which transformers does not load."""
 
     @property
     def params(self) -> int:
-        """Number of parameters: out × in, times the experts of a stack."""
+        """Number of parameters of the matrix and its bias, over all experts of a stack."""
         return self.count * (self.shape[0] * self.shape[1] + (self.shape[0] if self.bias else 0))
 
     @property
@@ -64,24 +69,24 @@ class Site:
         return self.path if self.is_experts or self.is_parameter else f"{self.path}.weight"
 
     def lora_params(self, rank: int) -> int:
-        """Trainable numbers of a LoRA of this rank: A (r, in) and B (out, r), for each expert."""
+        """Return the number of parameters of a LoRA of this rank: A (r, in) and B (out, r), for each expert."""
         return self.count * rank * (self.shape[0] + self.shape[1])
 
     @property
     def disk_parts(self) -> int:
-        """Tensors on disk that one (out, in) matrix is cut into by rows: gate and up of an expert lie apart."""
+        """Number of tensors on disk that hold the rows of one matrix: 2 if gate and up of an expert are separate."""
         return len(self.leaves) if self.disk == "per_expert" else 1
 
     def disk_keys(self) -> list[str]:
-        """The checkpoint keys that hold this site's weight; for per-expert files gate and up of each expert in turn."""
+        """Return the checkpoint keys of this weight; for `per_expert` those of expert 0, then those of expert 1, …"""
         return self._keys(self.disk_path or self.path, self.leaves)
 
     def alias_keys(self) -> list[list[str]]:
-        """The keys of each further copy of the weight in the same checkpoint, in the order of `disk_keys`."""
+        """Return the keys of each further copy of the weight in the checkpoint, in the order of `disk_keys`."""
         return [self._keys(path, leaves) for path, leaves in self.aliases]
 
     def disk_key(self, leaf: str) -> str:
-        """The key of another tensor of this module: its `bias`."""
+        """Return the checkpoint key of another tensor of the same module: `bias`."""
         return f"{self.disk_path or self.path}.{leaf}"
 
     def _keys(self, path: str, leaves: tuple[str, ...]) -> list[str]:
@@ -94,54 +99,71 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One MLA module.
-
-    `owns_cache`: it computes a latent and keeps it (Mistral Large 4 has layers that read another's).  `window`: it
-    attends to the last tokens only, so that its cache stops growing.  `indexer`: it has one of its own.
-    """
+    """One attention module with MLA."""
 
     path: str
+    """Path in transformers' module tree."""
     layer: int
+    """Index of its decoder layer."""
     dims: MLADims
+    """Its dimensions."""
     owns_cache: bool = True
-    window: bool = False
-    indexer: bool = False
+    """Whether it computes and caches a latent; False if it reads that of another layer (Mistral Large 4)."""
+    has_window: bool = False
+    """Whether it attends to a window of the last tokens only, so that its cache stops growing."""
+    has_indexer: bool = False
+    """Whether it has an indexer of its own (sparse attention)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """An MLA model as its config.json describes it: no weights, no torch.
-
-    `sites` are all matrices, adaptable or not, `mtp_sites` those of MTP layers, which transformers doesn't load and no
-    total counts.  `dims` are those of the first module without a window and with rope, where modules differ.  `prefix`
-    is the path of the decoder.  `embedding` and `head` are parameters of the model.  `tower_counted` is False for a
-    wrapper whose vision or audio tower is not known: then totals are those of the text model.
-    """
+    """An MLA model as its config.json describes it, as far as that can be told without weights."""
 
     model_type: str
+    """`model_type` of config.json."""
     family: Family
+    """The entry of the family table."""
     num_layers: int
+    """Number of decoder layers, without MTP layers."""
     dims: MLADims
+    """Dimensions of MLA; where modules differ, those of the first one without a window and with rope."""
     attention: tuple[Attention, ...]
+    """All attention modules with MLA, in the order of the layers."""
     sites: tuple[Site, ...]
+    """All weight matrices, adaptable or not, but for those of MTP layers."""
     params_total: int
+    """Number of parameters, without MTP layers and without a tower whose layout is not known (`tower_counted`)."""
     vocab_size: int
+    """Rows of the embedding."""
     max_position_embeddings: int
+    """Length of the context window in tokens; 0 if config.json does not say."""
     tied: bool
+    """Whether the output head is the embedding."""
     mtp_layers: int
+    """Number of MTP layers in published checkpoints."""
     quantization: str | None
+    """`quant_method` of the checkpoint; None for plain weights."""
     active_params: int
+    """Parameters that one token passes through: all but those of the experts that it does not go to."""
     experts_per_token: int
+    """Routed experts that a token goes to; 0 without experts."""
     prefix: str = "model"
+    """Path of the decoder in transformers' module tree."""
     wrapper: Wrapper | None = None
+    """The multimodal model around the text model; None for a plain text model."""
     key_mapping: KeyMapping = field(default_factory=KeyMapping)
+    """How checkpoints name the weights."""
     mtp_sites: tuple[Site, ...] = ()
+    """Matrices of MTP layers, which transformers does not load and no total counts; empty if their layout is not
+    known."""
     warnings: tuple[str, ...] = ()
-    #: The keys of both ends of the model in a checkpoint.
+    """What a user should know about how config.json was read."""
     embedding_key: str = ""
+    """Checkpoint key of the embedding."""
     head_key: str = ""
-    #: Sizes that only some families have: index heads X of Y numbers, KDA heads K of Z numbers with F taps.
+    """Checkpoint key of the output head; a checkpoint may lack it if the head is tied."""
     letters: dict[str, int] = field(default_factory=dict, compare=False, hash=False)
+    """Sizes by letter that only some families have (`arch.config.letters_of_family`), and D."""
 
     @property
     def attention_paths(self) -> tuple[str, ...]:
@@ -150,32 +172,32 @@ class Architecture:
 
     @property
     def title(self) -> str:
-        """Name of the model's family as people write it."""
+        """The family's name, with that of the wrapper in front of it: "Kimi K2.5 with DeepSeek-V3"."""
         if self.wrapper and self.wrapper.title != self.family.title:
             return f"{self.wrapper.title} with {self.family.title}"
         return self.family.title
 
     @property
     def embedding(self) -> str:
-        """Name of the embedding's parameter in the model."""
+        """Name of the embedding's weight in transformers' `named_parameters()`."""
         return f"{self.prefix}.embed_tokens.weight"
 
     @property
     def tower_counted(self) -> bool:
-        """Whether totals include the vision or audio tower: there is none, or its layout is known."""
+        """Whether totals are those of the whole model: it has no tower, or the tower's layout is known."""
         return self.wrapper is None or self.wrapper.tower is not None
 
     def dims_at(self, path: str) -> MLADims:
-        """Dimensions of the MLA module at this path."""
+        """Return the dimensions of the MLA module at this path."""
         return next(a.dims for a in self.attention if a.path == path)
 
     @property
     def stored_sites(self) -> tuple[Site, ...]:
-        """All matrices of a checkpoint: those of MTP layers too."""
+        """All weight matrices of a checkpoint, those of MTP layers included."""
         return (*self.sites, *self.mtp_sites)
 
     def by_role(self, role: Role) -> list[Site]:
-        """The matrices of one role, in the order of the layers."""
+        """Return the matrices of one role, in the order of the layers."""
         return [s for s in self.sites if s.role == role]
 
     @property
@@ -185,16 +207,16 @@ class Architecture:
         return tuple(r for r in ADAPTABLE if r in present)
 
     def kv_bytes(self, dtype: str) -> tuple[int, int]:
-        """(latent, expanded) KV-cache bytes a token over all attention modules that keep one."""
+        """Return the bytes per token of a (latent, expanded) KV cache, over all modules that have a cache."""
         own = [a.dims for a in self.attention if a.owns_cache]
         return sum(d.latent_bytes(dtype) for d in own), sum(d.expanded_bytes(dtype) for d in own)
 
     def indexer_bytes(self, dtype: str) -> int:
-        """Bytes a token that the indexers of sparse attention keep beside the KV cache: Y numbers each."""
-        return sum(a.indexer for a in self.attention) * self.letters.get("Y", 0) * DTYPE_BYTES[dtype]
+        """Return the bytes per token that all indexers cache, Y numbers each; they come on top of the KV cache."""
+        return sum(a.has_indexer for a in self.attention) * self.letters.get("Y", 0) * DTYPE_BYTES[dtype]
 
     def located(self, keys: Container[str]) -> Architecture:
-        """The same architecture with the sites where a checkpoint with these keys holds them."""
+        """Return this architecture with the places where a checkpoint with `keys` holds each site and both ends."""
         return replace(
             self,
             embedding_key=self.key_mapping.on_disk(self.embedding, keys),
@@ -208,18 +230,18 @@ class Architecture:
 
 
 def locate_site(site: Site, key_mapping: KeyMapping, keys: Container[str]) -> Site:
-    """`site` with the place in the checkpoint that these keys show; as it is where they show none.
+    """Return `site` at the place where a checkpoint with `keys` holds it, or unchanged if it does not hold it.
 
-    A file that holds the weight more than once (under two of its names) gets the others as `aliases`.
+    If the checkpoint holds the weight under several of its names, the others become `aliases`.
     """
     found: list[Site] = []
     for path in key_mapping.candidates(site.path):
         for disk, leaves in _layouts(site, key_mapping):
-            here = replace(
+            candidate = replace(
                 site, disk=disk, disk_path=path.rpartition(".")[0] if disk == "per_expert" else path, leaves=leaves
             )
-            if here.disk_keys()[0] in keys:
-                found.append(here)
+            if candidate.disk_keys()[0] in keys:
+                found.append(candidate)
     if not found:
         return site
     first = found[0]
@@ -228,10 +250,11 @@ def locate_site(site: Site, key_mapping: KeyMapping, keys: Container[str]) -> Si
 
 
 def _layouts(site: Site, key_mapping: KeyMapping) -> list[tuple[DiskLayout, tuple[str, ...]]]:
+    """Return each (disk, leaves) in which a checkpoint may store `site`, the family's own first."""
     if not site.is_experts:
         return [("module", ())]
     gate_up = site.role == Role.EXPERTS_GATE_UP
-    ways: list[tuple[DiskLayout, tuple[str, ...]]] = []
+    layouts: list[tuple[DiskLayout, tuple[str, ...]]] = []
     for gate, up, down in dict.fromkeys((key_mapping.experts, KeyMapping().experts)):
-        ways.append(("per_expert", (gate, up) if gate_up else (down,)))
-    return [*ways, ("fused", ())]
+        layouts.append(("per_expert", (gate, up) if gate_up else (down,)))
+    return [*layouts, ("fused", ())]

@@ -27,7 +27,7 @@ from mla_tune.bench.decode_rounds import DecodeRun, Progress, measure_context, m
 from mla_tune.bench.meter import copy_bandwidth, is_out_of_memory
 from mla_tune.errors import InputError, WorkError
 from mla_tune.inference.latent_cache import LatentCache
-from mla_tune.model.load import DTYPES, Loaded, quiet
+from mla_tune.model.load import DTYPES, Loaded, silence_libraries
 
 #: Cache classes by their name in `--cache`.
 CACHES: dict[str, type[DynamicCache]] = {"latent": LatentCache, "dynamic": DynamicCache}
@@ -57,7 +57,7 @@ def decode(
     single case runs out of memory.
     """
     _check_arguments(contexts, batch, adapters, dtype, runs, layers, cache)
-    quiet()
+    silence_libraries()
     try:
         loaded = load(model, contexts, dtype, layers)
         return measure(

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from mla_tune.arch.build import architecture
-from mla_tune.arch.lookup import ALIASES, architecture_of
 from mla_tune.arch.roles import GROUPS
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError
@@ -22,6 +21,7 @@ from mla_tune.inference.absorb import absorb, mla_modules, unsupported_reasons
 from mla_tune.inference.latent_cache import LatentCache, PreallocatedLayer
 from mla_tune.inference.resolve_model import resolve_model
 from mla_tune.model.load import DTYPES, Loaded, load_model, pick_device, pick_dtype
+from mla_tune.recipe.model_source import ALIASES, architecture_of
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import model_names, preset_names
 

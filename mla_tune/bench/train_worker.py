@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from mla_tune.bench.train_cases import CASES, TrainCase
 from mla_tune.data.prepare import prepare
-from mla_tune.model.load import load_model, quiet
+from mla_tune.model.load import load_model, silence_libraries
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.load import load_recipe
 from mla_tune.recipe.schema import Recipe
@@ -90,7 +90,7 @@ def main() -> None:
     """Run the case that standard input names (see the docstring of this module)."""
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to standard error
-    quiet()
+    silence_libraries()
     task = json.loads(sys.stdin.readline())
     recipe, case = load_recipe(task["recipe"]), CASES[task["case"]]
     rows = _rows(recipe)

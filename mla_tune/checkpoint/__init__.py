@@ -1,12 +1,12 @@
-"""Checkpoint folders as files: read by header, decoded in numpy, written whole or not at all.  No torch.
+"""Checkpoint folders: headers, reading rows, quantized formats, writing shards.  Everything is numpy, without torch.
 
-index          the tensors of a folder from its safetensors headers: which tensor lies where
-dtypes         stored codes ↔ float arrays, for the dtypes that numpy lacks too
-tensor_io      rows of one tensor into numpy
-quantized/     weights in fewer bits: the socket for formats, and the formats
-writer         one safetensors file, written tensor by tensor in any order
-atomic_files   JSON and copied files that appear whole or not at all
-absorbed       the absorbed tensors beside a checkpoint: file names and origin
-manifest       the manifest of a merged checkpoint
-pickles        pickle files, which are never opened
+index         Read the safetensors headers of a checkpoint folder: which tensor lies where
+dtypes        Convert stored codes to floats and back, for dtypes that numpy lacks too
+tensor_io     Read rows of a tensor out of a safetensors file into numpy
+quantized/    Formats of quantized weights, behind one interface
+writer        Write one safetensors file, tensor by tensor in any order
+atomic_files  Write files that appear complete or not at all
+absorbed      The files with absorbed tensors beside a checkpoint: names, contents, what they were made from
+manifest      Read the manifest of a merged checkpoint
+pickles       Shell commands that convert pickle files to safetensors: pickles are never opened here
 """

@@ -1,4 +1,4 @@
-"""The absorbed tensors beside a checkpoint: in which files they lie, and what they were made from."""
+"""The files with absorbed tensors beside a checkpoint: names, contents, what they were made from."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from mla_tune.checkpoint.index import Shard, TensorRef, read_shard
 from mla_tune.errors import FileError
 from mla_tune.user_files import read_json_object
 
+#: The name of a single file, and of the index of several.
 ABSORBED_FILE = "absorbed.safetensors"
 ABSORBED_INDEX = "absorbed.safetensors.index.json"
 
 
 def absorbed_shards(folder: Path) -> list[Shard]:
-    """The absorbed file or files of a model folder; empty where there are none.
+    """Read the headers of the absorbed files of a model folder; empty where there are none.
 
-    Raises `FileError` for a damaged index, and for files that it names and that are not there."""
+    Raises `FileError` for a damaged index, and for missing files that it names.
+    """
     index, single = folder / ABSORBED_INDEX, folder / ABSORBED_FILE
     names: dict[str, None] = dict.fromkeys([ABSORBED_FILE] if single.is_file() else [])
     if index.is_file():
@@ -28,12 +30,12 @@ def absorbed_shards(folder: Path) -> list[Shard]:
 
 
 def absorbed_tensors(folder: Path) -> dict[str, TensorRef]:
-    """Those of all files, by key."""
+    """The absorbed tensors of a model folder, from all its files, by key."""
     return {key: ref for shard in absorbed_shards(folder) for key, ref in shard.tensors.items()}
 
 
 def sources_of(shard: Shard) -> dict[str, str]:
-    """Key → sha256 of each tensor that those of this file were made from; empty where the file does not say."""
+    """Key → sha256 of the tensors from which those of this file were made; empty where the file does not say."""
     try:
         found = json.loads(shard.metadata.get("source_sha256", "{}"))
     except (ValueError, RecursionError):

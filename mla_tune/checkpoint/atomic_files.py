@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside, flushed to the disk, renamed."""
+"""Write files that appear complete or not at all: written under another name, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write; `file` appears, or is replaced, when the block ends well, and is untouched otherwise."""
+    """Open a binary file for writing that becomes `file` at the end of the block.
+
+    If the block raises, nothing is left of it, and an earlier `file` stays as it was.
+    """
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as stream:
@@ -29,7 +32,7 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut.  Does nothing where folders can't be opened (Windows)."""
+    """Make renames inside `folder` survive a power failure.  Does nothing where folders can't be opened (Windows)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -41,18 +44,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the contents, whole or not at all; a link is followed."""
+    """Copy the contents of a file; `target` appears complete or not at all.  Links are followed."""
     with source.open("rb") as read, replacing(target) as write:
         shutil.copyfileobj(read, write, 1 << 24)
 
 
 def sha256_of(file: Path) -> str:
-    """Digest of the whole file."""
+    """Digest of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(file: Path, document: Any) -> None:
-    """Whole or not at all, in the style of Hugging Face's own JSON files."""
+    """Write a JSON file, indented as Hugging Face's own are; it appears complete or not at all."""
     with replacing(file) as stream:
         stream.write((json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -1,4 +1,4 @@
-"""A checkpoint folder as its safetensors headers describe it: which tensor lies where.  No torch, no weight is read.
+"""Read the safetensors headers of a checkpoint folder: which tensor lies where.  No weight is read.
 
 Format (https://github.com/huggingface/safetensors#format): 8 bytes, little-endian, give the length N of a JSON header;
 N bytes of JSON, {key: {dtype, shape, data_offsets: [begin, end]}}; then the data, in row-major order, without holes.
@@ -22,7 +22,7 @@ from mla_tune.user_files import read_json_object
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-#: Bits of one number of each dtype of the format.
+#: dtype of the safetensors format → bits of one number.
 DTYPE_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32,
     "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
@@ -32,49 +32,57 @@ DTYPE_BITS = {
 
 #: The longest header that the safetensors library itself accepts.
 _MAX_HEADER = 100_000_000
-#: Endings of weight files in formats that are not read.
+#: Endings of weight files in other formats, which are not read.
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor's data."""
+    """Bytes of the data of a tensor with this dtype and shape."""
     return prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of a tensor seen as a matrix: its last dimension are the columns; vectors and scalars are one
-    row."""
+    """(rows, columns) of a tensor seen as a matrix: the last dimension is the columns; a vector is one row."""
     return prod(shape[:-1]), shape[-1] if shape else 1
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where one tensor lies: `begin` and `end` are byte offsets from the start of `file`."""
+    """Where one tensor lies in a safetensors file."""
 
     key: str
+    """Its name in the file."""
     file: Path
+    """The safetensors file."""
     dtype: str
+    """Its dtype, as the format names it ("BF16")."""
     shape: tuple[int, ...]
+    """Its shape."""
     begin: int
+    """Byte at which its data begins, from the start of the file."""
     end: int
+    """Byte after its data."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in its file."""
+        """Bytes of its data."""
         return self.end - self.begin
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What changes when a file is written to: its bytes, its time of change (ns) and its inode."""
+    """The properties of a file that change when it is written to or replaced."""
 
     size: int
+    """Bytes."""
     mtime_ns: int
+    """Time of the last change, in nanoseconds."""
     inode: int
+    """Number of the inode: another one after the file was replaced."""
 
     @classmethod
-    def of(cls, file: Path) -> Stamp:
-        """Raises `FileError` for a file that is gone."""
+    def read(cls, file: Path) -> Stamp:
+        """Read them from the file system.  Raises `FileError` for a file that can't be read."""
         try:
             stat = file.stat()
         except OSError as error:
@@ -84,29 +92,37 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its tensors in the order of their data, its `__metadata__`, the sha256 of its header, and
-    what the file looked like when the header was read."""
+    """One safetensors file, as its header describes it."""
 
     file: Path
+    """The file."""
     tensors: dict[str, TensorRef]
+    """Its tensors by key, in the order of their data."""
     metadata: dict[str, str]
+    """The `__metadata__` of the header."""
     header_sha256: str
+    """Digest of the header."""
     stamp: Stamp
+    """The file's properties when the header was read."""
 
     def check_unchanged(self) -> None:
-        """Raise `FileError` where somebody has written to the file since its header was read."""
-        if Stamp.of(self.file) != self.stamp:
+        """Raise `FileError` if the file was written to or replaced since its header was read."""
+        if Stamp.read(self.file) != self.stamp:
             raise FileError(f"{self.file}: changed while it was in use: wait until nothing writes to it, and run again")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face checkpoint folder.  `tensors` has the keys in the order of the index, or of the single file."""
+    """A checkpoint folder in Hugging Face's layout."""
 
     folder: Path
+    """The folder."""
     shards: tuple[Shard, ...]
+    """Its safetensors files."""
     tensors: dict[str, TensorRef]
+    """Its tensors by key, in the order of the index, or of the single file."""
     index: dict[str, Any] | None
+    """The parsed index; None for a single file without one."""
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -134,18 +150,18 @@ class Checkpoint:
         raise _no_weights(folder)
 
     def __getitem__(self, key: str) -> TensorRef:
-        """The tensor of this key; an `InputError` names the nearest key otherwise."""
+        """The tensor with this key.  Raises `InputError` with the most similar key where there is none."""
         if key not in self.tensors:
             raise InputError(f"{self.folder}: the checkpoint has no tensor '{key}'{nearest(key, self.tensors)}")
         return self.tensors[key]
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The parsed config.json."""
+        """The parsed config.json.  Raises `FileError` where it is missing or damaged."""
         return read_json_object(self.folder / "config.json", "the model's configuration")
 
     def name(self, shard: Shard) -> str:
-        """The shard's file name as the index writes it."""
+        """The shard's path relative to the folder, as the index writes it."""
         return shard.file.relative_to(self.folder).as_posix()
 
     @property
@@ -155,8 +171,8 @@ class Checkpoint:
 
 
 def nearest(key: str, keys: Iterable[str]) -> str:
-    """`"; did you mean '…'?"` for a tensor key.  Looks first among keys with the same ending or the same parents:
-    comparing with all the 100,000 keys of a large model would take minutes."""
+    """The end of an error message about an unknown tensor key: `"; did you mean '…'?"`, or nothing."""
+    # Comparing with all 100,000 keys of a large model would take minutes.
     names, parts = list(keys), key.split(".")
     parents, ending = ".".join(parts[:-2]), ".".join(parts[-2:])
     alike = [name for name in names if name.endswith(ending) or (parents and name.startswith(parents))]
@@ -164,6 +180,7 @@ def nearest(key: str, keys: Iterable[str]) -> str:
 
 
 def _no_weights(folder: Path) -> InputError | FileError:
+    """The error for a folder without safetensors files, which says how to get them."""
     others = sorted(p.name for p in folder.iterdir() if p.suffix in _OTHER_FORMATS)
     if others:
         what = f"{folder}: holds {others[0]} but no {SINGLE_FILE}: only safetensors checkpoints are read"
@@ -177,6 +194,7 @@ def _no_weights(folder: Path) -> InputError | FileError:
 
 
 def _weight_map(index_file: Path, index: dict[str, Any]) -> dict[str, str]:
+    """Key → file name of the index.  Raises `FileError` for names outside the folder and for missing files."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{index_file}: has no 'weight_map' from keys to files: the index is damaged")
@@ -198,10 +216,11 @@ def _weight_map(index_file: Path, index: dict[str, Any]) -> dict[str, str]:
 
 
 def _indexed(index_file: Path, weight_map: dict[str, str], shards: tuple[Shard, ...]) -> dict[str, TensorRef]:
+    """The tensors that the index lists.  Raises `FileError` where the files do not hold what it says."""
     by_name = {str(shard.file.relative_to(index_file.parent).as_posix()): shard for shard in shards}
     for shard_name, shard in by_name.items():
         for key in shard.tensors:
-            # A key that the index does not list is carried along; a second copy of a listed one would go stale.
+            # A merge copies a key that the index does not list; of a listed key it would leave a second copy unmerged.
             if weight_map.get(key, shard_name) != shard_name:
                 raise FileError(f"{index_file}: '{key}' is in {weight_map[key]} and in {shard_name} too: remove one")
     tensors = {}
@@ -216,8 +235,8 @@ def _indexed(index_file: Path, weight_map: dict[str, str], shards: tuple[Shard, 
 
 
 def read_shard(file: Path) -> Shard:
-    """The checked header of one safetensors file.  Raises `FileError`."""
-    stamp = Stamp.of(file)
+    """Read and check the header of one safetensors file.  Raises `FileError` for a missing or damaged file."""
+    stamp = Stamp.read(file)
     size = stamp.size
     try:
         with file.open("rb") as stream:
@@ -253,6 +272,7 @@ def read_shard(file: Path) -> Shard:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dictionary.  Raises `ValueError` for a key that comes twice, which `json` would accept."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key appears twice")
@@ -260,7 +280,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _ref(file: Path, start: int, key: str, entry: Any) -> TensorRef:
-    """One header entry, checked by itself."""
+    """Parse one entry of a header; `start` is where the file's data begins.  Raises `FileError` if it is malformed."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             pass

@@ -1,4 +1,4 @@
-"""The manifest of a merged checkpoint: its name, and what `verify` reads out of it.
+"""Read the manifest of a merged checkpoint.
 
 `merge.export` writes it: base, adapters and options of the merge, and bytes and sha256 of every file of the output.
 """
@@ -16,10 +16,10 @@ MANIFEST_FILE = "mla_tune_manifest.json"
 
 
 def read_manifest(folder: Path, options: Collection[str]) -> dict[str, Any]:
-    """Return the manifest in `folder`; an empty one where there is none.
+    """Return the manifest in `folder`, or an empty dictionary where there is none.
 
-    `options` are the names of the merge's options that it must hold.  Raises `FileError` for a file that can't be read,
-    is damaged, or is of another version.
+    `options` are the names of the merge's options, which it must hold.  Raises `FileError` for a file that can't be
+    read, is damaged, or was written by another version.
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():

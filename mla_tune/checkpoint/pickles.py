@@ -1,15 +1,18 @@
-"""Pickle files (`.bin`, `.pt`, `.pth`, `.ckpt`) are never opened: unpickling runs whatever code the file holds."""
+"""Shell commands that convert pickle files to safetensors, for messages.
+
+Pickle files (`.bin`, `.pt`, `.pth`, `.ckpt`) are never opened here: unpickling runs whatever code the file holds.
+"""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
-#: Endings of the weight files that torch.save writes.
+#: Endings of weight files that torch.save writes.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-# weights_only=True unpickles tensors and plain containers, and no code.  clone() parts tensors that share memory, which
-# the safetensors format can't express.
+# weights_only=True unpickles tensors and plain containers, and runs no code.  clone() separates tensors that share
+# memory, which the safetensors format can't express.
 _PROGRAM = (
     "import sys, torch; from safetensors.torch import save_file; source, target = sys.argv[1:]; "
     'tensors = torch.load(source, map_location="cpu", weights_only=True); '
@@ -19,8 +22,10 @@ _PROGRAM = (
 
 
 def convert_command(source: str | Path, target: str | Path) -> str:
-    """The shell command that turns the pickled table of tensors `source` into the safetensors file `target` without
-    running code from it."""
+    """The shell command that converts `source`, a pickled dictionary of tensors, to the safetensors file `target`.
+
+    It runs no code from the file.
+    """
     return shlex.join(["python", "-c", _PROGRAM, str(source), str(target)])
 
 
@@ -44,6 +49,8 @@ if index.exists():
 
 
 def convert_folder_command(folder: str | Path) -> str:
-    """The shell command that writes, beside every `pytorch_model*.bin` of a model folder, its safetensors file, and the
-    index where there is one, one file in memory at a time and without running code from it."""
+    """The shell command that writes a safetensors file beside every `pytorch_model*.bin` of a model folder.
+
+    It converts the index too, holds one file in memory at a time, and runs no code from the files.
+    """
     return shlex.join(["python", "-c", _FOLDER_PROGRAM, str(folder)])

@@ -1,6 +1,6 @@
-"""Tensors out of safetensors files into numpy: rows of one tensor, by position, without mapping the file into memory.
+"""Read rows of a tensor out of a safetensors file into numpy.
 
-Mapped pages count as the process's own memory; bytes that are read do not stay.
+Files are read, not mapped into memory: mapped pages would count as memory of the process.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mla_tune.checkpoint.dtypes import STORAGE, decode
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.errors import FileError
 
-#: Bytes hashed at a time.
+#: Bytes that are hashed at once.
 _CHUNK = 1 << 22
 
 
 def read_raw(ref: TensorRef, begin: int = 0, end: int | None = None) -> np.ndarray:
-    """The stored codes of rows [begin, end) of the first dimension, all by default: BF16 as uint16, FP8 as uint8.
+    """Read the stored codes of [begin, end) of the first dimension, by default all: BF16 as uint16, FP8 as uint8.
 
     Raises `FileError` where the file has become shorter or can't be read.
     """
@@ -38,13 +38,13 @@ def read_raw(ref: TensorRef, begin: int = 0, end: int | None = None) -> np.ndarr
 
 
 def read_into(ref: TensorRef, array: np.ndarray, offset: int = 0) -> None:
-    """Fill a C-contiguous array with the bytes from `offset` on inside the tensor."""
+    """Fill a C-contiguous array with bytes of the tensor, from byte `offset` of its data on."""
     if array.size:
         fill(ref, array.reshape(-1).view(np.uint8).data, offset)
 
 
 def sha256(ref: TensorRef) -> str:
-    """Digest of a tensor's bytes as stored."""
+    """Digest of a tensor's stored bytes."""
     digest, buffer = hashlib.sha256(), np.empty(min(_CHUNK, ref.nbytes), np.uint8)
     for begin in range(0, ref.nbytes, _CHUNK):
         piece = buffer[: min(_CHUNK, ref.nbytes - begin)]
@@ -54,7 +54,7 @@ def sha256(ref: TensorRef) -> str:
 
 
 def fill(ref: TensorRef, view: memoryview, offset: int = 0) -> None:
-    """The bytes from `offset` on inside the tensor, as many as `view` has.
+    """Fill `view` with bytes of the tensor, from byte `offset` of its data on.
 
     Raises `FileError` where the file has become shorter or can't be read.
     """
@@ -77,5 +77,5 @@ def fill(ref: TensorRef, view: memoryview, offset: int = 0) -> None:
 
 
 def read_float(ref: TensorRef, float_type: type = np.float32) -> np.ndarray:
-    """The whole tensor as floats."""
+    """Read the whole tensor as floats."""
     return decode(read_raw(ref), ref.dtype, float_type)

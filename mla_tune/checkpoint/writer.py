@@ -1,7 +1,7 @@
-"""One safetensors file, written tensor by tensor in any order, whole or not at all.
+"""Write one safetensors file, tensor by tensor in any order; it appears complete or not at all.
 
-The safetensors library writes a file from tensors that are all in memory, and sorts the keys.  Here the layout is known
-first; bytes go to their places as they come, from any thread, and nothing of the file stays in memory.
+The safetensors library needs all tensors in memory and sorts the keys.  Here the layout is known beforehand, threads
+write bytes to their places in any order, and nothing of the file stays in memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mla_tune.errors import FileError
 
 #: Key → (dtype of the format, shape), in the order in which the data lies.
 TensorLayout = Mapping[str, tuple[str, tuple[int, ...]]]
-#: Bytes copied in one call: other threads get their turn between calls.
+#: Bytes that are copied in one call: other threads run between calls.
 _CHUNK = 1 << 26
-#: Reasons for which the kernel can't copy between two files and plain reading and writing can.
+#: Errors with which the kernel refuses to copy between two files that reading and writing can copy.
 _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 
 def header_bytes(layout: TensorLayout, metadata: Mapping[str, str]) -> bytes:
-    """The beginning of the file: the length of the header, and the header, padded to a multiple of 8 bytes."""
+    """The bytes before the data: the length of the header, and the header, padded to a multiple of 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for key, (dtype, shape) in layout.items():
@@ -41,8 +41,10 @@ def header_bytes(layout: TensorLayout, metadata: Mapping[str, str]) -> bytes:
 
 
 class ShardWriter:
-    """Writes beside `file` and renames at `commit`.  As a context manager: commits when the block ends well, else
-    discards."""
+    """Writes a file beside `file`, and renames it when it is complete.
+
+    Used as a context manager, it commits at the end of the block, and discards where the block raises.
+    """
 
     def __init__(self, file: Path, layout: TensorLayout, metadata: Mapping[str, str]) -> None:
         self.file = file
@@ -64,14 +66,17 @@ class ShardWriter:
             raise
 
     def write(self, key: str, data: np.ndarray | memoryview, offset: int = 0) -> None:
-        """Put `data` (C-contiguous) at byte `offset` inside the tensor."""
+        """Write `data` (C-contiguous) into the tensor `key`, from byte `offset` of it on."""
         view = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
         assert offset + len(view) <= self._nbytes[key], f"{key}: {offset} + {len(view)} of {self._nbytes[key]} bytes"
         self._put(view, self._begin[key] + offset)
 
     def copy(self, key: str, source: TensorRef, nbytes: int, copied: Callable[[int], None] = lambda _: None) -> None:
-        """Copy `nbytes` from the beginning of `source` on to the beginning of `key`: one tensor, or several that follow
-        each other in both files.  `copied` is told the bytes of each step."""
+        """Copy `nbytes` from the beginning of `source` to the beginning of `key`.
+
+        These may be several tensors, if they follow each other in both files.  `copied` is called with the bytes of
+        each step.  Raises `FileError` where the source ends too early.
+        """
         begin = self._begin[key]
         assert begin + nbytes <= self.nbytes
         handle = os.open(source.file, os.O_RDONLY)
@@ -88,7 +93,7 @@ class ShardWriter:
             os.close(handle)
 
     def commit(self) -> None:
-        """Flush to the disk and give the file its name."""
+        """Flush the file to the disk and give it its name."""
         os.fsync(self._handle)
         os.close(self._handle)
         self._handle = -1
@@ -96,7 +101,7 @@ class ShardWriter:
         sync_folder(self.file.parent)
 
     def discard(self) -> None:
-        """Close and remove what was written beside `file`, unless it was committed."""
+        """Delete what was written beside `file`, unless it was committed."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -118,7 +123,7 @@ class ShardWriter:
 
 
 def _copy_range(source: int, target: int, count: int, source_at: int, target_at: int) -> int:
-    """Copy inside the kernel where it can (Linux), by way of memory otherwise.  Returns the bytes copied."""
+    """Copy bytes between two files inside the kernel where it can (Linux), else through memory; return how many."""
     if hasattr(os, "copy_file_range"):
         try:
             return os.copy_file_range(source, target, count, source_at, target_at)

@@ -4,10 +4,10 @@ app             `mla-tune`: the verbs, and how an error becomes a message and an
 common          What commands share: options that had another name in an earlier version, and paths that can't be used
 inspect         `mla-tune inspect`: which layers an adapter can attach to, and what it would do there, from
                 config.json alone
-plan            `mla-tune plan`: what `train` would do with a recipe, and which launch configuration holds it
-data            `mla-tune data`: the samples that a recipe trains on, as text, with lengths and counts
-train           `mla-tune train`: train an adapter as a recipe says, in this process or in several
-runs            `mla-tune runs`: a table of the runs below a folder
+plan            `mla-tune plan`: show what `train` would do with a recipe, and which launch configuration fits
+data            `mla-tune data`: show the samples that a recipe trains on, with their lengths and counts
+train           `mla-tune train`: train an adapter as a recipe says, in this process or in several processes
+runs            `mla-tune runs`: list the runs below a folder in a table
 merge_absorb    `mla-tune merge-absorb`: merge adapters into their base, split the result for absorbed decoding, and
                 prove it
 verify          `mla-tune verify`: prove a merged checkpoint, made by any tool, against its base and its adapters

@@ -1,6 +1,6 @@
-"""`mla-tune`: the verbs, and how an error becomes a message and an exit code.
+"""The entry point of `mla-tune`: register all commands, and turn errors into messages and exit codes.
 
-Each verb is one function in a module of this package.  Commands import what is heavy inside the function, so that
+Each command is one function in a module of this package.  It imports slow libraries inside the function, so that
 `--help`, recipe errors and `inspect` answer at once.
 """
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-#: Verb → the module of this package whose function `command` it runs, in the order in which `--help` lists them.
+#: Command → the module of this package whose function `command` it runs, in the order of `--help`.
 VERBS = {
     "inspect": "inspect",
     "plan": "plan",
@@ -58,7 +58,7 @@ def root(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version of mla-tune and exit."),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the Python traceback of an error, for a bug report.")
+        bool, typer.Option("--debug", help="Show the Python traceback of an error, as a bug report needs it.")
     ] = False,
 ) -> None:
     if debug:
@@ -86,19 +86,19 @@ def main() -> None:
         if os.environ.get("MLA_TUNE_DEBUG"):
             raise
         lines = error.problems if isinstance(error, RecipeError) else [str(error)]
-        if "RANK" in os.environ:  # all processes of a run find the same fault: only the first says it
+        if "RANK" in os.environ:  # all processes of a run find the same error: one of them prints it
             from mla_tune.training.distributed.launch import is_first_to_say
 
             lines = [line for line in lines if is_first_to_say(line)]
         for line in lines:
             print(line if isinstance(error, Interrupted) else f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:  # a path that the system itself refuses, wherever it was first looked at
+    except OSError as error:  # a path that the operating system refuses, wherever it was used first
         if os.environ.get("MLA_TUNE_DEBUG") or not isinstance(error.filename, (str, bytes)):
             raise
         print(f"error: {unusable_path(error)}", file=sys.stderr)
         sys.exit(2 if error.errno in BAD_PATH else 1)
     except SystemExit as leaving:
-        if leaving.code == 130:  # Ctrl-C: typer exits without a word
+        if leaving.code == 130:  # Ctrl-C: typer exits without a message
             print("stopped", file=sys.stderr)
         raise

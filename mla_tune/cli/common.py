@@ -1,7 +1,7 @@
-"""What commands share: options that had another name in an earlier version, and paths that can't be used.
+"""Shared parts of commands: common options, renamed options, messages about unusable paths, progress bars.
 
-An old name in `OLD_OPTIONS` is an error that names the new one; one in `HIDDEN_ALIASES` still works and is not listed.
-Both hold for every command that has the new option, so that a renaming needs one line here and nothing in the command.
+An option that was renamed is an error that names the new option (`OLD_OPTIONS`), or still works but is not listed
+(`HIDDEN_ALIASES`).  Either holds for every command that has the new option: renaming one takes a line here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typer.core import TyperCommand
 
 from mla_tune.errors import InputError
 
-#: `--workers N` of the commands that merge and verify.
+#: `--workers N`, for commands that merge and verify.
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, metavar="N", help="Number of threads. Default: one a core, at most 4.")
+    int | None,
+    typer.Option("--workers", min=1, metavar="N", help="Number of threads. Default: one for each core, at most 4."),
 ]
-#: `--json` of every command that has a document to print.
+#: `--json`, for commands that have a document to print.
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")]
 
-#: Option as it was called → what it is called now.
+#: Old name of an option → its name now.  Using the old name is an error that says so.
 OLD_OPTIONS: dict[str, str] = {
     "--min-survival": "--min-retained",
     "--probe": "--logits",
@@ -37,35 +38,36 @@ OLD_OPTIONS: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """What an option of another name means."""
+    """The option that an alias stands for."""
 
-    #: The option's name now.
     option: str
-    #: Old value → new value, for values that were renamed too; others stay as they are.
+    """The name of the option."""
     values: Mapping[str, str] = field(default_factory=dict)
+    """Value of the alias → value of the option, for values that were renamed; others stay as they are."""
 
 
-#: Option that still works but is not listed → what it means.
+#: Alias that still works but is not listed in `--help` → the option that it stands for.
 HIDDEN_ALIASES: dict[str, Alias] = {
     "--fp8": Alias("--quantized", {"bf16": "dequantize"}),
 }
 
 
-#: What is wrong with a path that a user gave: too long, closed to us, a file in place of a folder, links in a circle.
+#: Errors of the operating system that mean a wrong path from the user: too long, not permitted, a file in place of a
+#: folder or the reverse, a loop of links, missing.
 BAD_PATH = frozenset(
     (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOENT)
 )
 
 
 def unusable_path(error: OSError) -> str:
-    """The message for an error of the operating system about a path, which is cut where it is long."""
+    """The message for an error of the operating system about a path; a long path is shortened."""
     path = os.fsdecode(error.filename)
     shown = path if len(path) <= 200 else f"{path[:97]}…{path[-100:]}"
     return f"{shown}: {error.strerror}"
 
 
 class Command(TyperCommand):
-    """A command that knows the earlier names of its options."""
+    """A command that recognizes earlier names of its options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments.  Raises `InputError` for an option that was renamed."""
@@ -81,7 +83,7 @@ class Command(TyperCommand):
 
 
 def without_aliases(args: Iterable[str], known: set[str]) -> Iterator[str]:
-    """The arguments with each hidden alias of a `known` option replaced by it, and its value by the new one."""
+    """Yield the arguments with every hidden alias of a `known` option, and its value, replaced."""
     values: Mapping[str, str] = {}
     literal = False
     for argument in args:
@@ -97,21 +99,19 @@ def without_aliases(args: Iterable[str], known: set[str]) -> Iterator[str]:
 
 
 def weighted_adapters(adapter: Path | None, named: list[str]) -> list[tuple[Path, float]]:
-    """Return path and weight of every adapter that a command was given, in order.
+    """Return (path, weight) of every adapter on the command line, in order.
 
-    `adapter` is the argument, `named` are the values of `--adapter DIR[=WEIGHT]`.  Where one of them names the
-    argument's folder, it gives that adapter its weight.  Raises `InputError` for a weight that is not finite, and where
-    no adapter is named at all.
+    `adapter` is the argument, and `named` has the values of `--adapter DIR[=WEIGHT]`.  Where one of these is the folder
+    of the argument, it sets the argument's weight.  Raises `InputError` for a weight that is not finite, and without
+    any adapter.
     """
-    from mla_tune.errors import InputError
-
     parsed: list[tuple[Path, float]] = []
     for text in named:
         name, sign, number = text.rpartition("=")
         try:
             path, weight = (Path(name), float(number)) if sign else (Path(text), 1.0)
         except ValueError:
-            path, weight = Path(text), 1.0  # a folder with '=' in its name
+            path, weight = Path(text), 1.0  # a folder name with '=' in it
         if sign and not path.exists() and Path(text).exists():
             path, weight = Path(text), 1.0
         if weight != weight or weight in (float("inf"), float("-inf")):
@@ -120,15 +120,15 @@ def weighted_adapters(adapter: Path | None, named: list[str]) -> list[tuple[Path
     if adapter is not None and all(path.absolute() != adapter.absolute() for path, _ in parsed):
         parsed.insert(0, (adapter, 1.0))
     if not parsed:
-        raise InputError("no adapter: name a run folder or an adapter folder, or one or more with --adapter DIR=WEIGHT")
+        raise InputError("no adapter: give a run folder or an adapter folder, or one or more with --adapter DIR=WEIGHT")
     return parsed
 
 
 @contextmanager
 def progress_bars(stages: list[str]) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar in bytes with the time left for each stage, if standard error is a terminal.
+    """Show a progress bar in bytes, with the time left, for each stage, if standard error is a terminal.
 
-    The block gets the function to call with (stage, bytes done, bytes in all).
+    Yields the function to call with (stage, bytes done, total bytes).
     """
     from mla_tune.console import err
 

@@ -1,4 +1,4 @@
-"""`mla-tune data`: the samples that a recipe trains on, as text, with lengths and counts."""
+"""`mla-tune data`: show the samples that a recipe trains on, with their lengths and counts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import typer
 
 
 def command(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Recipe file or shipped recipe, for example safe.")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key of the recipe: --set data.path=mine.jsonl.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Replace one key of the recipe, for example --set data.path=mine.jsonl. May be repeated."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Samples to show from each source.")] = 2,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print counts and samples as one JSON document and nothing else.")
-    ] = False,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Samples to show of each data source.")] = 2,
+    json: Annotated[bool, typer.Option("--json", help="Print counts and samples as one JSON document.")] = False,
 ) -> None:
-    """Show what a recipe trains on: samples with the trained tokens marked, their lengths, and what packing saves."""
+    """Show what a recipe trains on: samples with the trained tokens marked, their lengths, and what packing saves.
+
+    Reads the data and the tokenizer, but no weights.
+    """
     from mla_tune.console import err, print_json
     from mla_tune.data.prepare import prepare
     from mla_tune.data.preview import preview

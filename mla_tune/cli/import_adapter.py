@@ -1,4 +1,4 @@
-"""`mla-tune import-adapter`: an adapter of NeMo, Megatron-Bridge or Automodel becomes one for PEFT."""
+"""`mla-tune import-adapter`: convert an adapter of NeMo, Megatron-Bridge or Automodel into one for PEFT."""
 
 from __future__ import annotations
 
@@ -10,16 +10,31 @@ import typer
 
 def command(
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A folder with safetensors files, or one such file.")
+        Path,
+        typer.Argument(
+            metavar="ADAPTER", help="The adapter to convert: a folder with safetensors files, or one such file."
+        ),
     ],
-    base: Annotated[Path, typer.Option("--base", metavar="DIR", help="The base model's folder.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    base: Annotated[
+        Path,
+        typer.Option("--base", metavar="DIR", help="The base model's folder, with config.json and safetensors files."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="The folder to write the PEFT adapter to; it must be new or empty."),
+    ],
     alpha: Annotated[
-        float | None, typer.Option(help="LoRA's alpha, where no adapter_config.json beside the files gives it.")
+        float | None,
+        typer.Option(
+            help="LoRA's alpha; needed if adapter_config.json beside the files does not give it. Example: 32."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Turn an adapter with linear_q_down_proj, linear_kv_up_proj, linear_fc1 … names into a PEFT adapter."""
+    """Convert an adapter of NVIDIA NeMo, Megatron-Bridge or Automodel into a PEFT adapter for merging and serving.
+
+    Their names for matrices are linear_q_down_proj, linear_kv_up_proj, linear_fc1, … The numbers don't change.
+    """
     from dataclasses import asdict
 
     from mla_tune.adapter.import_megatron import import_adapter
@@ -30,11 +45,14 @@ def command(
 
     checkpoint = Checkpoint.open(base)
     arch = architecture(checkpoint.config, str(base / "config.json")).located(checkpoint.tensors)
-    found = import_adapter(adapter, arch, checkpoint.tensors, str(base.absolute()), out, alpha)
+    imported = import_adapter(adapter, arch, checkpoint.tensors, str(base.absolute()), out, alpha)
     if as_json:
-        print_json(asdict(found))
+        print_json(asdict(imported))
         return
-    roles = ", ".join(f"{role} {count}" for role, count in found.roles.items())
-    console.print(f"{found.tensors:,} tensors → {found.out}: rank {found.rank}, alpha {found.alpha:g}", markup=False)
-    console.print(f"matrices: {roles}", markup=False)
-    console.print(f"next: mla-tune merge-absorb {found.out} --base {base}", markup=False, soft_wrap=True)
+    roles = ", ".join(f"{role} {count}" for role, count in imported.roles.items())
+    console.print(
+        f"wrote {imported.out} from {imported.tensors:,} tensors: rank {imported.rank}, alpha {imported.alpha:g}",
+        markup=False,
+    )
+    console.print(f"adapted matrices by role: {roles}", markup=False)
+    console.print(f"next: mla-tune merge-absorb {imported.out} --base {base}", markup=False, soft_wrap=True)

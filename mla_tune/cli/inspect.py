@@ -1,4 +1,4 @@
-"""`mla-tune inspect`: which layers an adapter can attach to, and what it would do there, from config.json alone."""
+"""`mla-tune inspect`: list the layers that an adapter can attach to, and what it does there, from config.json alone."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ def command(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A folder, a config.json, a shipped name such as deepseek-v3, or a hub id."
+            metavar="MODEL", help="A model folder, a config.json, a shipped name such as deepseek-v3, or a hub id."
         ),
     ],
     recipe: Annotated[
         str | None,
-        typer.Option(help="Mark the layers that this recipe adapts, and count LoRA parameters at its ranks."),
+        typer.Option(
+            help="Mark the layers that this recipe (a file or a shipped name, such as safe) adapts, and count LoRA "
+            "parameters at its ranks."
+        ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
             min=1,
             show_default="16",
-            help="LoRA rank for which parameters are counted. With --recipe it replaces adapter.rank.",
+            help="Count LoRA parameters at this rank. With --recipe it replaces adapter.rank.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     depth: Annotated[
         Literal["roles", "layers", "all"],
-        typer.Option(
-            help="What a row of the table is: a role, a module of a block of equal layers, or every single module."
-        ),
+        typer.Option(help="Show a row for each role, for each module of a block of equal layers, or for every module."),
     ] = "roles",
     check_weights: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Compare config.json with the safetensors headers of the checkpoint in DIR; exit 1 where they differ.",
+            help="Compare config.json with the safetensors headers of the checkpoint in DIR; exit 1 if they differ.",
         ),
     ] = None,
 ) -> None:
-    """List every layer that an adapter can attach to, with its risk and its effect on absorption.
+    """List every layer that an adapter can attach to, with its risk and its effect on cache and absorption.
 
     Reads config.json only: no weights, no GPU. Also shows the MLA dimensions and the size of the KV cache.
     """
@@ -72,9 +73,9 @@ def command(
         from mla_tune.errors import CheckError
         from mla_tune.preflight.check_weights import summary_lines
 
-        said = summary_lines(document["weights"])
+        lines = summary_lines(document["weights"])
         if not document["weights"]["holds"]:
-            raise CheckError("\n".join(said))
+            raise CheckError("\n".join(lines))
         if not as_json:
-            for line in said:
+            for line in lines:
                 out.print(line, markup=False, soft_wrap=True)

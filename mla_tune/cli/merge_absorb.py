@@ -1,4 +1,4 @@
-"""`mla-tune merge-absorb`: merge adapters into their base, split the result for absorbed decoding, and prove it."""
+"""`mla-tune merge-absorb`: merge adapters into their base, write absorbed tensors for decoding, and prove both."""
 
 from __future__ import annotations
 
@@ -30,63 +30,86 @@ def command(
         typer.Option(
             "--adapter",
             metavar="DIR[=WEIGHT]",
-            help="One of several adapters to merge in this order, its change times WEIGHT (default 1).",
+            help="Adapter to merge with its change times WEIGHT (default 1); repeat for several, which "
+            "are added in this order.",
         ),
     ] = None,
     absorb: Annotated[
         Literal["split", "fold", "none"],
         typer.Option(
-            help="'split' also writes W_UK (H, C, P) and W_UV (H, V, C); 'fold' their products with W_UQ and W_O."
+            help="Write absorbed tensors beside the weights: 'split' writes W_UK (H, C, P) and W_UV (H, "
+            "V, C), 'fold' their products with W_UQ and W_O."
         ),
     ] = "split",
     dtype: Annotated[
         Literal["keep", "float32", "bfloat16", "float16"],
-        typer.Option(help="Dtype of the merged weights; 'keep' is that of the base."),
+        typer.Option(help="Dtype of the weights written; 'keep' leaves each in the base's dtype."),
     ] = "keep",
     quantized: Annotated[
         Literal["dequantize", "keep"],
         typer.Option(
-            help="Changed weights that the base has quantized: write them in bfloat16 ('dequantize'), or quantize "
-            "them again with fresh scales ('keep')."
+            help="What to do with quantized weights that an adapter changes: write them in bfloat16 "
+            "('dequantize'), or "
+            "quantize them again with new scales ('keep')."
         ),
     ] = "dequantize",
-    exact: Annotated[bool, typer.Option("--exact", help="Add in float64 instead of float32.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Compute in float64 instead of float32.")] = False,
     rounding: Annotated[
-        Literal["nearest", "stochastic"], typer.Option("--round", help="How sums are rounded to the dtype written.")
+        Literal["nearest", "stochastic"],
+        typer.Option(
+            "--round", help="How to round sums to the dtype written; 'stochastic' keeps small changes on average."
+        ),
     ] = "nearest",
-    seed: Annotated[int, typer.Option(help="Seed of stochastic rounding.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of --round stochastic.")] = 0,
     min_retained: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Fail where rounding keeps less than this share of a tensor's change (0 to 1)."),
+        typer.Option(
+            metavar="X",
+            help="Fail if rounding keeps less than this share (0 to 1, such as 0.9) of the change of any tensor.",
+        ),
     ] = None,
     untie_embeddings: Annotated[
-        bool, typer.Option("--untie-embeddings", help="Write a tied output head as a tensor of its own.")
+        bool,
+        typer.Option(
+            "--untie-embeddings", help="Write an output head that is tied to the embedding as a tensor of its own."
+        ),
     ] = False,
     link: Annotated[
-        bool, typer.Option("--link/--no-link", help="Share files that don't change with the base, or copy them.")
+        bool,
+        typer.Option(
+            "--link/--no-link",
+            help="Share unchanged files with the base (reflink or hard link) instead of copying them.",
+        ),
     ] = True,
     mtp: Annotated[
         bool,
-        typer.Option("--mtp", help="Merge what adapters hold of MTP layers too; without it they stay as they are."),
+        typer.Option("--mtp", help="Also merge adapters on MTP layers; without it, MTP layers are copied unchanged."),
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Reopen the output and prove it against base and adapter.")
+        bool, typer.Option("--verify/--no-verify", help="Read the output again and prove it number by number.")
     ] = True,
     logits: Annotated[
         bool,
-        typer.Option("--logits/--no-logits", help="Let the proof compare logits too (loads transformers and PEFT)."),
+        typer.Option(
+            "--logits/--no-logits",
+            help="Also compare logits of base + adapter, merged model and absorbed attention (loads "
+            "transformers and PEFT).",
+        ),
     ] = True,
     workers: Workers = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier merge.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the plan; read only headers, write nothing."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge adapters into their base model, exactly and proven, and split the result for absorbed decoding."""
-    # Every worker is a thread: BLAS threads under each would only wait for each other.
+    """Merge adapters into their base model, write absorbed tensors for decoding, and prove every number."""
+    # The merge has threads of its own: BLAS threads in each of them would wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mla_tune.verification.prover import start
 
-    # Before all else: the process of the proof takes seconds to load what it needs.
+    # Start it first: the second process of the proof takes seconds to load torch.
     prover = start(logits) if verify and not dry_run else None
     from mla_tune.adapter.merge_options import MergeOptions
     from mla_tune.console import err, print_json

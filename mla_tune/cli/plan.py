@@ -1,4 +1,4 @@
-"""`mla-tune plan`: what `train` would do with a recipe, and which launch configuration holds it."""
+"""`mla-tune plan`: show what `train` would do with a recipe, and which launch configuration fits."""
 
 from __future__ import annotations
 
@@ -9,38 +9,41 @@ import typer
 
 def command(
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped recipe.")
+        str | None, typer.Option("--recipe", "-r", help="Recipe file or shipped recipe, for example safe.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key of the recipe, such as --set adapter.rank=8.")
+        list[str] | None,
+        typer.Option("--set", help="Replace one key of the recipe, for example --set adapter.rank=8. May be repeated."),
     ] = None,
     data: Annotated[
-        bool, typer.Option("--data/--no-data", help="Read and tokenize the data, to count steps and tokens.")
+        bool,
+        typer.Option("--data/--no-data", help="Whether to read and tokenize the data, to count steps and tokens."),
     ] = True,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", help="Show which launch configuration holds the model on this many GPUs.")
+        int | None,
+        typer.Option("--gpus", metavar="N", help="Show which launch configurations fit on N GPUs. Needs --memory."),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="With --gpus: the memory of one GPU, such as 80GB.")
+        str | None, typer.Option("--memory", metavar="SIZE", help="With --gpus: memory of one GPU, for example 80GB.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document and nothing else.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
 ) -> None:
-    """Show what train would do with a recipe: matrices, learning rates, steps, memory.  No weights are read.
+    """Show what train would do with a recipe: matrices, learning rates, steps, memory. Reads no weights.
 
-    With --gpus and --memory it shows what each of the shipped launch configurations needs on a GPU and which of them
-    fits; without --recipe it does so for models of 671 B, 236 B and 16 B parameters.
+    With --gpus and --memory it shows how much memory each launch configuration needs on one GPU, and which of them fit;
+    without --recipe it does so for models of 671 B, 236 B and 16 B parameters.
     """
     from mla_tune.console import print_json
     from mla_tune.errors import InputError
     from mla_tune.recipe.load import load_recipe
 
     if (gpus is None) != (memory is None):
-        raise InputError("--gpus and --memory belong together: --gpus 8 --memory 80GB")
+        raise InputError("--gpus and --memory belong together: give both, for example --gpus 8 --memory 80GB")
     if gpus is not None and memory is not None:
-        _fit(recipe, list(set_ or []), gpus, memory, json)
+        _show_gpu_fit(recipe, list(set_ or []), gpus, memory, json)
         return
     if recipe is None:
-        raise InputError("--recipe is missing: a recipe file, or the name of a shipped recipe")
+        raise InputError("--recipe is missing: give a recipe file or a shipped recipe, for example --recipe safe")
     from mla_tune.api import plan
 
     found = plan(load_recipe(recipe, list(set_ or [])), data=data)
@@ -53,11 +56,12 @@ def command(
     print_plan(document, loaded)
 
 
-#: Models that are shown where no recipe is given.
 MODELS = ("deepseek-v3", "deepseek-v2", "deepseek-v2-lite")
+"""Models that --gpus shows where no recipe is given."""
 
 
-def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool) -> None:
+def _show_gpu_fit(recipe: str | None, overrides: list[str], gpus: int, memory: str, json: bool) -> None:
+    """Print how much memory each launch configuration needs on one of `gpus` GPUs with `memory` ("80GB")."""
     from mla_tune.console import out, print_json
     from mla_tune.preflight.gpu_fit import gpu_fit, parse_memory
     from mla_tune.recipe.load import load_recipe
@@ -66,9 +70,9 @@ def _fit(recipe: str | None, sets: list[str], gpus: int, memory: str, json: bool
 
     size = parse_memory(memory)
     if recipe is not None:
-        recipes = [load_recipe(recipe, sets)]
+        recipes = [load_recipe(recipe, overrides)]
     else:
-        recipes = [load_recipe("safe", [f"model.base={name}", *sets]) for name in MODELS]
+        recipes = [load_recipe("safe", [f"model.base={name}", *overrides]) for name in MODELS]
     documents = [
         gpu_fit(r.recipe, r.arch, r.placement, r.quantized, gpus=gpus, memory=size) for r in map(resolve, recipes)
     ]

@@ -1,4 +1,4 @@
-"""`mla-tune runs`: a table of the runs below a folder."""
+"""`mla-tune runs`: list the runs below a folder in a table."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import typer
 
 def command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The folder to search for run folders, at most three levels deep.")
+        Path,
+        typer.Argument(metavar="DIR", help="Folder to search for run folders, at most three levels deep."),
     ] = Path("runs"),
     sort: Annotated[
         Literal["when", "loss", "name", "state"],
         typer.Option(
             "--sort",
-            help="Order of the rows: newest first (when), lowest held-out loss first (loss), by name, or by state.",
+            help="Order of the runs: newest first (when), lowest held-out loss first (loss), by name, or by state.",
         ),
     ] = "when",
     json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document: a list with an object for each run.")
+        bool, typer.Option("--json", help="Print a list with an object for each run as one JSON document.")
     ] = False,
 ) -> None:
-    """List the runs below a folder: what was trained, state, steps, best held-out loss."""
+    """List the runs below a folder: what was trained, state, steps, held-out loss, speed, skipped steps."""
     from mla_tune.console import out, print_json
     from mla_tune.report.runs_table import runs_table
     from mla_tune.runs.find import find_runs, sort_runs
@@ -32,7 +33,7 @@ def command(
     if json:
         print_json([r.to_json() for r in rows])
     elif not rows:
-        out.print(f"no run folders in {folder} (looked three deep); mla-tune train makes them", soft_wrap=True)
+        out.print(f"no run folders in {folder}, searched three levels deep; mla-tune train writes them", soft_wrap=True)
     else:
         out.print(runs_table(rows))
         for row in rows:

@@ -1,10 +1,10 @@
-"""`mla-tune schema`: the JSON Schema of a recipe, for editors."""
+"""`mla-tune schema`: print the JSON Schema of a recipe, for editors."""
 
 from __future__ import annotations
 
 
 def command() -> None:
-    """Print the JSON Schema of a recipe, with which an editor can complete and check keys."""
+    """Print the JSON Schema of a recipe, with which an editor completes and checks keys."""
     from mla_tune.console import print_json
     from mla_tune.recipe.schema import Recipe
 

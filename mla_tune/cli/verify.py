@@ -1,4 +1,4 @@
-"""`mla-tune verify`: prove a merged checkpoint, made by any tool, against its base and its adapters."""
+"""`mla-tune verify`: prove that a merged checkpoint, made by any tool, is its base with its adapters merged in."""
 
 from __future__ import annotations
 
@@ -14,23 +14,36 @@ def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a merged checkpoint, made by any tool.")],
     base: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder of the base model, or 'embedded'. Default: what OUT's manifest says."),
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the base model, or 'embedded'. Default: the base in OUT's manifest, or else "
+            "of the adapter's run.",
+        ),
     ] = None,
     adapters: Annotated[
         list[str] | None,
         typer.Option(
             "--adapter",
             metavar="DIR[=WEIGHT]",
-            help="Adapter or run folder that was merged, with its weight (default 1). Default: those of the manifest.",
+            help="Adapter or run folder that was merged, and its weight (default 1); repeat for several. "
+            "Default: the adapters in OUT's manifest.",
         ),
     ] = None,
     logits: Annotated[
-        bool, typer.Option("--logits/--no-logits", help="Compare logits too (loads transformers and PEFT).")
+        bool,
+        typer.Option(
+            "--logits/--no-logits",
+            help="Also compare logits of base + adapter, merged model and absorbed attention (loads "
+            "transformers and PEFT).",
+        ),
     ] = True,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Prove a merged checkpoint, made by any tool, number by number against its base and adapters."""
+    """Prove that a merged checkpoint, made by any tool, is its base with the adapters merged in, number by number.
+
+    Exits with 1, and lists the tensors and files, if something is wrong.
+    """
     from mla_tune.console import print_json
     from mla_tune.errors import CheckError
     from mla_tune.merge.run import default_workers
@@ -44,4 +57,4 @@ def command(
     if not found.holds:
         n = found.proof.failed
         what = "tensor or file is" if n == 1 else "tensors or files are"
-        raise CheckError(f"{out}: {n:,} {what} not what base and adapters make")
+        raise CheckError(f"{out}: {n:,} {what} not what merging the adapters into the base gives")

@@ -1,17 +1,23 @@
-"""Rows from files or the hub, their tokens and labels, and how they are put into batches.
+"""From the rows of a file or the hub to batches: tokens, labels, packing and padding.
 
-files         Read a local file into a table of raw rows, each with the place it came from
-formats       Bring raw rows of any accepted format into one of three kinds
-rows          Find the data that a recipe names, bring it into one kind, and hold a part out for evaluation
-chat          Render chats with a tokenizer's template, and find the tokens of the assistant's turns
-encode        Rows → samples: token ids, and for each token whether it counts towards the loss
-cache         Tokenized rows on disk, found again by the hash of everything that they depend on
-mixing        Several data sets, mixed by weight
-packing       Put samples of unequal length into rows of one length: best-fit decreasing
-collate       Samples → trainer rows → batches
-padding_free  Trainer rows → one row of samples end to end, without a token of padding, with the borders beside it
-prepare       A recipe's data section → rows that a trainer takes, with counts of everything that was cut or left out
-preview       What a person wants to see of prepared data: samples as text, which of it is trained, lengths, packing
-reader        A data set that is read as it is needed, from where it was left
-stream        Rows for training that are read, tokenized and packed as they are needed (`data.streaming`)
+row_kinds      The four kinds of rows: prompt, chat, text and tokens, with the keys of each
+files          Read a local file into a table of raw rows, each with its line or row number
+converters     Convert a raw row of one format into a row of a kind, with one converter for each value of `data.format`
+formats        Detect the format of raw rows, and convert them into rows of one kind
+rows           Load the rows that a recipe names, from a file or the hub, as one kind, and hold some out for evaluation
+chat           Render chats with a tokenizer's chat template, and find the tokens of the assistant's turns
+tokenize_rows  Render and tokenize rows, and find the tokens of each row that are trained
+encode         Turn rows into samples of at most `train.max_length` tokens, with labels, and count what was left out
+cache          Keep tokenized rows on disk under the hash of everything that they depend on (`data.cache`)
+mixing         Mix the samples of several data sets by weight (`data.sources`)
+packing        Pack samples of different lengths into rows of one length, by best-fit decreasing
+collate        Make trainer rows of samples, packed or not, and padded batches of trainer rows
+padding_free   Lay the samples of a batch end to end in one row without padding, and say where each begins
+prepare        Prepare a recipe's data: load, tokenize, mix and pack it, and count everything that was cut or left out
+preview        The content of `mla-tune data`: samples as text with the trained parts marked, lengths, and packing
+reader         Read the raw rows of a data set a few at a time, from any position, pass after pass (`data.streaming`)
+stream         The training rows of a streamed data set: read, tokenized and packed while training (`data.streaming`)
+
+A raw row is converted (`formats`), tokenized (`tokenize_rows`), fitted to the length limit as one or several samples
+(`encode`), and put into a trainer row, alone or packed with other samples (`collate`).
 """

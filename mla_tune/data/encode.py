@@ -1,63 +1,63 @@
-"""Rows → samples: token ids, and for each token whether it counts towards the loss.
+"""Turn rows into samples of at most `train.max_length` tokens, with labels, and count what was left out.
 
 A model predicts token i from the tokens before it, so the first token of a sample is never predicted: its label is
-always -100.  That makes `trained_tokens` exact, and keeps a packed sample from being predicted by its neighbor.
+always -100. That makes `Encoded.trained_tokens` exact, and in a packed row it keeps the sample before from being
+trained to predict that token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from mla_tune.data.chat import marked_tokens, marks_assistant, render, tokens_of, turn_tokens
-from mla_tune.data.formats import Kind, Row
+from mla_tune.data.row_kinds import IGNORED, ROW_KINDS, Kind, Row
+from mla_tune.data.tokenize_rows import TokenizedRow, row_location, tokenize_rows
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-"""The label of a token that doesn't count."""
+_Outcome: TypeAlias = Literal["fits", "dropped", "split", "truncated", "refused"]
+"""What became of a row under `data.on_overflow`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sequence; `labels[i]` is `input_ids[i]` or -100, and `labels[0]` is -100."""
+    """One sequence to train or evaluate on."""
 
     input_ids: list[int]
+    """Token ids."""
     labels: list[int]
+    """For each token its id where the loss counts it, else -100. The first label is always -100."""
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of tokens that the loss counts."""
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples, and what became of the rows."""
+    """The samples made of some rows, and counts of what became of those rows."""
 
     samples: list[Sample]
+    """All samples, in the order of the rows."""
     truncated: int
     """Rows whose end was cut off."""
     dropped: int
-    """Rows left out as too long."""
+    """Rows left out because they are too long."""
     tokens: int
     """Tokens of all samples."""
     trained_tokens: int
-    """Tokens that count towards the loss."""
+    """Tokens that the loss counts."""
     split: int = 0
-    """Rows cut into several samples."""
+    """Rows split into several samples."""
     untrained: int = 0
-    """Pieces of split rows left out, because none of their tokens counts."""
+    """Pieces of split rows that were left out because the loss counts none of their tokens."""
     skipped: list[str] = field(default_factory=list)
-    """What is wrong with each row that `on_invalid_row: skip` left out."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """A row before it is cut: `counts[i]` says whether token i is trained; `answer` is the first that must stay."""
-
-    ids: list[int]
-    counts: list[bool]
-    answer: int = 0
+    """For each row that `data.on_invalid_row: skip` left out, a message that says what is wrong with it."""
 
 
 def encode(
@@ -66,155 +66,115 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     data: DataSection,
     max_length: int,
+    *,
     part: str = "data",
-    partial: bool = False,
+    allow_empty: bool = False,
 ) -> Encoded:
-    """Tokenize rows and mask what doesn't count.
-
-    prompt: rendered as a user's and an assistant's turn, or (template none) bos + prompt + completion + eos, tokenized
-    apart so that no token spans the border.  chat: rendered by the template.  text: bos + text + eos.  Rendered ids are
-    those of `tokenizer.apply_chat_template`.  tokens: as they are.
-
-    A text longer than `max_length` is cut into several samples unless `on_overflow` is drop or error, and any other row
-    where it says split.  Each piece begins with the last token of the piece before it, so that every token but the
-    first is predicted once; a piece without trained tokens is left out, and counted.
+    """Tokenize rows, mask what the loss doesn't count, and fit each row to `max_length` as `data.on_overflow` says.
 
     Args:
-        max_length: tokens a sample at most.
-        part: which rows these are, for messages.
-        partial: they are a piece of a data set, of which no token may be left to train on.
+        rows: rows of the kind `kind`.
+        kind: their kind.
+        tokenizer: the model's tokenizer.
+        data: the recipe's data section.
+        max_length: the most tokens of a sample.
+        part: what the rows are ("training rows"), for messages.
+        allow_empty: accept that no trained token is left, as may happen in one chunk of a stream.
 
     Raises:
-        InputError: the tokenizer lacks a template or an end token, the template refuses a row, a row is too long for
-            what `on_overflow` says, or no token is left to train on.  No rows at all is no error.
+        InputError: the tokenizer lacks a chat template or an eos token, the template refuses a row, a row is too long
+            and `data.on_overflow` doesn't allow it, or (unless `allow_empty`) no trained token is left. An empty list
+            of rows is no error.
     """
-    tokenized = _tokenized(rows, kind, tokenizer, data, part)
     samples: list[Sample] = []
-    truncated = dropped = split = untrained = 0
+    outcomes: Counter[_Outcome] = Counter()
+    untrained = 0
     skipped: list[str] = []
-    misfits: list[tuple[int, _Tokens]] = []
-    for number, row in enumerate(tokenized, start=1):
+    refused: list[tuple[int, TokenizedRow]] = []
+    for number, row in enumerate(tokenize_rows(rows, kind, tokenizer, data, part), start=1):
         if isinstance(row, InputError):
             skipped.append(str(row))
-        elif len(row.ids) <= max_length:
-            samples.append(_sample(row, 0, max_length))
-        elif data.on_overflow == "drop":
-            dropped += 1
-        elif data.on_overflow == "split" or (kind == "text" and data.on_overflow != "error"):
-            split += 1
-            pieces = [_sample(row, start, max_length) for start in range(0, len(row.ids) - 1, max_length - 1)]
-            kept = [piece for piece in pieces if any(label != IGNORED for label in piece.labels)]
-            untrained += len(pieces) - len(kept)
-            samples += kept
-        elif data.on_overflow == "error" or row.answer >= max_length:
-            misfits.append((number, row))
-        else:
-            truncated += 1
-            samples.append(_sample(row, 0, max_length))
-    if misfits and data.on_invalid_row == "skip" and data.on_overflow != "error":
-        skipped += [_too_long(rows, [misfit], data, max_length, part) for misfit in misfits]
-        misfits = []
-    if misfits:
-        raise InputError(_too_long(rows, misfits, data, max_length, part))
-    trained = sum(len(s.labels) - s.labels.count(IGNORED) for s in samples)
-    if rows and len(skipped) == len(rows) and not partial:
-        raise InputError(f"{skipped[0]}\nall {len(rows)} rows are left out for such reasons, so none can be used")
-    if rows and not trained and not partial:
-        why = (
-            f"all {dropped} rows are longer than train.max_length ({max_length} tokens) and were dropped; raise it"
-            if dropped == len(rows)
-            else f"all labels are masked in all {len(samples)} samples: nothing would be learned; see data.train_on, "
-            "and whether the chat template's {% generation %} part holds the assistant's turns"
-        )
-        raise InputError(f"{part}: {why}")
-    tokens = sum(len(s.input_ids) for s in samples)
-    return Encoded(samples, truncated, dropped, tokens, trained, split, untrained, skipped)
+            continue
+        outcome, cut = _fit(row, kind, data, max_length)
+        outcomes[outcome] += 1
+        if outcome == "refused":
+            refused.append((number, row))
+        kept = [piece for piece in cut if piece.trained_tokens] if outcome == "split" else cut
+        untrained += len(cut) - len(kept)
+        samples += kept
+    if refused and data.on_invalid_row == "skip" and data.on_overflow != "error":
+        skipped += [_too_long(rows, [numbered], data, max_length, part) for numbered in refused]
+    elif refused:
+        raise InputError(_too_long(rows, refused, data, max_length, part))
+    encoded = Encoded(
+        samples,
+        truncated=outcomes["truncated"],
+        dropped=outcomes["dropped"],
+        tokens=sum(len(sample.input_ids) for sample in samples),
+        trained_tokens=sum(sample.trained_tokens for sample in samples),
+        split=outcomes["split"],
+        untrained=untrained,
+        skipped=skipped,
+    )
+    if rows and not allow_empty:
+        _check_something_is_trained(encoded, len(rows), max_length, part)
+    return encoded
 
 
-def _sample(row: _Tokens, start: int, max_length: int) -> Sample:
-    ids, counts = row.ids[start : start + max_length], row.counts[start : start + max_length]
-    labels = [token if count else IGNORED for token, count in zip(ids, counts, strict=True)]
+def _fit(row: TokenizedRow, kind: Kind, data: DataSection, max_length: int) -> tuple[_Outcome, list[Sample]]:
+    """Make samples of at most `max_length` tokens of one row.
+
+    A piece of a split row begins with the last token of the piece before it, so that every token of the row but the
+    first is predicted exactly once.
+    """
+    if len(row.ids) <= max_length:
+        return "fits", [_sample(row, 0, max_length)]
+    if data.on_overflow == "drop":
+        return "dropped", []
+    if data.on_overflow == "split" or (ROW_KINDS[kind].is_split_by_default and data.on_overflow != "error"):
+        return "split", [_sample(row, start, max_length) for start in range(0, len(row.ids) - 1, max_length - 1)]
+    if data.on_overflow == "error" or row.completion_start >= max_length:
+        return "refused", []
+    return "truncated", [_sample(row, 0, max_length)]
+
+
+def _sample(row: TokenizedRow, start: int, max_length: int) -> Sample:
+    """Return the sample of up to `max_length` tokens that begins at token `start`."""
+    ids, is_trained = row.ids[start : start + max_length], row.is_trained[start : start + max_length]
+    labels = [token if trained else IGNORED for token, trained in zip(ids, is_trained, strict=True)]
     labels[0] = IGNORED
     return Sample(ids, labels)
 
 
-def _too_long(rows: list[Row], misfits: list[tuple[int, _Tokens]], data: DataSection, length: int, part: str) -> str:
-    number, row = misfits[0]
+def _too_long(
+    rows: list[Row], refused: list[tuple[int, TokenizedRow]], data: DataSection, max_length: int, part: str
+) -> str:
+    """Return the message about rows that are too long, given with their numbers: it names the first of them."""
+    number, row = refused[0]
     if data.on_overflow == "error":
-        fault = f"{len(row.ids)} tokens, but train.max_length is {length} and data.on_overflow says error"
+        fault = f"{len(row.ids)} tokens, but train.max_length is {max_length} and data.on_overflow is error"
     else:
         fault = (
-            f"its first {row.answer} tokens are prompt and train.max_length is {length}, "
+            f"its first {row.completion_start} tokens are prompt and train.max_length is {max_length}, "
             "so no token of the completion would be left"
         )
-    longest = max(len(r.ids) for _, r in misfits)
-    others = f" ({len(misfits)} such rows, the longest of {longest} tokens)" if len(misfits) > 1 else ""
-    todo = f"set data.on_overflow: drop to leave such rows out, or train.max_length: {longest} to keep them whole"
-    return f"{_where(rows, number, part)}: {fault}{others}; {todo}"
+    longest = max(len(r.ids) for _, r in refused)
+    others = f" ({len(refused)} such rows, the longest of {longest} tokens)" if len(refused) > 1 else ""
+    remedy = f"set data.on_overflow: drop to leave such rows out, or train.max_length: {longest} to keep them whole"
+    return f"{row_location(rows, number, part)}: {fault}{others}; {remedy}"
 
 
-def _where(rows: list[Row], number: int, part: str) -> str:
-    """Rows are told by their beginning too: after a split the number isn't the line of a file."""
-    row = rows[number - 1]
-    if "input_ids" in row:
-        return f"{part}: row {number} ({len(row['input_ids'])} tokens)"
-    text = row["messages"][0]["content"] if "messages" in row else row.get("prompt", row.get("text", ""))
-    begin = " ".join(text[:200].split())
-    return f"{part}: row {number} ('{begin[:40]}{'…' if len(begin) > 40 else ''}')"
-
-
-def _tokenized(
-    rows: list[Row], kind: Kind, tokenizer: PreTrainedTokenizerBase, data: DataSection, part: str
-) -> Iterator[_Tokens | InputError]:
-    """Each row's tokens; where bad rows are skipped, the error of one instead."""
-    has_template = bool(tokenizer.chat_template)
-    chat = kind == "chat" or (
-        kind == "prompt" and (data.template == "chat" or (data.template == "auto" and has_template))
+def _check_something_is_trained(encoded: Encoded, rows: int, max_length: int, part: str) -> None:
+    """Raise `InputError` if the loss counts no token of the samples made of `rows` rows."""
+    if len(encoded.skipped) == rows:
+        raise InputError(f"{encoded.skipped[0]}\nall {rows} rows were left out for such reasons, so none can be used")
+    if encoded.trained_tokens:
+        return
+    if encoded.dropped == rows:
+        raise InputError(
+            f"{part}: all {rows} rows are longer than train.max_length ({max_length} tokens) and were dropped; raise it"
+        )
+    raise InputError(
+        f"{part}: all labels are masked in all {len(encoded.samples)} samples: nothing would be learned; see "
+        "data.train_on, and whether the chat template's {% generation %} part holds the assistant's turns"
     )
-    if kind == "chat" and data.template == "none":
-        raise InputError("data.template: none can't join the turns of a chat; use auto or chat")
-    if chat and not has_template:
-        todo = "set data.template: none, or " if kind == "prompt" else ""
-        raise InputError(f"data.template: the tokenizer has no chat template; {todo}take a model that has one")
-    if not chat and kind != "tokens" and tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no eos token to end a row with; set one in its tokenizer_config.json")
-    for number, row in enumerate(rows, start=1):
-        try:
-            yield _row(row, kind, chat, tokenizer, data.train_on == "all")
-        except InputError as err:
-            told = InputError(f"{_where(rows, number, part)}: {err}")
-            if data.on_invalid_row == "error":
-                raise told from err
-            yield told
-
-
-def _row(row: Row, kind: Kind, chat: bool, tokenizer: PreTrainedTokenizerBase, count_all: bool) -> _Tokens:
-    if kind == "tokens":
-        return _from_ids(row, len(tokenizer), count_all)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    if kind == "text":
-        ids = [*bos, *tokens_of(tokenizer, row["text"]), tokenizer.eos_token_id]
-        return _Tokens(ids, [True] * len(ids))
-    if kind == "chat":
-        if count_all:
-            ids = tokens_of(tokenizer, render(tokenizer, row["messages"], tools=row.get("tools")))
-            return _Tokens(ids, [True] * len(ids))
-        split = marked_tokens if marks_assistant(tokenizer) else turn_tokens
-        ids, counts = split(tokenizer, row["messages"], row.get("tools"))
-    elif chat:
-        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-        ids, counts = turn_tokens(tokenizer, turns)
-    else:
-        head = [*bos, *tokens_of(tokenizer, row["prompt"])]
-        ids = [*head, *tokens_of(tokenizer, row["completion"]), tokenizer.eos_token_id]
-        counts = [i >= len(head) for i in range(len(ids))]
-    answer = counts.index(True) if True in counts else 0
-    return _Tokens(ids, [True] * len(ids) if count_all else counts, answer)
-
-
-def _from_ids(row: Row, vocabulary: int, count_all: bool) -> _Tokens:
-    ids = row["input_ids"]
-    if max(ids) >= vocabulary:
-        raise InputError(f"token {max(ids)} is beyond the tokenizer's {vocabulary} entries; is it another tokenizer's?")
-    counts = [count_all or label != IGNORED for label in row["labels"]]
-    return _Tokens(ids, counts, counts.index(True))

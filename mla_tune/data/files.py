@@ -1,10 +1,10 @@
-"""Read a local file into a table of raw rows, each with the place it came from.
+"""Read a local file into a table of raw rows, each with its line or row number.
 
-    .jsonl    one object a line; blank lines are skipped
+    .jsonl    one object per line; blank lines are skipped
     .json     a list of objects
-    .csv      a header line, then one row a record; every cell is a string
-    .parquet  one row a record
-    .txt      the whole file is one row with the column `text`; encoding cuts it into pieces later
+    .csv      a header line, then one row per record; every cell is a string
+    .parquet  one row per record
+    .txt      the whole file is one row with the column `text`; `encode` splits it into samples
 
 Text is UTF-8, with or without a byte order mark.
 """
@@ -23,47 +23,47 @@ from typing import Any
 from mla_tune.errors import FileError, InputError, MlaTuneError, did_you_mean
 from mla_tune.user_files import decode, read_bytes
 
-# The csv module refuses cells of more than 128 KiB unless told otherwise; a document may be longer.
-_CSV_CELL = 1 << 30
+# By default the csv module refuses cells of more than 128 KiB; a document may be longer.
+_MAX_CSV_CELL = 1 << 30
 
 
 @dataclass(frozen=True)
 class Table:
-    """Raw rows and where they stand."""
+    """Raw rows and where they come from."""
 
     name: str
-    """What it was read from, for messages."""
+    """The file or data set, for messages."""
     rows: list[Any]
-    """One decoded record each; not yet checked to be objects."""
-    places: Sequence[int]
-    """The line or row number of each, from 1."""
+    """The decoded records. Nothing has checked yet that they are objects."""
+    numbers: Sequence[int]
+    """For each row its line or row number, from 1."""
     unit: str = "row"
-    """What `places` counts: `line` or `row`."""
+    """What `numbers` counts: `line` or `row`."""
     faults: list[str] = field(default_factory=list)
-    """What is wrong with each line that isn't among the rows, with its place; only where lines may be skipped."""
+    """For each broken line that was skipped, a message that says where it is and what is wrong with it."""
 
-    def where(self, index: int) -> str:
-        """Where row `index` stands, for messages: file and line, or row number."""
-        return f"{self.name}: {self.unit} {self.places[index]}"
+    def location(self, index: int) -> str:
+        """Return where the row at `index` is, for messages: the name and the line or row number."""
+        return f"{self.name}: {self.unit} {self.numbers[index]}"
 
     def first(self, count: int) -> Table:
-        """A table of the first `count` rows."""
-        return Table(self.name, self.rows[:count], self.places[:count], self.unit, self.faults)
+        """Return a table of the first `count` rows."""
+        return Table(self.name, self.rows[:count], self.numbers[:count], self.unit, self.faults)
 
 
-def read_file(path: Path, key: str, skip: bool = False) -> Table:
-    """The rows of a local file.
+def read_file(path: Path, key: str, *, skip_broken: bool = False) -> Table:
+    """Read the rows of a local file.
 
     Args:
         path: the file.
-        key: the recipe's key that named it, for messages.
-        skip: put a broken line of .jsonl or .csv among the table's `faults` instead of raising.
+        key: the recipe's key that names the file, for messages.
+        skip_broken: add a broken line of .jsonl or .csv to the table's `faults` instead of raising.
 
     Raises:
-        FileError: missing, a folder, not UTF-8, or a damaged parquet file.
-        InputError: a suffix that isn't read, broken JSON or CSV, or no row at all.
+        FileError: the file is missing, a folder, not UTF-8, or a damaged parquet file.
+        InputError: the suffix is not supported, JSON or CSV is broken, or there is no row.
     """
-    table = _READERS[suffix_of(path, key)](path, skip)
+    table = _READERS[suffix_of(path, key)](path, skip_broken)
     if not table.rows and table.faults:
         raise InputError(f"{table.faults[0]}\nall {len(table.faults)} lines of {path} are broken, so none can be used")
     if not table.rows:
@@ -72,27 +72,33 @@ def read_file(path: Path, key: str, skip: bool = False) -> Table:
 
 
 def suffix_of(path: Path, key: str) -> str:
-    """The suffix of a file that is there and can be read, or the error that says why not."""
+    """Return the suffix of a file, in lower case.
+
+    Raises:
+        FileError: the file is missing, or a folder.
+        InputError: the suffix is not supported.
+    """
     if not path.is_file():
-        raise FileError(f"{key}: {path}: {_missing(path)}")
+        raise FileError(f"{key}: {path}: {_why_missing(path)}")
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         allowed = ", ".join(_READERS)
         raise InputError(
-            f"{key}: {path}: the suffix '{path.suffix}' isn't one that is read; allowed: {allowed}. "
-            "Convert the file, or rename it if it is one of these"
+            f"{key}: {path}: the suffix '{path.suffix}' is not supported; allowed: {allowed}. "
+            "Convert the file, or rename it if it has one of these formats"
         )
     return suffix
 
 
-def _missing(path: Path) -> str:
+def _why_missing(path: Path) -> str:
+    """Return why there is no file at `path`, with the nearest name in the folder."""
     if path.is_dir():
         return f"is a folder; name one file in it ({', '.join(SUFFIXES)})"
     if not path.parent.is_dir():
         return f"no such file; there is no folder {path.parent} either"
     names = sorted(p.name for p in path.parent.iterdir() if p.is_file())
     hint = did_you_mean(path.name, names)
-    return f"no such file{hint or f'; nothing in {path.parent.resolve()} has a name like it'}"
+    return f"no such file{hint or f'; no file in {path.parent.resolve()} has a similar name'}"
 
 
 def _bytes(path: Path) -> bytes:
@@ -104,12 +110,16 @@ def _text(path: Path) -> str:
 
 
 def _json_fault(text: str, err: json.JSONDecodeError) -> str:
+    """Return what is wrong with JSON text, and the text around the fault."""
     near = text[max(0, err.pos - 15) : err.pos + 15]
-    return f"{err.msg} near {near!r}" if near else f"{err.msg}; nothing stands there"
+    return f"{err.msg} near {near!r}" if near else f"{err.msg}; the text is empty"
 
 
 def jsonl_records(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterator[tuple[int, Any]]:
-    """(line number, row) of every line that isn't blank, from line `first` on; of a broken one the `InputError`."""
+    """Yield (line number, row) of every line that isn't blank, where the first line has the number `first`.
+
+    For a broken line the row is an `InputError` or `FileError` instead, which is not raised.
+    """
     for number, line in enumerate(lines, start=first):
         try:
             text = decode(line, str(path), number)
@@ -122,7 +132,7 @@ def jsonl_records(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterato
             )
             fault.__cause__ = err
             yield number, fault
-        except (RecursionError, ValueError) as err:  # nested too deeply; a whole number of thousands of digits
+        except (RecursionError, ValueError) as err:  # nested too deeply; an integer of thousands of digits
             fault = InputError(f"{path}: line {number}: not JSON that can be read: {err}")
             fault.__cause__ = err
             yield number, fault
@@ -130,85 +140,91 @@ def jsonl_records(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterato
             yield number, err
 
 
-def _read_jsonl(path: Path, skip: bool) -> Table:
+def _read_jsonl(path: Path, skip_broken: bool) -> Table:
     data = _bytes(path)
-    if not skip or data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    # Check the encoding of the whole file, unless single lines may be skipped. UTF-16 would break every line.
+    if not skip_broken or data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         decode(data, str(path))
-    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
-    return _table(path, jsonl_records(data.split(b"\n"), path), skip)
+    # Not splitlines(), which also splits at U+2028 and similar characters; JSON strings may hold those unescaped.
+    return _table(path, jsonl_records(data.split(b"\n"), path), skip_broken)
 
 
-def _table(path: Path, records: Iterable[tuple[int, Any]], skip: bool) -> Table:
+def _table(path: Path, records: Iterable[tuple[int, Any]], skip_broken: bool) -> Table:
+    """Collect (line number, row or error) into a table; raise the first error unless broken lines are skipped."""
     rows: list[Any] = []
-    places: list[int] = []
+    numbers: list[int] = []
     faults: list[str] = []
-    for place, row in records:
+    for number, row in records:
         if isinstance(row, MlaTuneError):
-            if not skip:
+            if not skip_broken:
                 raise row
             faults.append(str(row))
         else:
             rows.append(row)
-            places.append(place)
-    return Table(str(path), rows, places, "line", faults)
+            numbers.append(number)
+    return Table(str(path), rows, numbers, "line", faults)
 
 
-def _read_json(path: Path, skip: bool) -> Table:
+def _read_json(path: Path, skip_broken: bool) -> Table:
     text = _text(path)
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as err:
-        lines = err.msg == "Extra data" and err.lineno > 1
-        todo = "It looks like one object a line: name it .jsonl" if lines else "The file must be one list of objects"
+        is_jsonl = err.msg == "Extra data" and err.lineno > 1
+        remedy = "It seems to hold one object per line: name it .jsonl"
+        if not is_jsonl:
+            remedy = "The file must be one list of objects"
         raise InputError(
-            f"{path}: line {err.lineno}, column {err.colno}: not JSON: {_json_fault(text, err)}. {todo}"
+            f"{path}: line {err.lineno}, column {err.colno}: not JSON: {_json_fault(text, err)}. {remedy}"
         ) from err
-    except (RecursionError, ValueError) as err:  # nested too deeply; a whole number of thousands of digits
+    except (RecursionError, ValueError) as err:  # nested too deeply; an integer of thousands of digits
         raise InputError(f"{path}: not JSON that can be read: {err}") from err
     if not isinstance(rows, list):
         found = f"an object with the keys {', '.join(map(str, rows))}" if isinstance(rows, dict) else repr(rows)[:60]
-        raise InputError(f"{path}: must be a list of objects, found {found}; put the list alone in the file")
+        raise InputError(f"{path}: must be a list of objects, found {found}; the file must hold only the list")
     return Table(str(path), rows, range(1, len(rows) + 1))
 
 
 def csv_records(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, row) of every record; of one with other cells than the header the `InputError`.
+    """Yield (line number, row) of every record.
 
-    Raises `InputError` for a header that names a column twice, and for text that isn't CSV, after which nothing can be
-    told apart.
+    For a record with more or fewer cells than the header the row is an `InputError` instead, which is not raised.
+
+    Raises:
+        InputError: the header names a column twice, or the text isn't CSV, so that no further record can be found.
     """
-    limit = csv.field_size_limit(_CSV_CELL)
+    limit = csv.field_size_limit(_MAX_CSV_CELL)
     reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, [])
-        if twice := sorted({name for name in header if header.count(name) > 1}):
+        if repeated := sorted({name for name in header if header.count(name) > 1}):
             raise InputError(
-                f"{path}: line 1: the header names {', '.join(twice)} twice; give each column its own name"
+                f"{path}: line 1: the header names {', '.join(repeated)} twice; give each column its own name"
             )
-        place = reader.line_num + 1
+        number = reader.line_num + 1  # a record may span several lines; this is its first
         for cells in reader:
             if cells and len(cells) != len(header):
                 yield (
-                    place,
+                    number,
                     InputError(
-                        f"{path}: line {place}: {len(cells)} cells, but the header has {len(header)} "
+                        f"{path}: line {number}: {len(cells)} cells, but the header has {len(header)} "
                         f"({', '.join(header)}); a cell with a comma or a line break needs quotes around it"
                     ),
                 )
             elif cells:
-                yield place, dict(zip(header, cells, strict=True))
-            place = reader.line_num + 1
+                yield number, dict(zip(header, cells, strict=True))
+            number = reader.line_num + 1
     except csv.Error as err:
-        raise InputError(f"{path}: line {reader.line_num}: not CSV: {err}; is a quote left open?") from err
+        raise InputError(f"{path}: line {reader.line_num}: not CSV: {err}; is a closing quote missing?") from err
     finally:
         csv.field_size_limit(limit)
 
 
-def _read_csv(path: Path, skip: bool) -> Table:
-    return _table(path, csv_records(io.StringIO(_text(path), newline=""), path), skip)
+def _read_csv(path: Path, skip_broken: bool) -> Table:
+    return _table(path, csv_records(io.StringIO(_text(path), newline=""), path), skip_broken)
 
 
-def _read_parquet(path: Path, skip: bool) -> Table:
+def _read_parquet(path: Path, skip_broken: bool) -> Table:
     import pyarrow
     import pyarrow.parquet
 
@@ -216,11 +232,11 @@ def _read_parquet(path: Path, skip: bool) -> Table:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as err:
         reason = str(err).splitlines()[0].rstrip(".")
-        raise FileError(f"{path}: isn't a whole parquet file: {reason}; fetch or write it again") from err
+        raise FileError(f"{path}: not a complete parquet file: {reason}; download or write it again") from err
     return Table(str(path), rows, range(1, len(rows) + 1))
 
 
-def _read_txt(path: Path, skip: bool) -> Table:
+def _read_txt(path: Path, skip_broken: bool) -> Table:
     text = _text(path)
     return Table(str(path), [{"text": text}] if text.strip() else [], (1,))
 
@@ -233,3 +249,4 @@ _READERS = {
     ".txt": _read_txt,
 }
 SUFFIXES: tuple[str, ...] = tuple(_READERS)
+"""Suffixes of the files that can be read."""

@@ -1,7 +1,7 @@
-"""Several data sets, mixed by weight.
+"""Mix the samples of several data sets by weight (`data.sources`).
 
-An epoch has as many samples as all sources together, N; of source i it holds n_i = N · w_i / Σ w.  A source with fewer
-samples is gone through again, one with more gives a part of its samples, chosen by the seed: in each epoch the same.
+An epoch has N samples, as many as all sources together, and n_i = N · w_i / Σ w of them are from source i. A source
+with fewer than n_i samples is repeated. Of one with more, n_i samples are chosen by the seed, the same in each epoch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ T = TypeVar("T")
 
 
 def samples_per_source(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many samples of each source an epoch holds: their sum is Σ sizes (largest remainders), each at least 1."""
-    total, whole = sum(sizes), sum(weights)
-    exact = [total * w / whole for w in weights]
+    """Return how many samples of each source are in an epoch, each at least 1.
+
+    They are rounded by largest remainders, so that they add up to Σ sizes.
+    """
+    total, total_weight = sum(sizes), sum(weights)
+    exact = [total * w / total_weight for w in weights]
     counts = [max(1, int(x)) for x in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: int(exact[i]) - exact[i])
     for i in by_remainder[: max(0, total - sum(counts))]:
@@ -25,7 +28,7 @@ def samples_per_source(sizes: Sequence[int], weights: Sequence[float]) -> list[i
 
 
 def mix_samples(sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> tuple[list[T], list[int]]:
-    """The samples of an epoch in an order drawn from `seed`, and how many come from each source."""
+    """Return the samples of an epoch in an order drawn from `seed`, and how many are from each source."""
     chooser = random.Random(seed)
     counts = samples_per_source([len(s) for s in sources], weights)
     chosen: list[T] = []

@@ -1,42 +1,46 @@
-"""What a person wants to see of prepared data: samples as text, which of it is trained, lengths, packing."""
+"""The content of `mla-tune data`: samples as text with the trained parts marked, lengths, and packing."""
 
 from __future__ import annotations
 
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from mla_tune.data.encode import IGNORED, Sample
+from mla_tune.data.encode import Sample
 from mla_tune.data.packing import packing_report
 from mla_tune.data.prepare import Prepared
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Bars of the histogram.
 BARS = 10
+"""Bars of the histogram."""
 
 
 def preview(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, shown: int) -> dict[str, Any]:
-    """Counts, `shown` samples of each source as `[{"text", "trained"}, …]`, a histogram of lengths in tokens, and how
-    many rows packing makes of the samples."""
+    """Return the document that `mla-tune data --json` prints.
+
+    It holds the counts of `Prepared.summary`, the first `shown` samples of each source as `[{"text", "trained"}, …]`, a
+    histogram of lengths in tokens, and how many rows packing makes of the samples.
+    """
     length = recipe.train.max_length
-    sources = []
-    for part in prepared.parts:
-        samples = part.train.samples
-        sources.append(
+    shown_sources = []
+    for source in prepared.sources:
+        samples = source.train.samples
+        shown_sources.append(
             {
-                "source": part.rows.source,
-                "kind": part.rows.kind,
+                "source": source.rows.source,
+                "kind": source.rows.kind,
                 "samples": [spans(sample, tokenizer) for sample in samples[:shown]],
             }
         )
-    lengths = [len(s.input_ids) for part in prepared.parts for s in part.train.samples]
+    lengths = [len(s.input_ids) for source in prepared.sources for s in source.train.samples]
     rows = prepared.count("train")
     report = packing_report(lengths, rows, length)
     return {
         **prepared.summary(),
-        "sources_shown": sources,
+        "sources_shown": shown_sources,
         "max_length": length,
         "lengths": histogram(lengths, length),
         "longest": max(lengths),
@@ -52,9 +56,9 @@ def preview(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, recipe: Reci
 
 
 def spans(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The sample's text in stretches of trained and untrained tokens.
+    """Return a sample's text, divided into stretches of trained and of untrained tokens.
 
-    A character that is cut by a border between two stretches shows as U+FFFD in both, as it does to the model.
+    A character whose tokens lie in two stretches appears as U+FFFD in both.
     """
     pairs = zip(sample.input_ids, (label != IGNORED for label in sample.labels), strict=True)
     found = []
@@ -66,7 +70,10 @@ def spans(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, 
 
 
 def histogram(lengths: list[int], longest: int) -> list[dict[str, int]]:
-    """Samples by length in tokens, in `BARS` steps of equal width up to `longest`; `to` is the last that belongs."""
+    """Return how many samples have `from` to `to` tokens, both included, for `BARS` ranges of equal width.
+
+    The ranges cover 1 to `longest`.
+    """
     width = -(-longest // BARS)
     counts = [0] * BARS
     for n in lengths:

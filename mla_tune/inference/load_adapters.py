@@ -21,7 +21,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mla_tune.adapter.files import Adapter, LoraDelta
+from mla_tune.adapter.deltas import Adapter, LoraDelta
 from mla_tune.adapter.keys import PREFIX
 from mla_tune.adapter.settings import CONFIG_FILE, AdapterSettings
 from mla_tune.errors import InputError

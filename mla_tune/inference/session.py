@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import torch
 
-from mla_tune.adapter.files import Adapter, adapter_folder, open_adapter
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import adapter_folder, open_adapter
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
 from mla_tune.errors import FileError, InputError, did_you_mean
 from mla_tune.inference.absorb import absorb, unsupported_reasons
@@ -25,7 +26,7 @@ from mla_tune.inference.load_adapters import has_modules_to_save, load_adapters,
 from mla_tune.inference.lora_tensors import BASE
 from mla_tune.inference.requests import BASE_NAME, GenerateResult, GenerationSettings, Request
 from mla_tune.inference.resolve_model import resolve_model
-from mla_tune.model.load import base_hash, load_model, quiet
+from mla_tune.model.load import base_hash, load_model, silence_libraries
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.runs.folder import RunFolder
@@ -42,7 +43,7 @@ class Session:
     """
 
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, attention: str = "auto") -> None:
-        quiet()
+        silence_libraries()
         base, adapter = resolve_model(model)
         folders = {"adapter": str(adapter)} if adapter is not None and not adapters else {}
         folders |= dict(adapters or {})

@@ -24,7 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from mla_tune.absorption.fold import LAYOUTS, Form, costs, fold_output, fold_query, forms, latent_scales, split_heads
+from mla_tune.absorption.fold import (
+    LAYOUTS,
+    AttentionCost,
+    attention_costs,
+    fold_output,
+    fold_query,
+    latent_scales,
+    model_costs,
+    split_heads,
+)
 from mla_tune.arch.roles import Role
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.absorbed import ABSORBED_FILE, ABSORBED_INDEX
@@ -59,10 +68,10 @@ class AbsorbedReport:
     bytes: int
     #: Cached tokens for which the costs are told.
     context: int
-    #: Parameters and flops of every form of attention (`absorption.fold.forms`), for one attention module.
-    cost_module: tuple[Form, ...]
+    #: Parameters and flops of every form of attention (`absorption.fold.attention_costs`), for one attention module.
+    cost_module: tuple[AttentionCost, ...]
     #: The same for all attention modules.
-    cost: tuple[Form, ...]
+    cost: tuple[AttentionCost, ...]
     #: By tensor name, the largest relative error ‖written - exact‖/‖exact‖ over the modules, each measured on one head
     #: against float64; empty where bits were only moved.
     rounding: dict[str, float] = field(default_factory=dict)
@@ -125,8 +134,8 @@ def write_absorbed(
         modules=modules,
         bytes=plan.bytes,
         context=context,
-        cost_module=forms(arch.dims, context),
-        cost=costs([a.dims for a in arch.attention], context),
+        cost_module=attention_costs(arch.dims, context),
+        cost=model_costs([a.dims for a in arch.attention], context),
         rounding=job.rounding,
     )
 
@@ -161,10 +170,10 @@ class _Job:
         return _Matrix(self.merged[key] if how is None else how.codes, how)
 
     def digests(self, key: str) -> dict[str, str]:
-        """Of a weight and of its scale.  Kept: a module's tensors may lie in two files."""
+        """Of a weight and of its scales.  Kept: a module's tensors may lie in two files."""
         if key not in self._digests:
             how = self.quantized.get(key)
-            refs = [self.merged[key]] if how is None else [how.codes, how.scale]
+            refs = [self.merged[key]] if how is None else [how.codes, *how.scales]
             self._digests[key] = {ref.key: sha256(ref) for ref in refs}
         return self._digests[key]
 

@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from mla_tune.adapter.files import LoraDelta
+from mla_tune.adapter.deltas import LoraDelta
 from mla_tune.checkpoint.dtypes import STORAGE, decode, encode, round_bf16
 from mla_tune.checkpoint.index import matrix_shape
 from mla_tune.checkpoint.quantized.base import QuantizedTensor
 from mla_tune.checkpoint.tensor_io import read_float, read_into, read_raw
 from mla_tune.errors import WorkError
-from mla_tune.merge.plan import MergePlan, OutTensor, WeightedDelta
+from mla_tune.merge.output import MergePlan, OutTensor, WeightedDelta
+from mla_tune.merge.retention import DeltaRetention
 
 #: Numbers computed at once: three float32 arrays of this size fit into a core's cache.
 _BLOCK = 1 << 17
@@ -36,43 +37,6 @@ _BLOCK = 1 << 17
 PIECE_BYTES = 1 << 23
 #: Sites whose factors are cached: the files of a checkpoint alternate between gate, up and down of the experts.
 CACHED_FACTORS = 4
-
-
-@dataclass(slots=True)
-class DeltaRetention:
-    """How much of a delta the rounding retained, as sums that add up over matrices."""
-
-    #: ⟨Q(W+Δ)-W, Δ⟩
-    inner: float = 0.0
-    #: ‖Δ‖²
-    delta2: float = 0.0
-    #: ‖Q(W+Δ)-W‖²
-    written2: float = 0.0
-    #: ‖W‖²
-    weight2: float = 0.0
-
-    def add(self, other: DeltaRetention) -> None:
-        """Add the sums of another matrix, in place."""
-        self.inner += other.inner
-        self.delta2 += other.delta2
-        self.written2 += other.written2
-        self.weight2 += other.weight2
-
-    @property
-    def relative(self) -> float | None:
-        """‖Δ‖/‖W‖."""
-        return (self.delta2 / self.weight2) ** 0.5 if self.weight2 else None
-
-    @property
-    def retained(self) -> float | None:
-        """⟨Q(W+Δ)-W, Δ⟩/‖Δ‖²: 1 where nothing is lost; None where Δ is zero."""
-        return self.inner / self.delta2 if self.delta2 else None
-
-    @property
-    def cosine(self) -> float | None:
-        """Cosine between what was asked for and what was written; None where either is zero."""
-        both = (self.delta2 * self.written2) ** 0.5
-        return self.inner / both if both else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +90,15 @@ class Merger:
         _, columns = matrix_shape(out.shape)
         codes = self._spare("codes", (piece.end - piece.begin, columns), STORAGE[out.dtype])
         retention = DeltaRetention() if out.updates else None
+        code = out.requantize
+        # Computed before the rows are read, because it reads and merges in the same spare arrays.
+        absmax = self._absmax(out) if code is not None and code.format.needs_absmax(code) else None
         raw = self._read(out, piece.begin, piece.end, columns)
         for begin, end in self._blocks(piece, columns):
             W = self._weight(out, raw[begin - piece.begin : end - piece.begin], begin)
             merged, added = self._merged(out, W, begin)
             block = codes[begin - piece.begin : end - piece.begin]
-            if (code := out.requantize) is not None:
-                absmax = self._absmax(out) if code.format.needs_absmax(code) else None
+            if code is not None:
                 block[...], scales = code.format.encode(merged, code, rng=self._rng(out.key, begin), absmax=absmax)
                 written = code.format.decode_fresh(block, scales, code, self.float_type)
             else:
@@ -270,7 +236,7 @@ class Merger:
     def _scale(self, quant: QuantizedTensor) -> np.ndarray:
         """The scales of a quantized weight, kept for the next rows."""
         with self._lock:
-            key = quant.scale.key
+            key = quant.key
             if key not in self._scales:
                 self._scales[key] = quant.format.read_scales(quant, self.float_type)
                 if len(self._scales) > 8:
@@ -293,9 +259,9 @@ class Merger:
         return float(known)
 
     def _fresh_scales(self, out: OutTensor) -> np.ndarray:
-        """The scales of a requantized weight, in the dtype and shape of the base's.
+        """One tensor of scales of a requantized weight, in the dtype and shape of the base's.
 
-        They may lie in another shard than the weight, so they are computed from it once more.
+        It may lie in another shard than the weight, so it is computed from the weight once more.
         """
         quant = out.requantize
         assert quant is not None
@@ -303,14 +269,18 @@ class Merger:
         weight = self._weights[out.scale_of]
         rows, columns = matrix_shape(weight.shape)
         absmax = self._absmax(weight) if quant.format.needs_absmax(quant) else None
+        index = [scale.key for scale in quant.scales].index(out.key)
         parts = []
         for first, last, _ in self._spans(weight, rows):
             for begin, end in self._blocks(RowRange(weight, first, last), columns):
                 W = self._weight(weight, self._read(weight, begin, end, columns), begin)
                 merged, _ = self._merged(weight, W, begin)
-                parts.append(quant.format.encode(merged, quant, absmax=absmax)[1])
-        raw = parts[0] if absmax is not None else np.concatenate(parts)
-        return raw.reshape(matrix_shape(out.shape))
+                scales = quant.format.encode(merged, quant, absmax=absmax)[1][index]
+                assert scales.dtype == STORAGE[out.dtype], f"{out.key}: {scales.dtype} is not how {out.dtype} is stored"
+                if scales.size == math.prod(out.shape):  # for the whole weight: the other blocks give the same
+                    return scales.reshape(matrix_shape(out.shape))
+                parts.append(scales.reshape(-1))
+        return np.concatenate(parts).reshape(matrix_shape(out.shape))
 
 
 def _row_group(out: OutTensor) -> int:

@@ -23,8 +23,9 @@ from mla_tune.checkpoint.atomic_files import copy_file, sha256_of
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.checkpoint.writer import ShardWriter
 from mla_tune.errors import CheckError
-from mla_tune.merge.apply import DeltaRetention, Merger, RowRange
-from mla_tune.merge.plan import MergePlan, OutShard, OutTensor
+from mla_tune.merge.apply import Merger, RowRange
+from mla_tune.merge.output import MergePlan, OutShard, OutTensor
+from mla_tune.merge.retention import DeltaRetention
 from mla_tune.merge.staging import Staging
 
 #: Neighboring tensors are copied in one go, up to this many bytes.

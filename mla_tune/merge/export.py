@@ -16,7 +16,7 @@ from mla_tune.checkpoint.index import INDEX_FILE
 from mla_tune.checkpoint.manifest import MANIFEST_FILE
 from mla_tune.checkpoint.quantized.config import edit_config
 from mla_tune.errors import FileError, InputError
-from mla_tune.merge.plan import MergePlan
+from mla_tune.merge.output import MergePlan
 from mla_tune.merge.staging import JOURNAL_FILE, STATE_FILE, Staging, partial_folder
 
 REPORT_FILE = "merge_report.json"

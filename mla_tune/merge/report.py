@@ -10,26 +10,24 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from mla_tune import __version__
-from mla_tune.absorption.fold import costs
 from mla_tune.adapter.merge_options import DTYPES
 from mla_tune.adapter.methods import title_of
 from mla_tune.arch.roles import Role
-from mla_tune.console import human_count
-from mla_tune.merge.apply import CACHED_FACTORS, PIECE_BYTES, DeltaRetention
-from mla_tune.merge.plan import MergePlan, OutTensor
+from mla_tune.merge.apply import CACHED_FACTORS, PIECE_BYTES
+from mla_tune.merge.notes import notes
+from mla_tune.merge.output import MergePlan, OutTensor
+from mla_tune.merge.retention import DeltaRetention
 
 if TYPE_CHECKING:
-    from mla_tune.adapter.inputs import MergePaths
     from mla_tune.merge.absorb import AbsorbedReport
     from mla_tune.merge.staging import Staging
-    from mla_tune.verification.result import Proven
+    from mla_tune.runs.merge_inputs import MergePaths
+    from mla_tune.verification.result import ProofDocuments
 
 #: Resident memory of the process before it does anything, and what a worker adds beside its piece (measured).
 _PROCESS_BYTES, _WORKER_BYTES = 60_000_000, 8_000_000
 #: Bytes merged in a second by one worker, and the disk that the estimate of time assumes.
 _COMPUTE_RATE, _DISK_RATE = 0.8e9, 1e9
-#: Cached tokens for which flops are told.
-_CONTEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +134,7 @@ def merge_result(
     retention: Mapping[str, DeltaRetention],
     *,
     absorbed: AbsorbedReport | None,
-    proven: Proven | None,
+    proven: ProofDocuments | None,
     carried: list[str],
     left_behind: list[str],
 ) -> MergeResult:
@@ -207,55 +205,6 @@ def role_reports(plan: MergePlan, retention: Mapping[str, DeltaRetention]) -> li
 def adapter_reports(plan: MergePlan) -> list[AdapterReport]:
     """The adapters of a plan in the order in which they are merged."""
     return [AdapterReport(str(a.folder.absolute()), weight, title_of(a.settings)) for a, weight in plan.adapters]
-
-
-def notes(plan: MergePlan) -> list[str]:
-    """What a user has to know about this output, a sentence each."""
-    lines = list(plan.architecture.warnings)
-    changed = {out.key for out in plan.changed}
-    title = " and ".join(dict.fromkeys(tensor.format.title for tensor in plan.quantized.values()))
-    if plan.dequantized and plan.options.dtype == "keep":
-        beside = len(plan.dequantized - changed)
-        fused = f", {beside} of them only because engines fuse them with changed ones" if beside else ""
-        lines.append(
-            f"{len(plan.dequantized):,} {title} weights are written as bfloat16{fused}; config.json tells engines. "
-            f"--quantized keep writes {title} again, which erases small changes"
-        )
-    requantized = sum(out.requantize is not None and out.scale_of is None for s in plan.shards for out in s.tensors)
-    if requantized:
-        lines.append(
-            f"{requantized:,} {title} weights are quantized anew: look at 'retained', {title} erases small changes"
-        )
-    if plan.options.mtp:
-        count = len({out.key for out in plan.changed if out.site is not None and out.site.mtp})
-        lines.append(
-            f"{count} matrices of MTP layers are merged: proven as all others, but transformers computes no logits of "
-            "them, so their effect was not compared"
-            if count
-            else "--mtp: no adapter has a key of an MTP layer"
-        )
-    if plan.untied:
-        lines.append("the output head is a tensor of its own now: tie_word_embeddings is false in config.json")
-    if plan.absorbed is not None and plan.absorbed.mode == "fold":
-        lines.append(_fold_cost(plan))
-    if plan.replaced:
-        lines.append(f"{len(plan.replaced)} tensors are whole ones of the adapter: {_some(sorted(plan.replaced))}")
-    return lines
-
-
-def _fold_cost(plan: MergePlan) -> str:
-    """What folding costs against splitting, over all attention modules."""
-    by_name = {f.name: f for f in costs([a.dims for a in plan.architecture.attention], _CONTEXT)}
-    split, fold = by_name["split"], by_name["fold"]
-    return (
-        f"fold: {human_count(fold.params)} parameters where split has {human_count(split.params)} "
-        f"({fold.params / split.params:.1f} times), and {fold.flops / 1e9:.3g} GFLOP a token where split has "
-        f"{split.flops / 1e9:.3g} ({fold.flops / split.flops:.1f} times, {_CONTEXT:,} tokens cached)"
-    )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def plan_report(plan: MergePlan, out: str, workers: int, *, verify: bool) -> PlanReport:

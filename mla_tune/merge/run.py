@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_tune.adapter.files import WEIGHTS_FILE
-from mla_tune.adapter.inputs import MergePaths, open_inputs
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.checkpoint.index import Checkpoint, Stamp
@@ -25,10 +24,12 @@ from mla_tune.errors import FileError, InputError, MlaTuneError, WorkError
 from mla_tune.merge.absorb import AbsorbedReport, write_absorbed
 from mla_tune.merge.execute import execute
 from mla_tune.merge.export import REPORT_FILE, check_output, copy_auxiliary_files, write_index_of, write_manifest
-from mla_tune.merge.plan import MergePlan, plan_merge
+from mla_tune.merge.output import MergePlan
+from mla_tune.merge.plan import plan_merge
 from mla_tune.merge.report import MergeResult, PlanReport, merge_result, plan_report
 from mla_tune.merge.staging import Staging, partial_folder, staged
 from mla_tune.progress import Progress, counter
+from mla_tune.runs.merge_inputs import MergePaths, open_inputs
 from mla_tune.verification.prover import Prover, start
 
 #: An adapter or run folder, and the weight of its delta.
@@ -48,7 +49,7 @@ def plan_only(
     writes, but for an output that is in the way."""
     options = options or MergeOptions()
     inputs = open_inputs(adapters, base, out, options.mtp)
-    places, plan = inputs.places, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
+    places, plan = inputs.paths, plan_merge(inputs.base, inputs.arch, inputs.adapters, options)
     return plan_report(plan, str(places.out.absolute()), workers or default_workers(), verify=verify)
 
 
@@ -95,7 +96,7 @@ def merge_absorb(
         if prover:
             prover.begin(inputs, options, workers, progress)
         return _Merge(
-            paths=inputs.places,
+            paths=inputs.paths,
             plan=plan,
             prover=prover,
             min_retained=min_retained,
@@ -125,7 +126,7 @@ class _Merge:
     def run(self) -> MergeResult:
         """Check the inputs, build the output beside its place, and let it appear when it is proven."""
         plan, out = self.plan, self.paths.out
-        stamps = [(a.folder / WEIGHTS_FILE, Stamp.of(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
+        stamps = [(a.folder / WEIGHTS_FILE, Stamp.read(a.folder / WEIGHTS_FILE)) for a, _ in plan.adapters]
         self._check_output(plan.written_bytes)
         for adapter, _ in plan.adapters:
             adapter.check_finite()
@@ -157,7 +158,7 @@ class _Merge:
         """
         plan, prover = self.plan, self.prover
         # Files are hashed here, while the prover is loading what it needs: it is the slower one of the two.
-        hashed: dict[str, Future[str]] | None = {} if prover and prover.beside else None
+        hashed: dict[str, Future[str]] | None = {} if prover and prover.is_separate_process else None
         count = counter(self.progress, "merge", plan.model_bytes)
         retention = execute(
             plan, staging, workers=self.workers, min_retained=self.min_retained, hashed=hashed, done=count
@@ -171,7 +172,7 @@ class _Merge:
         for shard in plan.shards:
             shard.source.check_unchanged()
         for file, stamp in stamps:
-            if Stamp.of(file) != stamp:
+            if Stamp.read(file) != stamp:
                 raise FileError(f"{file}: changed while it was merged: run again")
         result = merge_result(
             plan, self.paths, staging, retention, absorbed=absorbed, proven=proven, carried=carried, left_behind=left

@@ -23,7 +23,7 @@ from mla_tune import __version__
 from mla_tune.adapter.files import CONFIG_FILE, WEIGHTS_FILE
 from mla_tune.checkpoint.atomic_files import sha256_of, sync_folder, write_json
 from mla_tune.errors import FileError
-from mla_tune.merge.plan import MergePlan
+from mla_tune.merge.output import MergePlan
 from mla_tune.user_files import read_json_object
 
 STATE_FILE, JOURNAL_FILE = "state.json", "finished.jsonl"

@@ -1,16 +1,13 @@
 """Models in memory: loaded, adapted by PEFT, with weights that may stay quantized.
 
-load              A recipe's model section → a transformers model with its architecture
-auto              What differs between transformers' classes for text models and for models around one
-tokenizer         Tokenizers: which one a recipe's model has, and loading it
-attach            Attach the planned adapter with PEFT, then compare what is there with what was planned
-lora_init         How the factors A and B of a LoRA begin (`adapter.init`)
-modules_to_save   `adapter.modules_to_save`: modules that are trained whole beside the LoRA
-quantized_linear  Frozen weights that stay quantized in memory: `QuantizedLinear`, and routed experts that read such
-                  weights
-quantized_base    Bases whose matrices stay quantized in memory while adapters are trained on them: one entry a format
-fp8               Checkpoints in block FP8 (DeepSeek-V3's layout and its relatives): the codes go into memory as they
-                  are
-nf4               NF4: the frozen matrices of a plain checkpoint in 4 bits, made when they are read (QLoRA,
-                  arXiv:2305.14314)
+load              Load the model of a recipe, or build a preset, and check it against its architecture
+auto              Handle differences between transformers' classes for text models and for multimodal models
+tokenizer         Find and load the tokenizer of a recipe's model
+attach            Attach the planned adapter with PEFT, and compare what PEFT attached with the plan
+lora_init         Initialize the factors A and B of a LoRA (`adapter.init`)
+modules_to_save   Train complete modules beside the LoRA (`adapter.modules_to_save`)
+quantized_linear  Layers whose frozen weights stay quantized in memory: `QuantizedLinear`, and routed experts
+quantized_base    The table of formats that a base model can keep in memory, and which of them a base has
+fp8               Keep a checkpoint in block FP8 in memory as it is (DeepSeek-V3's layout and its relatives)
+nf4               Quantize the frozen matrices of a plain checkpoint to NF4 while it is read (QLoRA, arXiv:2305.14314)
 """

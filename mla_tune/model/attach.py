@@ -1,4 +1,4 @@
-"""Attach the planned adapter with PEFT, then compare what is there with what was planned."""
+"""Attach the planned adapter with PEFT, and compare what PEFT attached with the plan."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ from mla_tune.model.modules_to_save import modules_to_save_copies, peft_names, t
 
 @dataclass(frozen=True, slots=True)
 class AttachedLora:
-    """One LoRA that PEFT made: the base parameter it adapts, its rank and its scale s."""
+    """One LoRA that PEFT attached."""
 
     parameter: str
+    """The base parameter that it adapts, by its name in the model without PEFT."""
     rank: int
+    """Its rank r."""
     scale: float
+    """Its scale s."""
     layer: LoraLayer
+    """PEFT's layer, which holds A and B."""
 
 
 def attach(model: torch.nn.Module, arch: Architecture, placement: Placement, seed: int) -> PeftModel:
-    """Wrap `model` with the planned LoRA; A is drawn from `seed`, B is zero (for other beginnings: `initialize`).
+    """Wrap `model` with the planned LoRA: A is drawn from `seed`, B is zero (`lora_init` has other initializations).
 
-    Raises `CheckError` with the difference if PEFT attached anything else than planned.
+    Raises `CheckError` with the differences where PEFT attached anything but the plan.
     """
     torch.manual_seed(seed)
     config = peft_config(arch, placement, peft_names(placement, model))
     with warnings.catch_warnings():
-        # PEFT 0.21 says so of keys for parameters, which it does apply; what it attached is compared below.
+        # PEFT 0.21 warns that it ignores keys that name parameters, and does apply them; the result is checked below.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
         peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     train_in_float32(peft_model)
@@ -43,7 +47,7 @@ def attach(model: torch.nn.Module, arch: Architecture, placement: Placement, see
 
 
 def attached_loras(model: torch.nn.Module, adapter: str = "default") -> list[AttachedLora]:
-    """Every LoRA in a PEFT model, by the name that its base parameter has in the model without PEFT."""
+    """List every LoRA of `adapter` in a PEFT model."""
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
@@ -55,7 +59,10 @@ def attached_loras(model: torch.nn.Module, adapter: str = "default") -> list[Att
 
 
 def check_attached(model: torch.nn.Module, placement: Placement) -> None:
-    """Planned set == attached set, rank and scale of each included, and nothing else trainable."""
+    """Check that each planned LoRA is attached, with its rank and scale, and that nothing else can be trained.
+
+    Raises `CheckError` with the differences.
+    """
     want = {p.site.parameter: (p.rank * placement.width, placement.scale(p)) for p in placement.sites}
     have = {a.parameter: (a.rank, a.scale) for a in attached_loras(model)}
     problems = [f"planned, but PEFT attached nothing: {k}" for k in want.keys() - have.keys()]
@@ -64,12 +71,12 @@ def check_attached(model: torch.nn.Module, placement: Placement) -> None:
         if want[k][0] != have[k][0] or abs(want[k][1] - have[k][1]) > 1e-9 * want[k][1]:
             problems.append(f"{k}: planned rank {want[k][0]}, scale {want[k][1]:g}; got {have[k][0]}, {have[k][1]:g}")
     planned, copied = {path for path, _ in placement.modules_to_save}, modules_to_save_copies(model)
-    problems += [f"planned to be trained whole, but PEFT made no copy: {path}" for path in planned - copied.keys()]
-    problems += [f"trained whole, but not planned: {path}" for path in copied.keys() - planned]
+    problems += [f"planned in modules_to_save, but PEFT made no copy: {path}" for path in planned - copied.keys()]
+    problems += [f"PEFT made a copy to train, but it is not planned: {path}" for path in copied.keys() - planned]
     copies = {id(p) for copy in copied.values() for p in copy.parameters()}
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     problems += [
-        f"trainable, but no part of an adapter: {n}" for n, p in trainable if ".lora_" not in n and id(p) not in copies
+        f"trainable, but not part of an adapter: {n}" for n, p in trainable if ".lora_" not in n and id(p) not in copies
     ]
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
@@ -80,14 +87,15 @@ def check_attached(model: torch.nn.Module, placement: Placement) -> None:
 
 
 def freeze_unreached(model: torch.nn.Module, arch: Architecture) -> int:
-    """For training all weights: freeze those that text gives no gradient to, and count them.
+    """Freeze weights that get no gradient from text, where all weights are trained; return how many numbers they have.
 
-    Towers, through which text does not pass, and indexers, which transformers runs without gradients.
+    They are the towers of a multimodal model, through which text does not pass, and indexers, which transformers runs
+    without gradients.
     """
-    ours = (f"{arch.prefix}.", "lm_head.")
+    text_model = (f"{arch.prefix}.", "lm_head.")
     frozen = 0
     for name, parameter in model.named_parameters():
-        if not name.startswith(ours) or ".indexer." in name:
+        if not name.startswith(text_model) or ".indexer." in name:
             parameter.requires_grad_(False)
             frozen += parameter.numel()
     return frozen

@@ -1,4 +1,4 @@
-"""What differs between transformers' classes for text models and for models around one."""
+"""Handle differences between transformers' classes for text models and for multimodal models."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 
 def auto_class(config: Any) -> Any:
-    """The class for a transformers configuration; models with `auto_map` are causal LMs of their own code.
+    """The auto class that loads a model with this transformers configuration.
 
-    mistral4, a text model, is among those that only `AutoModelForImageTextToText` knows (transformers 5.23).
+    It is `AutoModelForCausalLM`, except for models that only `AutoModelForImageTextToText` knows; in transformers 5.23
+    mistral4, a text model, is one of these.  A model with code of its own (`auto_map`) is a causal LM.
     """
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
@@ -20,7 +21,10 @@ def auto_class(config: Any) -> Any:
 
 
 def set_experts(base: Any, name: str) -> None:
-    """Choose how routed experts are computed.  Some wrappers don't know the setting; the text model in them does."""
+    """Choose transformers' implementation of the routed experts, by name.
+
+    Some multimodal models don't know the setting: there it is set on the text model inside.
+    """
     try:
         base.set_experts_implementation(name)
     except ValueError:

@@ -1,10 +1,11 @@
-"""Checkpoints in block FP8 (DeepSeek-V3's layout and its relatives): the codes go into memory as they are.
+"""Keep a checkpoint in block FP8 in memory as it is (DeepSeek-V3's layout and its relatives).
 
     weight[i, j] = code[i, j] * scale[i // bh, j // bw]        bh, bw: rows and columns of a block
 
-transformers reads the files and stacks experts; it finds parameters of dtype float8_e4m3fn and their scales in the
-model, and so converts nothing.  (Its own FP8 layers need Triton and a GPU, and quantize activations too; on a CPU it
-makes bfloat16 of the whole model.)  Which weights are FP8, and in which blocks, comes from headers and config.json.
+transformers reads the files and stacks experts.  `Fp8Loader` gives the model parameters of dtype float8_e4m3fn and
+their scales, so transformers converts nothing.  (Its own FP8 layers need Triton and a GPU, and quantize activations
+too; on a CPU it converts the whole model to bfloat16.)  Which weights are FP8, and in which blocks, is read from
+headers and config.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.base import QuantizedTensor
 from mla_tune.checkpoint.quantized.config import quantized_tensors
-from mla_tune.checkpoint.quantized.fp8 import FP8_BLOCK, read_scales
 from mla_tune.errors import InputError
 from mla_tune.model.quantized_base import QuantizedConfig
 from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, check_experts
@@ -34,26 +34,28 @@ METHOD = "mla_tune_fp8"
 
 @dataclass(frozen=True, slots=True)
 class ScaleLayout:
-    """How the scales of a parameter lie in memory."""
+    """How the scales of a parameter in memory are arranged."""
 
-    #: Rows and columns that share a scale.
     block: tuple[int, int]
-    #: Matrices that lie one above the other, each with blocks of its own: gate and up of an expert, whose rows need not
-    #: be whole blocks.
+    """Rows and columns that share a scale."""
     parts: int = 1
+    """Number of matrices stacked in the rows, each with its own blocks: two for gate and up of an expert, because the
+    rows of gate need not end where a block does."""
 
     def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales of a parameter of this shape."""
+        """The shape of the scales of a parameter with this shape."""
         *experts, rows, columns = shape
         return *experts, self.parts * -(-(rows // self.parts) // self.block[0]), -(-columns // self.block[1])
 
 
 class Fp8Weight(QuantizedWeight):
-    """Codes float8_e4m3fn (out, in) or (E, out, in), scales float32 as `ScaleLayout.scales` says."""
+    """A matrix, or a stack of matrices, in block FP8."""
 
     codes: torch.Tensor
+    """Codes: float8_e4m3fn (out, in) or (E, out, in)."""
     scales: torch.Tensor
-    large = ("codes",)
+    """Scales: float32, of the shape `ScaleLayout.scales`."""
+    large_buffers = ("codes",)
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, layout: ScaleLayout) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class Fp8Weight(QuantizedWeight):
         self.register_buffer("scales", scales)
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
-        """code · scale (out, in) of one matrix, computed in float32 and rounded once to `dtype`."""
+        """code · scale (out, in) of one matrix, computed in float32 and rounded once to `dtype`, a tile at a time."""
         codes, scales = (self.codes, self.scales) if expert is None else (self.codes[expert], self.scales[expert])
         codes = codes.view(torch.float8_e4m3fn).view(self.shape[-2:])
         rows, columns = codes.shape
@@ -78,29 +80,26 @@ class Fp8Weight(QuantizedWeight):
         return result
 
 
-def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout]:
-    """Parameter of the model → layout of its scales, for every FP8 weight; MTP layers, which no model has, left out.
+def scale_layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout]:
+    """Parameter of the model → layout of its scales, for every FP8 weight but those of MTP layers, which no model has.
 
-    Raises `InputError` for a checkpoint that can't be kept in FP8, with the tensor that is the reason.
+    Raises `InputError` with the name of the tensor for a checkpoint that can't be kept in FP8.
     """
     weights = quantized_tensors(checkpoint)
-    for weight in weights.values():
-        if weight.format.title != FP8_BLOCK.title:
-            raise InputError(
-                f"{weight.codes.file}: '{weight.codes.key}' is {weight.format.title}, which is not kept in memory as "
-                "it is; train on the bfloat16 checkpoint of the same model"
-            )
     found: dict[str, ScaleLayout] = {}
     for site in arch:
         keys = site.disk_keys() if site.is_experts else [f"{site.path}.weight"]
         if site.is_experts and keys[0] not in weights and site.path in weights:
             keys = [site.path]
-        here = [key for key in keys if key in weights]
-        if not here:
+        quantized = [key for key in keys if key in weights]
+        if not quantized:
             continue
-        if len(here) < len(keys):
-            other = next(key for key in keys if key not in weights)
-            raise InputError(f"{checkpoint.folder}: '{here[0]}' is FP8 and '{other}' is not, in one stack of experts")
+        if len(quantized) < len(keys):
+            plain = next(key for key in keys if key not in weights)
+            raise InputError(
+                f"{checkpoint.folder}: '{quantized[0]}' is FP8 and '{plain}' is not, in one stack of experts; train on "
+                "the bfloat16 checkpoint"
+            )
         parts = site.disk_parts if len(keys) > 1 else 1
         found[site.parameter] = ScaleLayout(_one_block([weights.pop(key) for key in keys]), parts)
     for key, weight in weights.items():
@@ -110,31 +109,33 @@ def layouts(checkpoint: Checkpoint, arch: Architecture) -> dict[str, ScaleLayout
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
-    """Raises `InputError` unless every scale is positive and finite."""
+    """Read all scales.  Raises `InputError` unless every scale is positive and finite."""
     for weight in quantized_tensors(checkpoint).values():
-        read_scales(weight)
+        weight.format.read_scales(weight)
 
 
 def _one_block(weights: list[QuantizedTensor]) -> tuple[int, int]:
+    """The block of weights that become one parameter.  Raises `InputError` unless all have the same."""
     blocks = {weight.block for weight in weights}
     block = blocks.pop()
     if blocks or block is None:
         first = weights[0].codes
         raise InputError(
             f"{first.file}: '{first.key}' has one scale for the whole weight, or blocks that differ between experts; "
-            f"only weights with a scale a block or a row are kept in FP8. Train on the bfloat16 checkpoint"
+            "only weights with a scale a block or a row are kept in FP8. Train on the bfloat16 checkpoint"
         )
     return block
 
 
 def _is_mtp(key: str, arch: Architecture) -> bool:
+    """Whether a weight belongs to a multi-token-prediction layer, which are numbered after the model's layers."""
     _, found, rest = key.partition(".layers.")
     number = rest.partition(".")[0]
     return bool(found) and number.isdecimal() and int(number) >= arch.num_layers
 
 
 class Fp8Config(QuantizedConfig):
-    """The FP8 parameters of a model and the layout of their scales, for the loader below; `where` is for messages."""
+    """Says which parameters `Fp8Loader` keeps in FP8, and the layout of their scales; `where` is named in messages."""
 
     def __init__(self, layouts: Mapping[str, ScaleLayout], where: Path) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
@@ -142,7 +143,10 @@ class Fp8Config(QuantizedConfig):
         self.layouts, self.where = dict(layouts), where
 
     def find_parameter(self, model: Any, parameter: str) -> tuple[Any, str]:
-        """The module of a parameter, and its name there.  Raises `InputError` where the model has no such matrix."""
+        """The module of a parameter, and the parameter's name in it.
+
+        Raises `InputError` where the model has no such matrix, and for experts that can't have quantized weights.
+        """
         path, _, name = parameter.rpartition(".")
         try:
             module = model.get_submodule(path)
@@ -157,31 +161,32 @@ class Fp8Config(QuantizedConfig):
         return module, name
 
     def empty_weight(self, parameter: str, shape: tuple[int, ...]) -> Fp8Weight:
-        """Codes and scales of the shapes that the checkpoint has, on `meta`."""
+        """Build the weight of a parameter of this shape, with its tensors on `meta`."""
         layout = self.layouts[parameter]
         codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
         scales = torch.empty(layout.scales(shape), dtype=torch.float32, device="meta")
         return Fp8Weight(codes, scales, layout)
 
 
-def make_config(arch: Architecture, folder: Path | None, through: torch.device | None) -> Fp8Config:
-    """Read from headers which weights of a checkpoint are FP8, and check their scales (`QUANTIZED_BASES`).
+def make_config(arch: Architecture, folder: Path | None, device_to_quantize: torch.device | None) -> Fp8Config:
+    """The entry `fp8-…` of `QUANTIZED_BASES`: find the FP8 weights of a checkpoint, and check their scales.
 
-    `through` is unused: nothing is quantized here.  Raises `InputError` for a checkpoint that can't be kept in FP8.
+    `device_to_quantize` is unused: nothing is quantized here.  Raises `InputError` for a checkpoint that can't be kept
+    in FP8.
     """
     assert folder is not None, "codes are read from a folder"
     checkpoint = Checkpoint.open(folder)
-    found = layouts(checkpoint, arch)
+    layouts = scale_layouts(checkpoint, arch)
     check_scales(checkpoint)
-    return Fp8Config(found, folder)
+    return Fp8Config(layouts, folder)
 
 
 @register_quantizer(METHOD)
 class Fp8Loader(HfQuantizer):
-    """Gives transformers' loader places for codes and scales, and makes `Fp8Weight` of what came."""
+    """Gives the model parameters for codes and scales, which transformers fills, and turns them into `Fp8Weight`s."""
 
     quantization_config: Any
-    # Tells the loader to stack the experts' scales as it stacks their weights.
+    # Makes transformers stack the experts' scales as it stacks their weights.
     serialized_names = {"weight": ["weight", "weight_scale_inv"]}  # noqa: RUF012 (transformers' name and type)
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
@@ -204,7 +209,7 @@ class Fp8Loader(HfQuantizer):
         return names + super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # In the order of the layers: PEFT wraps a module's parameters in the order in which they were set.
+        # In the order of the layers, because PEFT wraps a module's parameters in the order in which they were set.
         for parameter, layout in self.quantization_config.layouts.items():
             module, name = self.quantization_config.find_parameter(model, parameter)
             codes, scales = (module._parameters.pop(name + suffix).data for suffix in ("", "_scale_inv"))
@@ -214,7 +219,7 @@ class Fp8Loader(HfQuantizer):
         return model
 
     def is_serializable(self) -> Any:
-        """False: adapters are saved, never the base."""
+        """False: adapters are saved, never the quantized base."""
         return False
 
     @property

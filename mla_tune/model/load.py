@@ -1,4 +1,4 @@
-"""A recipe's model section → a transformers model with its architecture."""
+"""Load the model of a recipe, or build a preset, and check it against its architecture."""
 
 from __future__ import annotations
 
@@ -16,36 +16,43 @@ from transformers import AutoConfig, PreTrainedModel
 
 from mla_tune.arch.build import architecture
 from mla_tune.arch.dims import DTYPE_BYTES
-from mla_tune.arch.lookup import load_config
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
-from mla_tune.checkpoint.quantized.config import FIELDS, quantization_field, quantized_kind
+from mla_tune.checkpoint.quantized.config import FIELDS, format_in_memory, format_kind, quantization_field
 from mla_tune.errors import CheckError, InputError
 from mla_tune.model.auto import auto_class, set_experts
-from mla_tune.model.quantized_base import QUANTIZED_BASES, format_in_memory, put_empty
+from mla_tune.model.quantized_base import attach_empty_weights
 from mla_tune.model.quantized_linear import EXPERTS, QuantizedWeight, register_experts
+from mla_tune.recipe.model_source import load_config
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
+from mla_tune.sockets import QUANTIZED_BASES
 from mla_tune.user_files import read_json_object
 
+#: `model.dtype` of a recipe → torch's dtype.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to be adapted.  `base` is what an adapter records as its base: a folder or a hub id, or None for
-    an untrained preset, whose weights exist nowhere else yet."""
+    """A loaded model, ready to be adapted."""
 
     model: PreTrainedModel
+    """The model."""
     arch: Architecture
+    """Its architecture, from config.json."""
     base: str | None
+    """The base that an adapter records: a folder or a hub id; None for an untrained preset, which has no files yet."""
     device: torch.device
+    """The device that it computes on."""
     dtype: str
+    """The dtype of its unquantized weights, or of autocast where all weights are trained."""
     quantized: dict[str, Any] | None = None
+    """For a base that stays quantized: `kind`, and counts of its `matrices`, `weights` and `bytes`; else None."""
 
     @property
     def lines(self) -> list[str]:
-        """What a user should know, for the log."""
+        """Lines for the log: how much of the base stays quantized."""
         if not self.quantized:
             return []
         q = self.quantized
@@ -55,38 +62,41 @@ class Loaded:
         ]
 
 
-def quiet() -> None:
-    """Keep transformers' own chatter off standard error: mla-tune says itself what it does."""
+def silence_libraries() -> None:
+    """Turn off log lines, progress bars and warnings of transformers, accelerate and torch.distributed."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for module in ("transformers", "accelerate", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not torch.cuda.is_available():
-        # Where DeepSpeed is installed transformers imports it, and it says on standard output that it found no GPU.
+        # transformers imports DeepSpeed if it is installed, which prints on standard output that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where torch sees one."""
+    """The device for `model.device`: `auto` is a GPU where torch sees one.  Raises `InputError` for a missing GPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("model.device: cuda was asked for, but torch sees no GPU here; use auto or cpu")
+        raise InputError("model.device: is cuda, but torch sees no GPU here; use auto or cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
-    """`auto` is bfloat16 on a GPU that has it, else float32."""
+    """The dtype for `model.dtype`: `auto` is bfloat16 on a GPU that supports it, else float32."""
     if name != "auto":
         return name
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
 def pick_experts(name: str, arch: Architecture, itemsize: int) -> str | None:
-    """`auto` is eager where grouped_mm's kernel can't take these sizes (it wants rows of a multiple of 16 bytes), else
-    None: transformers takes grouped_mm in the families that have it."""
+    """transformers' implementation of the routed experts for `model.experts`.
+
+    `auto` is eager where grouped_mm's kernel can't take the matrices, whose rows must be multiples of 16 bytes
+    (`itemsize`: bytes of a number), else None: then transformers takes grouped_mm in the families that have it.
+    """
     if name != "auto":
         return name
-    odd = any(size * itemsize % 16 for site in arch.sites if site.is_experts for size in site.shape)
-    return "eager" if odd else None
+    unaligned = any(size * itemsize % 16 for site in arch.sites if site.is_experts for size in site.shape)
+    return "eager" if unaligned else None
 
 
 def load_model(
@@ -94,22 +104,26 @@ def load_model(
     *,
     seed: int = 0,
     full_precision: bool = False,
-    quantized: bool = False,
-    place: bool = True,
-    empty: bool = False,
+    allow_quantized: bool = False,
+    move_to_device: bool = True,
+    shapes_only: bool = False,
 ) -> Loaded:
-    """Load weights, or build a preset with weights drawn from `seed`.
+    """Load the weights of `section`, or build its preset with weights drawn from `seed`.
 
-    `full_precision` keeps the weights in float32 whatever the dtype (all weights are trained then, and the dtype is
-    that of autocast).  `quantized`: the caller can do with weights that stay quantized (`model.frozen`): those of an
-    FP8 checkpoint, or NF4 where the section asks for it.  `place`: move the model to its device; one that is to be
-    sharded stays where it was read.  `empty`: another process reads a quantized base, and here are its shapes.
-    Raises `FileError`, `InputError` or `NotMLAError` before any weight is read.
+    `full_precision`: keep the weights in float32 whatever the dtype is, which is then that of autocast (for training
+    all weights).  `allow_quantized`: the caller supports weights that stay quantized (`quantized_linear`), those of an
+    FP8 checkpoint, or NF4 where the section asks for it.  `move_to_device`: move the model to its device; a model that
+    will be sharded stays in host memory.  `shapes_only`: build a quantized base without numbers, which another process
+    reads.
+
+    Raises `FileError`, `InputError` or `NotMLAError` before any weight is read, and `CheckError` where the model
+    is not what its config.json describes.
     """
     config, where, folder = load_config(f"{section.preset}" if section.preset else section.base or "embedded")
     arch = architecture(config, where)
-    kind = None if section.preset else quantized_kind(config, section.quantize)
-    if kind and not quantized:
+    quantized_format = None if section.preset else format_in_memory(config, section.quantize, where)
+    kind = format_kind(quantized_format)
+    if kind and not allow_quantized:
         raise InputError(f"{where}: the weights are quantized ({kind}), which only train works with; give a bf16 model")
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
@@ -126,31 +140,41 @@ def load_model(
     else:
         base = str(EMBEDDED_MODEL) if section.base in (None, "embedded") else str(folder or section.base)
         if folder:
-            Checkpoint.open(folder)  # a damaged or missing file is named here, before transformers meets it
+            Checkpoint.open(folder)  # names a damaged or missing file, before transformers stumbles over it
             if (folder / "generation_config.json").exists():
-                read_json_object(folder / "generation_config.json", "the settings for sampling")
+                read_json_object(folder / "generation_config.json", "the settings for sampling")  # raises if damaged
         hub = {"revision": section.revision} if section.revision and folder is None else {}
         kwargs |= {"trust_remote_code": section.trust_remote_code, **hub}
-        if kind:
+        if quantized_format:
             if folder is None and quantization_field(config):
                 raise InputError(f"{base}: the weights are quantized ({kind}); download it and give its folder")
-            name = format_in_memory(config, section.quantize, where)
-            model = _quantized(base, folder, arch, name, kwargs, device=device, place=place, empty=empty)
+            model = _load_quantized(
+                base,
+                folder,
+                arch,
+                quantized_format,
+                kwargs,
+                device=device,
+                move_to_device=move_to_device,
+                shapes_only=shapes_only,
+            )
         else:
             model = _from_pretrained(base, **kwargs)
     check_sites(model, arch)
     net: Any = model
-    net = net.to(device) if place else net
-    return Loaded(net, arch, base, device, dtype, _summary(net, kind) if kind else None)
+    net = net.to(device) if move_to_device else net
+    return Loaded(net, arch, base, device, dtype, _quantized_summary(net, kind) if kind else None)
 
 
 def _attention(section: ModelSection, arch: Architecture) -> str:
+    """The attention to load with; `auto` and `packed` are replaced after loading (`training.prepare_model`)."""
     if section.attention in ("auto", "packed"):
         return "eager" if arch.family.eager_only else "sdpa"
     return section.attention
 
 
 def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
+    """Load with transformers.  Raises `CheckError` for missing weights, which transformers would draw at random."""
     options = {k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs}
     config = kwargs.get("config") or AutoConfig.from_pretrained(base, **options)
     loaded: Any = auto_class(config).from_pretrained(base, output_loading_info=True, **kwargs)
@@ -162,7 +186,8 @@ def _from_pretrained(base: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _summary(model: torch.nn.Module, kind: str) -> dict[str, Any]:
+def _quantized_summary(model: torch.nn.Module, kind: str) -> dict[str, Any]:
+    """Count what stays quantized, for `Loaded.quantized`."""
     matrices = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
     return {
         "kind": kind,
@@ -172,7 +197,7 @@ def _summary(model: torch.nn.Module, kind: str) -> dict[str, Any]:
     }
 
 
-def _quantized(
+def _load_quantized(
     base: str,
     folder: Path | None,
     arch: Architecture,
@@ -180,33 +205,33 @@ def _quantized(
     kwargs: dict[str, Any],
     *,
     device: torch.device,
-    place: bool,
-    empty: bool,
+    move_to_device: bool,
+    shapes_only: bool,
 ) -> PreTrainedModel:
-    """A model whose matrices stay quantized, read straight onto `device`, or (not `place`) into host memory.
+    """Load a model whose matrices stay quantized, onto `device` or (without `move_to_device`) into host memory.
 
-    `name` is the format's in `QUANTIZED_BASES`.
+    `name` is that of the format in `QUANTIZED_BASES`.
     """
     options = {k: kwargs[k] for k in ("trust_remote_code", "revision") if k in kwargs}
     config: Any = AutoConfig.from_pretrained(base, **options)
-    # Host memory is filled by way of the GPU, which quantizes much faster.
-    scheme = QUANTIZED_BASES.get(name)(arch, folder, None if place else device)
-    # Or transformers would quantize the model in its own way.
+    # A base in host memory is quantized on the GPU all the same, which is much faster.
+    scheme = QUANTIZED_BASES.get(name)(arch, folder, None if move_to_device else device)
+    # With the checkpoint's own description, transformers would use its own quantized layers.
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for field in FIELDS:
             if hasattr(part, field):
                 delattr(part, field)
     model: Any
-    if empty:
+    if shapes_only:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(config, **{k: v for k, v in kwargs.items() if k != "revision"})
-        put_empty(model, scheme, kwargs["dtype"])
+        attach_empty_weights(model, scheme, kwargs["dtype"])
     else:
-        where = device if place else torch.device("cpu")
+        where = device if move_to_device else torch.device("cpu")
         model = _from_pretrained(base, config=config, quantization_config=scheme, device_map={"": where}, **kwargs)
-        # To all others this is a plain model: what is special about it, its layers know.
+        # Other code should take it for a plain model: only its layers know that weights are quantized.
         model.hf_quantizer.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -218,9 +243,9 @@ def _quantized(
 
 
 def check_sites(model: torch.nn.Module, arch: Architecture) -> None:
-    """Every site of the architecture is in the model, with the shape expected.
+    """Check that every site of the architecture is in the model, with the expected shape.
 
-    Raises `CheckError`: the family table and this version of transformers disagree.
+    Raises `CheckError` where the family table and this version of transformers disagree.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wrong = []
@@ -228,7 +253,7 @@ def check_sites(model: torch.nn.Module, arch: Architecture) -> None:
         if site.path == "lm_head" and arch.tied:
             continue
         have = shapes.get(site.parameter)
-        # What no adapter sits on may have more dimensions: convolutions, positions of an image.
+        # A weight that no adapter can be on may have more dimensions: convolutions, positions of an image.
         same = have is not None and (
             have[-2:] == site.shape or (not site.attachable and math.prod(have) == math.prod(site.shape))
         )
@@ -240,21 +265,24 @@ def check_sites(model: torch.nn.Module, arch: Architecture) -> None:
 
 
 def base_hash(base: str) -> dict[str, str]:
-    """sha256 of a checkpoint folder: of whole files up to 4 GB in all, above that of sizes and safetensors headers
-    (`kind` says which).  A hub id has no folder: its name is all there is."""
+    """Identify a base by `kind` and `sha256`, as run.json records it.
+
+    The digest is of the contents of all weight files and config.json (`files`); where these are more than 4 GB, of file
+    sizes, safetensors headers and config.json (`headers`); and of the name for a hub id, which has no folder (`name`).
+    """
     folder = Path(base)
     if not folder.is_dir():
         return {"kind": "name", "sha256": hashlib.sha256(base.encode()).hexdigest()}
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
-    whole = sum(f.stat().st_size for f in files) <= 4e9
+    hash_contents = sum(f.stat().st_size for f in files) <= 4e9
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as f:
-            if not whole and file.suffix == ".safetensors":
+            if not hash_contents and file.suffix == ".safetensors":
                 digest.update(f.read(int.from_bytes(f.read(8), "little")))
                 continue
             while block := f.read(1 << 24):
                 digest.update(block)
-    return {"kind": "files" if whole else "headers", "sha256": digest.hexdigest()}
+    return {"kind": "files" if hash_contents else "headers", "sha256": digest.hexdigest()}

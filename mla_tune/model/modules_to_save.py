@@ -1,7 +1,7 @@
-"""`adapter.modules_to_save`: modules that are trained whole beside the LoRA.
+"""Train complete modules beside the LoRA (`adapter.modules_to_save`).
 
-PEFT takes a name for every module whose path ends in the same letters (`norm` would be each norm of each layer).  Here
-a name means modules of exactly that name, and PEFT is given names that it can't read otherwise.
+PEFT compares the ends of module paths as text, so that `norm` selects every norm of every layer.  In a recipe a name
+selects modules with exactly that name, and PEFT is given names that select no others.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _KEY = "adapter.modules_to_save"
 def with_modules_to_save(
     placement: Placement, arch: Architecture, config: Mapping[str, Any], names: Sequence[str], quantized: bool
 ) -> Placement:
-    """The placement, with every module that `names` mean and its number of parameters.
+    """Return the placement with every module that `names` select, and its number of parameters.
 
-    `config`: the model's config.json; a model without numbers is made of it.  Raises `PlacementError` for a name that
-    no module has, and for a module that can't be trained whole.
+    `config` is the model's config.json, from which a model without numbers is built; `quantized`: its matrices stay
+    quantized.  Raises `PlacementError` for a name that no module has, and for modules that can't be trained completely.
     """
     if not names:
         return placement
@@ -41,9 +41,13 @@ def with_modules_to_save(
             raise PlacementError(f"{_KEY}: the model has no module '{name}'{did_you_mean(name, leaves)}")
         for path in paths:
             if not modules[path]:
-                raise PlacementError(f"{_KEY}: '{name}' ({path}) holds other modules; name those that are meant")
+                raise PlacementError(
+                    f"{_KEY}: '{name}' ({path}) has modules inside, or is a stack of experts; name single modules"
+                )
             if path in adapted:
-                raise PlacementError(f"{_KEY}: '{name}' ({path}) has a LoRA already (adapter.targets); one of the two")
+                raise PlacementError(
+                    f"{_KEY}: '{name}' ({path}) has a LoRA already (adapter.targets); keep one of the two"
+                )
             if arch.tied and path.rpartition(".")[2] in ("embed_tokens", "lm_head"):
                 raise PlacementError(
                     f"{_KEY}: '{name}': embeddings and output head of this model are one matrix, which PEFT would copy "
@@ -56,7 +60,7 @@ def with_modules_to_save(
 
 
 def _modules(config: Mapping[str, Any]) -> dict[str, int]:
-    """Path → own parameters of each module; 0 of one that holds others, or stacked experts."""
+    """Path of each module → number of its parameters; 0 for a module with modules inside, and for stacked experts."""
     from transformers import AutoConfig
 
     from mla_tune.model.auto import auto_class
@@ -67,14 +71,17 @@ def _modules(config: Mapping[str, Any]) -> dict[str, int]:
     found = {}
     for path, module in model.named_modules():
         own = list(module.parameters(recurse=False))
-        leaf = path and not list(module.children()) and all(p.ndim < 3 for p in own)
+        is_leaf = path and not list(module.children()) and all(p.ndim < 3 for p in own)
         if path:
-            found[path] = sum(p.numel() for p in own) if leaf else 0
+            found[path] = sum(p.numel() for p in own) if is_leaf else 0
     return found
 
 
 def peft_names(placement: Placement, model: torch.nn.Module) -> list[str] | None:
-    """Names for PEFT, which compares ends: the last part of a path where that means exactly the planned modules."""
+    """Names under which PEFT, which compares ends of paths, finds exactly the planned modules; None without any.
+
+    A name is the last part of a path where no other module's path ends in it, else the full path.
+    """
     paths = {path for path, _ in placement.modules_to_save}
     everywhere = [name for name, _ in model.named_modules()]
     names = set()
@@ -85,7 +92,7 @@ def peft_names(placement: Placement, model: torch.nn.Module) -> list[str] | None
 
 
 def modules_to_save_copies(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Path in the model without PEFT → the copy that is trained."""
+    """Path of a module in the model without PEFT → the copy of it that PEFT trains."""
     from peft.utils.other import ModulesToSaveWrapper
 
     found = {}
@@ -96,7 +103,7 @@ def modules_to_save_copies(model: torch.nn.Module) -> dict[str, torch.nn.Module]
 
 
 def train_in_float32(model: torch.nn.Module) -> None:
-    """Give the copies float32 numbers, as PEFT gives LoRA, and their outputs the dtype that the model's had."""
+    """Convert the copies to float32, as PEFT does with LoRA factors; their outputs keep the model's dtype."""
     for copy in modules_to_save_copies(model).values():
         dtype = next(copy.parameters()).dtype
         if dtype != torch.float32:

@@ -1,8 +1,8 @@
-"""NF4: the frozen matrices of a plain checkpoint in 4 bits, made when they are read (QLoRA, arXiv:2305.14314).
+"""Quantize the frozen matrices of a plain checkpoint to NF4 while it is read (QLoRA, arXiv:2305.14314).
 
-bitsandbytes does the arithmetic: 64 numbers share a scale, 256 scales share another (double quantization), which makes
-0.516 bytes a weight.  Its own layer covers `nn.Linear` only; routed experts are one stack of matrices in transformers,
-and 97 % of the weights of a DeepSeek-V3, so both are kept the same way here: `Nf4Weight`.
+bitsandbytes does the arithmetic: 64 numbers share a scale, and 256 scales share another (double quantization), which
+makes 0.516 bytes a weight.  Its own layer covers `nn.Linear` only.  Routed experts, 97 % of the weights of a
+DeepSeek-V3, are one stack of matrices in transformers.  `Nf4Weight` holds either.
 """
 
 from __future__ import annotations
@@ -21,27 +21,33 @@ from mla_tune.model.quantized_base import QuantizedConfig
 from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, placeholder
 
 METHOD = "mla_tune_nf4"
-#: Numbers that share a scale, and scales that share one.
-BLOCK, OUTER = 64, 256
+#: Numbers that share a scale, and scales that share an outer scale.
+BLOCK, OUTER_BLOCK = 64, 256
 
 
 class Nf4Weight(QuantizedWeight):
-    """Codes uint8 (E, ⌈out·in/2⌉), two numbers a byte; scales of blocks uint8 (E, ⌈out·in/64⌉), whose own scales are
-    float32 (E, ⌈…/256⌉) and mean float32 (E,).  E is 1 for a single matrix."""
+    """A matrix, or a stack of E matrices, in NF4 with double quantization; E is 1 for a single matrix."""
 
     codes: torch.Tensor
+    """Codes, two in a byte: uint8 (E, ⌈out·in/2⌉)."""
     scales: torch.Tensor
+    """Codes of the blocks' scales: uint8 (E, ⌈out·in/64⌉)."""
     outer: torch.Tensor
+    """Scales of the scales: float32 (E, ⌈number of scales/256⌉)."""
     mean: torch.Tensor
+    """Mean of the scales, which is subtracted before they are quantized: float32 (E,)."""
     table: torch.Tensor
+    """The 16 numbers that the codes stand for."""
     outer_table: torch.Tensor
+    """The 256 numbers that the codes of scales stand for."""
 
-    large = ("codes", "scales")
+    large_buffers = ("codes", "scales")
 
-    def __init__(self, weight: torch.Tensor, through: torch.device | None = None) -> None:
-        """Quantize `weight` (out, in) or (E, out, in), a matrix at a time, on the device where it is or on `through`.
+    def __init__(self, weight: torch.Tensor, device_to_quantize: torch.device | None = None) -> None:
+        """Quantize `weight` (out, in) or (E, out, in), a matrix at a time.
 
-        Of a weight on `meta` there are only the sizes.
+        It is quantized on its own device, or on `device_to_quantize` and moved back.  A weight on `meta` gives buffers
+        of the right sizes on `meta`.
         """
         super().__init__()
         from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_4bit
@@ -54,7 +60,7 @@ class Nf4Weight(QuantizedWeight):
                 parts.append(_sizes(matrix.numel()))
                 continue
             codes, state_of = quantize_4bit(
-                matrix.to(through or device), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+                matrix.to(device_to_quantize or device), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
             )
             state: Any = state_of
             found = (codes.flatten(), state.absmax, state.state2.absmax, state.offset.reshape(()))
@@ -65,11 +71,11 @@ class Nf4Weight(QuantizedWeight):
         self.register_buffer("outer_table", create_dynamic_map().to(device))
 
     def dequantize(self, dtype: torch.dtype, expert: int | None = None) -> torch.Tensor:
-        """The numbers (out, in) of one matrix, as bitsandbytes dequantizes them."""
+        """The numbers (out, in) of one matrix, dequantized by bitsandbytes."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         i, count = expert or 0, len(self.mean)
-        outer = QuantState(absmax=self.outer[i], code=self.outer_table, blocksize=OUTER, dtype=torch.float32)
+        outer = QuantState(absmax=self.outer[i], code=self.outer_table, blocksize=OUTER_BLOCK, dtype=torch.float32)
         state = QuantState(
             absmax=self.scales.view(count, -1)[i],
             shape=torch.Size(self.shape[-2:]),
@@ -84,45 +90,49 @@ class Nf4Weight(QuantizedWeight):
 
 
 def _sizes(count: int) -> tuple[torch.Tensor, ...]:
-    """The tensors that `quantize_4bit` makes of `count` numbers, on `meta`."""
+    """Codes, scales, outer scales and mean of `count` numbers, on `meta`."""
     blocks = -(-count // BLOCK)
-    sizes = ((-(-count // 2),), (blocks,), (-(-blocks // OUTER),), ())
+    sizes = ((-(-count // 2),), (blocks,), (-(-blocks // OUTER_BLOCK),), ())
     kinds = (torch.uint8, torch.uint8, torch.float32, torch.float32)
     return tuple(torch.empty(s, dtype=k, device="meta") for s, k in zip(sizes, kinds, strict=True))
 
 
-def parameters(arch: Architecture) -> tuple[str, ...]:
-    """The parameters that are kept in NF4, in the order of the layers: all matrices that an adapter may sit on.  Not
-    embeddings, head, routers and norms, and not an indexer, whose choice of keys a rounding would change."""
+def nf4_parameters(arch: Architecture) -> tuple[str, ...]:
+    """The parameters that are quantized to NF4, in the order of the layers: all matrices that an adapter can be on.
+
+    Embeddings, output head, routers and norms keep their dtype, and so does an indexer, whose choice of keys would
+    change with rounding.
+    """
     return tuple(site.parameter for site in arch if site.role in ADAPTABLE)
 
 
 class Nf4Config(QuantizedConfig):
-    """The parameters to quantize and the device that does it, for the loader below."""
+    """Says which parameters `Nf4Loader` quantizes, and on which device (None: where they lie)."""
 
-    def __init__(self, parameters: tuple[str, ...], through: torch.device | None = None) -> None:
+    def __init__(self, parameters: tuple[str, ...], device_to_quantize: torch.device | None = None) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.parameters, self.through = parameters, through
+        self.parameters, self.device_to_quantize = parameters, device_to_quantize
 
     def empty_weight(self, parameter: str, shape: tuple[int, ...]) -> Nf4Weight:
-        """Codes and scales of a matrix of this shape, on `meta`."""
+        """Build the weight of a parameter of this shape, with its tensors on `meta`."""
         return Nf4Weight(torch.empty(shape, device="meta"))
 
 
-def make_config(arch: Architecture, folder: Path | None, through: torch.device | None) -> Nf4Config:
-    """All matrices that an adapter may sit on, quantized on the device `through` (`QUANTIZED_BASES`)."""
-    return Nf4Config(parameters(arch), through)
+def make_config(arch: Architecture, folder: Path | None, device_to_quantize: torch.device | None) -> Nf4Config:
+    """The entry `nf4` of `QUANTIZED_BASES`: quantize all matrices that an adapter can be on."""
+    return Nf4Config(nf4_parameters(arch), device_to_quantize)
 
 
 @register_quantizer(METHOD)
 class Nf4Loader(HfQuantizer):
-    """Quantizes each parameter as soon as transformers has read (for experts: stacked) it."""
+    """Quantizes each parameter as soon as transformers has read it, or for experts stacked it."""
 
     quantization_config: Any
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         self.dtype = dtype or torch.get_default_dtype()
-        self.made: dict[str, Nf4Weight] = {}
+        #: Parameter → its quantized weight.
+        self.quantized: dict[str, Nf4Weight] = {}
         for parameter in self.quantization_config.parameters:
             self.quantization_config.find_parameter(model, parameter)
 
@@ -131,18 +141,17 @@ class Nf4Loader(HfQuantizer):
         return param_name in self.quantization_config.parameters
 
     def get_quantize_ops(self) -> ConversionOps:
-        """The operation that quantizes a parameter and leaves a placeholder in its place."""
+        """The operation that quantizes a parameter and returns a placeholder for it."""
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for parameter in self.quantization_config.parameters:
-            matrix = self.made[parameter]
             path, _, name = parameter.rpartition(".")
-            attach_quantized_weight(model.get_submodule(path), name, matrix, self.dtype)
+            attach_quantized_weight(model.get_submodule(path), name, self.quantized[parameter], self.dtype)
         return model
 
     def is_serializable(self) -> Any:
-        """False: adapters are saved, never the base."""
+        """False: adapters are saved, never the quantized base."""
         return False
 
     @property
@@ -152,6 +161,8 @@ class Nf4Loader(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
+    """Quantizes what transformers' loader has read, for `Nf4Loader`."""
+
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
@@ -159,6 +170,6 @@ class _Quantize(ConversionOps):
         result = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            self.loader.made[name] = Nf4Weight(weight, self.loader.quantization_config.through)
+            self.loader.quantized[name] = Nf4Weight(weight, self.loader.quantization_config.device_to_quantize)
             result[name] = placeholder(tuple(weight.shape), self.loader.dtype, weight.device)
         return result

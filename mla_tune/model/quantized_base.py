@@ -1,15 +1,14 @@
-"""Bases whose matrices stay quantized in memory while adapters are trained on them: one entry a format.
+"""What a format must provide so that a base model can stay in it, in memory, while adapters are trained on it.
 
-    QuantizedConfig    which parameters of a model stay quantized, and what a weight of theirs is
-    QUANTIZED_BASES    name of a format → the function that makes this of a base
+    QuantizedConfig    says which parameters of the model stay quantized, and builds their weights
+    MakeConfig         the function of a format that makes the `QuantizedConfig` of a base
 
-The names are those of `sockets.QUANT_FORMATS` for codes that a checkpoint holds.  `nf4` is none of these: its codes are
-made when a plain checkpoint is read.
+`sockets.QUANTIZED_BASES` lists the formats; `checkpoint.quantized.config.format_in_memory` picks the one of a base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,14 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.quantized.config import formats_of
-from mla_tune.errors import InputError
 from mla_tune.model.quantized_linear import QuantizedWeight, attach_quantized_weight, check_experts
-from mla_tune.registry import Registry
 
 
 class QuantizedConfig(QuantizationConfigMixin):
-    """What transformers' loader is given: `quant_method` names the `HfQuantizer` that reads or makes the codes."""
+    """The quantization config for transformers' loader: `quant_method` names the `HfQuantizer` that loads the codes."""
 
-    #: The parameters that stay quantized, in the order of the layers.
     parameters: tuple[str, ...]
+    """The parameters that stay quantized, in the order of the layers."""
 
     def find_parameter(self, model: Any, parameter: str) -> tuple[Any, str]:
         """The module of a parameter, and the parameter's name in it.
@@ -41,44 +37,18 @@ class QuantizedConfig(QuantizationConfigMixin):
         return module, name
 
     def empty_weight(self, parameter: str, shape: tuple[int, ...]) -> QuantizedWeight:
-        """A weight of this shape, (out, in) or (E, out, in), with its tensors on `meta`."""
+        """Build the weight of a parameter of this shape, (out, in) or (E, out, in), with its tensors on `meta`."""
         raise NotImplementedError
 
 
-#: (architecture, folder of the base, device on which numbers are quantized or None for the one they lie on) → config.
-#: The folder is None for a plain base that is no folder.  Raises `InputError` for a base that can't stay quantized.
+#: (architecture, folder of the base, device that quantizes) → config.  The folder is None for a plain base with a hub
+#: id.  The device is None where numbers are quantized on the device on which they lie.  Raises `InputError` for a base
+#: that can't stay quantized.
 MakeConfig = Callable[[Architecture, "Path | None", "torch.device | None"], QuantizedConfig]
-#: The formats that models can keep in memory.
-QUANTIZED_BASES: Registry[MakeConfig] = Registry(
-    "format for a base that stays quantized in memory",
-    {
-        "fp8-block": "mla_tune.model.fp8:make_config",
-        "fp8-tensor": "mla_tune.model.fp8:make_config",
-        "nf4": "mla_tune.model.nf4:make_config",
-    },
-)
 
 
-def format_in_memory(config: Mapping[str, Any], quantize: str, where: Any) -> str:
-    """The entry of `QUANTIZED_BASES` for a base with this config.json (at `where`).
-
-    A plain base takes `quantize`, which is `model.quantize` of the recipe.  Raises `InputError` for a format on disk
-    that is not known, or that models can't keep in memory.
-    """
-    formats = formats_of(config, where)
-    if not formats:
-        return quantize
-    name = next((f.name for f in formats if f.name in QUANTIZED_BASES), None)
-    if name is None:
-        raise InputError(
-            f"{where}: weights in {formats[0].title} can be merged into, but a model can't keep them in memory; "
-            "train on the bfloat16 checkpoint"
-        )
-    return name
-
-
-def put_empty(model: Any, config: QuantizedConfig, dtype: torch.dtype) -> None:
-    """Give a model weights without numbers, on `meta`: another process reads them."""
+def attach_empty_weights(model: Any, config: QuantizedConfig, dtype: torch.dtype) -> None:
+    """Attach quantized weights without numbers, on `meta`, to a model whose numbers another process reads."""
     for parameter in config.parameters:
         module, name = config.find_parameter(model, parameter)
         weight = config.empty_weight(parameter, tuple(getattr(module, name).shape))

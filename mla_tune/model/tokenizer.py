@@ -1,4 +1,4 @@
-"""Tokenizers: which one a recipe's model has, and loading it."""
+"""Find and load the tokenizer of a recipe's model."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from mla_tune.resources import EMBEDDED_MODEL
 
 
 def tokenizer_source(section: ModelSection) -> str:
-    """Folder or hub id; presets use the embedded model's tokenizer.
+    """The folder or hub id of the tokenizer; presets use the embedded model's.
 
-    Raises `InputError` for a name that stands for published facts without weights (`deepseek-v3`).
+    Raises `InputError` for a model of which mla-tune knows the config.json only (`deepseek-v3`).
     """
     own = section.base if section.preset is None else None
     if own is None or own == "embedded":
         return str(EMBEDDED_MODEL)
     if "/" not in own and not Path(own).expanduser().exists():
         raise InputError(
-            f"model.base: '{own}' is known by its config.json alone, without weights or tokenizer: enough for inspect "
-            f"and `plan --no-data`. To train, give the folder or the hub id of the checkpoint"
+            f"model.base: of '{own}' only the config.json is known here, without weights or tokenizer: enough for "
+            "inspect and `plan --no-data`. To train, give the folder or the hub id of the checkpoint"
         )
     return own
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
-    """A transformers tokenizer with a padding token (the end token where it has none of its own)."""
+    """Load a tokenizer with transformers.  One without a padding token pads with the end token.
+
+    Raises `FileError` where transformers can't load it.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of damaged files transformers and tokenizers let whatever they run into pass
+    except Exception as error:  # damaged files make transformers and tokenizers raise errors of any class
         first = next(iter(str(error).strip().splitlines()), "")
         why = first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
         raise FileError(f"{source}: no tokenizer that transformers can load ({why[:300]})") from None

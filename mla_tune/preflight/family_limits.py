@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_tune.adapter.placement import RESIDUAL, Placement
+from mla_tune.adapter.placement import RESIDUAL_INITS, Placement
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
@@ -58,7 +58,7 @@ def unsupported_when_sharded(recipe: Recipe, placement: Placement, sharding: str
         wrong.append(f"a quantized base ({quantized})")
     if recipe.model.dtype == "float16":
         wrong.append("model.dtype: float16")
-    if placement.init in RESIDUAL:
+    if placement.init in RESIDUAL_INITS:
         wrong.append(f"adapter.init: {placement.init}, which reads all weights in every process")
     if placement.modules_to_save:
         wrong.append("adapter.modules_to_save")

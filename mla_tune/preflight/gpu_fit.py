@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mla_tune.adapter.placement import Placement
+from mla_tune.arch.dims import DTYPE_BYTES
 from mla_tune.arch.roles import ADAPTABLE
 from mla_tune.arch.site import Architecture, Site
 from mla_tune.errors import InputError
 from mla_tune.preflight.family_limits import unsupported_when_sharded
-from mla_tune.preflight.memory import QUANTIZED, MemoryEstimate, RunShape, estimate
+from mla_tune.preflight.memory import MemoryEstimate, RunShape, estimate, quantized_bytes_per_weight
 from mla_tune.preflight.plan import run_shape
 from mla_tune.recipe.schema import Recipe
 from mla_tune.sockets import ADAPTER_METHODS
@@ -39,7 +40,7 @@ class GpuNeed:
 
     #: Launch configuration: `ddp`, `fsdp2` or `zero3` (a file of `configs/launch`).
     config: str
-    #: How the base is kept in memory: its dtype, `fp8` or `nf4`.
+    #: How the base is kept in memory: its dtype, `nf4`, or the `kind` of the checkpoint's format (`fp8`, …).
     base: str
     #: `train.activation_checkpointing`.
     activation_checkpointing: str
@@ -101,10 +102,10 @@ def _gathered(config: str, arch: Architecture, base: str, size: int) -> int:
     """Bytes of what is gathered of a sharded model at once; `size`: bytes per weight that is not quantized."""
     head = arch.vocab_size * arch.dims.D
     if config == "fsdp2":
+        quantized_size = size if base == "plain" else quantized_bytes_per_weight(base)
 
         def held(site: Site) -> float:
-            quantized = base != "plain" and site.role in ADAPTABLE
-            return site.params * (QUANTIZED[base] if quantized else size)
+            return site.params * (quantized_size if site.role in ADAPTABLE else size)
 
         layer = max(sum(held(s) for s in arch.sites if s.layer == i) for i in range(arch.num_layers))
         return round(max(2 * layer, layer + head * size))
@@ -171,8 +172,8 @@ def _candidates(run: RunShape, placement: Placement) -> Iterable[tuple[str, str]
     """The pairs that are compared: launch configuration, and how the base is kept in memory (`RunShape.base`)."""
     quantized = []
     if placement.method != "none" and not ADAPTER_METHODS.get(placement.method).unsupported_on_quantized:
-        # Where a checkpoint is published in FP8, NF4 is for its version in bfloat16.
-        quantized = ["fp8", "nf4"] if run.base == "fp8" else ["nf4"]
+        # Where a checkpoint is published quantized, NF4 is for its version in bfloat16.
+        quantized = list(dict.fromkeys(base for base in (run.base, "nf4") if base != "plain"))
     for config in ("ddp", "fsdp2", "zero3"):
         yield config, "plain"
         if config != "zero3":
@@ -192,7 +193,7 @@ def _smallest_count(config: str, arch: Architecture, run: RunShape, m: MemoryEst
 def _advice(rows: list[dict[str, Any]], gpus: int) -> str:
     """The command for the first configuration that fits, or what to change.  Plain bases come before quantized ones,
     and a whole model in every process, which communicates least, before shards."""
-    rows = sorted(rows, key=lambda row: row["base"] in QUANTIZED)
+    rows = sorted(rows, key=lambda row: row["base"] not in DTYPE_BYTES)
     for row in rows:
         if row["fits"]:
             return _command(row, gpus)

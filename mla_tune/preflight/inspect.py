@@ -121,7 +121,7 @@ def _notes(arch: Architecture) -> list[str]:
         notes.append(
             f"{linear} of {arch.num_layers} layers are linear attention (KDA): a state of constant size, no KV cache."
         )
-    if windows := sum(a.window for a in arch.attention):
+    if windows := sum(a.has_window for a in arch.attention):
         notes.append(f"{windows} attention modules see a window of tokens: their cache stops growing there.")
     if borrowed := sum(not a.owns_cache for a in arch.attention):
         notes.append(f"{borrowed} attention modules read the cache of an earlier layer and keep none.")

@@ -13,14 +13,14 @@ from mla_tune.adapter.placement import Placement, reached_as_parameter
 from mla_tune.arch.dims import DTYPE_BYTES, MLADims
 from mla_tune.arch.roles import ADAPTABLE, GROUPS, Role
 from mla_tune.arch.site import Architecture, Site
-from mla_tune.sockets import ADAPTER_METHODS
+from mla_tune.sockets import ADAPTER_METHODS, QUANT_FORMATS
 from mla_tune.tiling import DEQUANTIZED_TILE, LOGITS_TILE, LOGITS_TILE_MIN_TOKENS
 
 #: Tiles of logits in memory at once: logits and their log-softmax; where the head is trained, also their gradients.
 FROZEN_TILES, TRAINED_TILES = 2, 4
-#: Bytes per weight of a matrix that stays quantized, scales included: FP8 in blocks of 128 × 128; NF4 with a byte for
-#: the scale of 64 weights and 4 bytes for the scale of 256 such scales (`model.nf4`).
-QUANTIZED = {"fp8": 1 + 4 / 128**2, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+#: Bytes per weight in NF4 (`model.nf4`): half a byte for the code, a byte for the scale of 64 weights, and 4 bytes for
+#: the scale of 256 such scales.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 #: Roles whose adapters act before the attention scores.
 BEFORE_SCORES = (Role.W_DQ, Role.W_UQ, Role.W_Q, Role.W_DKV, Role.W_UKV)
 #: Resident bytes of a process that has imported everything and trained a model of almost no size.
@@ -45,7 +45,7 @@ class RunShape:
     attention: str = "sdpa"
     #: `train.activation_checkpointing`.
     activation_checkpointing: str = "none"
-    #: How the base's matrices are kept in memory: `plain`, or quantized as `fp8` or `nf4`.
+    #: How the base's matrices are kept in memory: `plain`, `nf4`, or the `kind` of the checkpoint's format (`fp8`, …).
     base: str = "plain"
 
 
@@ -120,10 +120,19 @@ def estimate(arch: Architecture, placement: Placement, run: RunShape) -> MemoryE
 
 
 def base_bytes(arch: Architecture, base: str, size: int) -> int:
-    """Bytes of the model's own weights: `size` bytes per weight, but as `base` says (`plain`, `fp8`, `nf4`) in the
+    """Bytes of the model's own weights: `size` bytes per weight, but in the format `base` (see `RunShape.base`) in the
     matrices that an adapter may be on."""
-    quantized = sum(s.params for s in arch.sites if s.role in ADAPTABLE) if base != "plain" else 0
-    return round((arch.params_total - quantized) * size + quantized * QUANTIZED.get(base, 0))
+    if base == "plain":
+        return round(arch.params_total * size)
+    quantized = sum(s.params for s in arch.sites if s.role in ADAPTABLE)
+    return round((arch.params_total - quantized) * size + quantized * quantized_bytes_per_weight(base))
+
+
+def quantized_bytes_per_weight(base: str) -> float:
+    """Bytes per weight, scales included, of a matrix in the format `base` (see `RunShape.base`)."""
+    if base == "nf4":
+        return NF4_BYTES
+    return next(f.bytes_per_weight for f in QUANT_FORMATS.values() if f.kind == base)
 
 
 def _layer_bytes(arch: Architecture, placement: Placement, run: RunShape, layer: int, recomputed: bool = False) -> int:

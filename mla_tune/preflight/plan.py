@@ -46,7 +46,8 @@ def _not_estimated(arch: Architecture) -> list[str]:
 def run_shape(recipe: Recipe, arch: Architecture, quantized: str | None, *, dtype: str, gpu: bool) -> RunShape:
     """What the recipe's memory depends on.
 
-    `quantized`: how the base's weights stay quantized (`nf4`, or the checkpoint's own way), None for plain ones.
+    `quantized`: the format in which the base's weights stay (`nf4`, or the `kind` of the checkpoint's format); None for
+    plain weights.
     """
     t, attention = recipe.train, recipe.model.attention
     if attention == "auto":
@@ -59,7 +60,7 @@ def run_shape(recipe: Recipe, arch: Architecture, quantized: str | None, *, dtyp
         packing=t.packing,
         attention=attention,
         activation_checkpointing=t.activation_checkpointing,
-        base="plain" if quantized is None else "nf4" if quantized == "nf4" else "fp8",
+        base=quantized or "plain",
     )
 
 

@@ -6,4 +6,5 @@ load       a recipe's file and its `--set` overrides → a `Recipe`, or all faul
 yaml       the YAML that a recipe is written in: numbers as people write them, a line for every key
 renamed    keys that had another name, so that an error can give the new one
 checks     advice on recipes that run, and what a quantized base rules out
+model_source  the config.json of a model that a user names: a shipped name, a preset, a folder, a file or a hub id
 """

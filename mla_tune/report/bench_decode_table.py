@@ -97,7 +97,7 @@ def _print_cache_size(d: dict[str, Any]) -> None:
         _print(f"cache    {counted} bytes a token, but (C + R) · layers · bytes of a number = {formula:,}")
     if d["cache"] == "LatentCache":
         room = max(case["room_bytes_per_token"] / case["cache_bytes_per_token"] for case in cases)
-        _print(f"         LatentCache (all cases but stock) allocates up to {room:.0%} more ahead")
+        _print(f"         LatentCache (all cases but stock) allocates up to {room:.0%} ahead")
 
 
 def _print(line: str) -> None:

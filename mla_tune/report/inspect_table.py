@@ -1,4 +1,4 @@
-"""The tables of `mla-tune inspect`, laid out to read at 80 columns and to use 120."""
+"""Print the tables of `mla-tune inspect`; they fit 80 columns and show more on a wide terminal."""
 
 from __future__ import annotations
 
@@ -20,38 +20,40 @@ from mla_tune.console import human_count
 Depth = Literal["roles", "layers", "all"]
 Layer = dict[str, Any]
 
+#: Dimension letters, as the legend explains them.
 LETTERS = {
     "H": "heads",
-    "P": "key size without rope, a head",
+    "P": "key size per head without rope",
     "R": "rope size",
-    "V": "value size, a head",
+    "V": "value size per head",
     "C": "latent",
     "L": "query latent",
     "D": "hidden size",
 }
 
-#: What an adapter on a role touches beside the output, in one short column; the notes below the table say it in full.
+#: What an adapter on a role affects besides the layer's output, in a word or two; the notes below the table explain it.
 EFFECTS = {
     Role.W_DKV: "alters cache",
     Role.W_UKV: "is absorbed",
-    Role.W_UQ: "before fold",
-    Role.W_Q: "before fold",
-    Role.W_O: "before fold",
+    Role.W_UQ: "used by fold",
+    Role.W_Q: "used by fold",
+    Role.W_O: "used by fold",
 }
 
 RISK_STYLE = {"low": "green", "medium": "yellow", "high": "red"}
-HIT = "●"
-#: Letters of a module's name that fit into 80 columns.
-_NAME = 28
-#: From this width on the table has room for the names in NeMo; below it they follow as a line.
+#: Marks what a recipe adapts.
+ADAPTED_MARK = "●"
+#: Width of a module's name with which the table fits 80 columns.
+_NAME_WIDTH = 28
+#: Terminal width from which on the table has a column for the names in NeMo; on a narrower one they follow as a line.
 WIDE = 108
 
 
 def render(document: dict[str, Any], depth: Depth, console: Console) -> None:
-    """Print what `preflight.inspect.inspect_architecture` found: a header, the table of the asked depth, and notes."""
+    """Print what `preflight.inspect.inspect_architecture` returned: a header, a table of this depth, and notes."""
     layers: list[Layer] = document["layers"]
     for line in _header(document):
-        console.print(line, soft_wrap=True)  # a long path breaks where the terminal ends, not before
+        console.print(line, soft_wrap=True)  # the terminal, not rich, breaks a long path
     console.print()
     if depth == "roles":
         console.print(_roles_table(layers, document["mtp"], wide=console.width >= WIDE))
@@ -71,14 +73,18 @@ def render(document: dict[str, Any], depth: Depth, console: Console) -> None:
 
 
 def _header(document: dict[str, Any]) -> Iterator[Text]:
-    """Yield name, size, dimensions and KV cache, a line each; all but a long path fit 80 columns."""
+    """Yield a line each with name, size, dimensions and KV cache; only a long path exceeds 80 columns."""
     layers, attentions, cache = document["num_layers"], document["attention_modules"], document["kv_cache"]
     mla = document["mla_layers"]
+    layer_count = f"{layers} layer{'s' if layers != 1 else ''}"
+    if mla != layers:
+        layer_count += f", {mla} with MLA"
+    elif attentions != layers:
+        layer_count += f", {attentions} attentions"
     facts = [
-        f"{layers} layer{'s' if layers != 1 else ''}"
-        + (f", {mla} with MLA" if mla != layers else f" of {attentions // layers} attentions" * (attentions != layers)),
+        layer_count,
         f"{human_count(document['params_total'])} parameters",
-        f"{human_count(document['params_active'])} active a token",
+        f"{human_count(document['params_active'])} active per token",
         *([document["quantization"]] if document["quantization"] else []),
         *(["tied embeddings"] if document["tied_embeddings"] else []),
     ]
@@ -90,11 +96,11 @@ def _header(document: dict[str, Any]) -> Iterator[Text]:
         differing = {k: v for k, v in document["dims"].items() if other[k] != v}
         yield Text(f"{_dims({k: other[k] for k in differing})}  in {other['modules']} of the attention modules")
     yield Text(
-        f"KV cache, {cache['dtype']}: {cache['latent_bytes_per_token']:,} bytes a token latent · "
+        f"KV cache, {cache['dtype']}: {cache['latent_bytes_per_token']:,} bytes per token latent · "
         f"{cache['expanded_bytes_per_token']:,} expanded · {cache['ratio']:.1f} ×"
     )
     if cache["indexer_bytes_per_token"]:
-        yield Text(f"  and {cache['indexer_bytes_per_token']:,} bytes a token of the indexers' keys")
+        yield Text(f"  and {cache['indexer_bytes_per_token']:,} bytes per token for the keys of indexers")
 
 
 def _dims(dims: dict[str, int | None]) -> str:
@@ -106,7 +112,7 @@ def _table() -> Table:
 
 
 def _roles_table(layers: list[Layer], mtp: list[Layer], wide: bool) -> Table:
-    """Make the table with one row for each role; parameters and LoRA parameters are sums over its matrices."""
+    """Return the table with one row for each role; Params and LoRA are sums over the role's matrices."""
     table = _table()
     if wide:
         table.padding = (0, 1)
@@ -142,17 +148,20 @@ def _roles_table(layers: list[Layer], mtp: list[Layer], wide: bool) -> Table:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Consecutive layers with equal modules (or one layer); `rows` holds each module's entries over those layers."""
+    """Consecutive layers with equal modules, or a single layer."""
 
     title: str
+    """Which layers they are."""
     rows: list[tuple[str, list[Layer]]]
+    """Path below the layer, and the entries of this module in all layers of the block."""
 
 
 def _blocks(layers: list[Layer], collapse: bool) -> list[_Block]:
-    """Group the entries by layer; with `collapse`, join equal layers that follow each other into one block."""
+    """Group the entries by layer; with `collapse`, join consecutive layers with equal modules into one block."""
     per_layer = [(i, list(group)) for i, group in groupby(layers, key=lambda s: s["layer"])]
 
-    def look(item: tuple[int | None, list[Layer]]) -> tuple[Any, ...]:
+    def key_of(item: tuple[int | None, list[Layer]]) -> tuple[Any, ...]:
+        """Layers with equal keys are in one block."""
         i, sites = item
         if i is None or not collapse:
             return (i,)
@@ -160,7 +169,7 @@ def _blocks(layers: list[Layer], collapse: bool) -> list[_Block]:
         return tuple((_inside(s), *(str(s[k]) for k in keys)) for s in sites)
 
     blocks = []
-    for _, run in groupby(per_layer, key=look):
+    for _, run in groupby(per_layer, key=key_of):
         members = list(run)
         kind = " of MTP" if members[0][1][0]["mtp"] else ""
         columns = zip(*(sites for _, sites in members), strict=True)
@@ -176,7 +185,7 @@ def _title(first: int | None, n: int) -> str:
 
 
 def _modules_table(blocks: Iterable[_Block], wide: bool) -> Table:
-    """Make the table with one row for each module of a block; parameters are sums over the block's layers."""
+    """Return the table with one row for each module of a block; Params and LoRA are sums over the block's layers."""
     table = _table()
     table.add_column("Module", no_wrap=True)
     table.add_column("Role", no_wrap=True)
@@ -197,27 +206,27 @@ def _in_lines(name: str) -> str:
     """Break a long path into several lines at its dots."""
     lines = [""]
     for part in re.findall(r"[^.]+\.?", name):
-        if lines[-1].strip() and len(lines[-1]) + len(part) > _NAME:
+        if lines[-1].strip() and len(lines[-1]) + len(part) > _NAME_WIDTH:
             lines.append("    ")
         lines[-1] += part
     return "\n".join(lines)
 
 
 def _role_notes(layers: list[Layer]) -> Table:
-    """Say for each role why it has its risk, and what an adapter there does to the cache and to absorption."""
+    """Return, for each role, why it has its risk, and how an adapter there affects the cache and absorption."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column()
-    seen: dict[str, list[Role]] = {}
+    roles_of_note: dict[str, list[Role]] = {}
     for role, sites in _by_role(layers).items():
-        seen.setdefault(_note(sites[0]), []).append(role)
-    for note, roles in seen.items():
+        roles_of_note.setdefault(_note(sites[0]), []).append(role)
+    for note, roles in roles_of_note.items():
         grid.add_row(Text(_label(roles), style="bold"), Text(note))
     return grid
 
 
 def _note(site: Layer) -> str:
-    """Describe an adapter on this layer in a sentence or two; what holds for every layer is left out."""
+    """Return a sentence or two about an adapter on this layer; "cache unchanged" and "not involved" are left out."""
     if not site["attachable"]:
         return site["reason"].removeprefix(f"{site['role']}: ")
     parts = [f"{site['risk']} risk: {site['note']}"]
@@ -229,7 +238,7 @@ def _note(site: Layer) -> str:
 
 
 def _label(roles: list[Role]) -> str:
-    """Name several roles by their group, if they are one (or that part of one that the model has)."""
+    """Return the name of the group that the roles belong to, if there is one, or else the roles' names."""
     if len(roles) > 1:
         for name in ("dense", "shared", "mlp", "experts"):
             if set(roles) <= set(GROUPS[name]):
@@ -238,6 +247,7 @@ def _label(roles: list[Role]) -> str:
 
 
 def _nemo_line(layers: list[Layer]) -> Padding:
+    """Return a line with the module names that NeMo and Megatron give to the roles."""
     names: dict[str, list[str]] = {}
     for role, sites in _by_role(layers).items():
         if sites[0]["nemo"]:
@@ -247,26 +257,28 @@ def _nemo_line(layers: list[Layer]) -> Padding:
 
 
 def _adapted_line(document: dict[str, Any]) -> Text:
-    a, recipe = document["adapted"], document.get("recipe", "this recipe")
-    if a["method"] == "none":
+    adapted, recipe = document["adapted"], document.get("recipe", "this recipe")
+    if adapted["method"] == "none":
         return Text(f"{recipe} has no adapter (method none): every weight is trained.", style="bold")
     return Text(
-        f"{HIT} adapted by {recipe} ({a['method']}): {a['modules']:,} modules, {a['matrices']:,} matrices, "
-        f"{human_count(a['lora_params'])} parameters to train, {a['share']:.3%} of the model.",
+        f"{ADAPTED_MARK} adapted by {recipe} ({adapted['method']}): {adapted['modules']:,} modules, "
+        f"{adapted['matrices']:,} matrices, {human_count(adapted['lora_params'])} parameters to train, "
+        f"{adapted['share']:.3%} of the model.",
         style="bold",
     )
 
 
 def _legend(document: dict[str, Any], depth: Depth) -> str:
-    where = f"Modules lie in {document['prefix']}.layers.N."
-    tables = "Count: modules × experts in each." if depth == "roles" else where
+    where = f"Modules are in {document['prefix']}.layers.N."
+    table = "Count: modules × experts in each." if depth == "roles" else where
     ranks = sorted({s["rank"] for s in document["layers"] if s["selected"] is not False and s["rank"]})
     lora = f"LoRA: parameters at rank {', '.join(map(str, ranks))}." if ranks else "LoRA: none."
     letters = " · ".join(f"{k} {LETTERS[k]}" for k in document["dims"])
-    return f"{tables} {lora} Shapes: out×in. {letters}"
+    return f"{table} {lora} Shapes: out×in. {letters}"
 
 
 def _by_role(layers: list[Layer]) -> dict[Role, list[Layer]]:
+    """Return the entries by role, in the order of `Role`; roles without an entry are left out."""
     result: dict[Role, list[Layer]] = {role: [] for role in Role}
     for site in layers:
         result[Role(site["role"])].append(site)
@@ -283,13 +295,13 @@ def _shape(shape: list[int]) -> str:
 
 
 def _lora(sites: list[Layer]) -> str:
-    """Sum the LoRA parameters; with a recipe only of the entries that it adapts."""
+    """Return the sum of LoRA parameters; with a recipe, only of the entries that it adapts."""
     counted = [s for s in sites if s["attachable"] and s["selected"] is not False]
     return human_count(sum(s["lora_params"] for s in counted)) if counted else "–"
 
 
 def _marked(name: str, sites: list[Layer]) -> Text:
-    """Put a mark in front of the name if the recipe adapts it; without a recipe the name stands alone."""
+    """Return the name, with a recipe after a mark (it adapts some of the entries) or a space (it adapts none)."""
     if sites[0]["selected"] is None:
         return Text(name)
-    return Text.assemble((f"{HIT} " if any(s["selected"] for s in sites) else "  ", "bold green"), name)
+    return Text.assemble((f"{ADAPTED_MARK} " if any(s["selected"] for s in sites) else "  ", "bold green"), name)

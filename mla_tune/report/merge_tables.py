@@ -1,4 +1,4 @@
-"""The text of `mla-tune merge-absorb` and `mla-tune verify`: the plan, the result, and what was proven.
+"""What `mla-tune merge-absorb` and `mla-tune verify` print: the plan, the result, and what was proven.
 
 Every function takes the document that `--json` prints.
 """
@@ -14,35 +14,37 @@ from rich.table import Table
 
 from mla_tune.console import human_bytes, human_count, out
 
-#: Most tensors and files that are listed as wrong.
+#: At most so many wrong tensors and files are listed.
 LISTED = 20
+#: Columns of the labels before the lines on the proof.
+_LABEL_WIDTH = 10
 
 
 def print_merge_plan(plan: dict[str, Any]) -> None:
-    """Print what a merge would do (`--dry-run`): files, bytes, memory, time."""
+    """Print what a merge would do (`--dry-run`): tensors, files, bytes, memory and time."""
 
     def say(line: str) -> None:
         out.print(line, soft_wrap=True)
 
     names = ", ".join(_weighted(Path(a["path"]).name, a["weight"]) for a in plan["adapters"])
-    say(f"{names} into {plan['model_type']} ({plan['base']})")
+    say(f"{names} merged into {plan['model_type']} ({plan['base']})")
     roles = ", ".join(f"{role} {count:,}" for role, count in plan["roles"].items())
     say(f"changes  {plan['tensors_changed']:,} of {plan['tensors']:,} tensors: {roles}")
-    say(f"files    {len(plan['files_written']):,} written, {len(plan['files_linked']):,} linked to the base's")
+    say(f"files    {len(plan['files_written']):,} written, {len(plan['files_linked']):,} shared with the base")
     total = f"{human_bytes(plan['bytes_total'])} in the output"
     if plan["absorbed_bytes"]:
-        total += f", {human_bytes(plan['absorbed_bytes'])} of them absorbed tensors"
+        total += f", {human_bytes(plan['absorbed_bytes'])} of it absorbed tensors"
     say(f"bytes    {human_bytes(plan['bytes_read'])} read, {human_bytes(plan['bytes_written'])} written; {total}")
     memory = human_bytes(plan["memory"])
-    say(f"memory   about {memory} for the merge; the proof adds 250 MB for torch, and a layer for the logits")
+    say(f"memory   about {memory} for the merge; the proof adds 250 MB (torch) and, for logits, one layer")
     say(f"time     about {_duration(plan['seconds'])} on a disk of {human_bytes(plan['disk_rate'])}/s")
     for line in plan["notes"]:
         say(f"note     {line}")
-    say(f"output   {plan['output']}; nothing was read but headers, nothing was written")
+    say(f"output   {plan['output']}; dry run: read headers only, wrote nothing")
 
 
 def print_merge(result: dict[str, Any]) -> None:
-    """Print the result of a merge: retention by role, the proof, and where the output lies."""
+    """Print the result of a merge: how much of the change survived rounding, the proof, and where the output is."""
     methods = " + ".join(
         a["method"] if a["weight"] == 1 else f"{a['weight']:g} × {a['method']}" for a in result["adapters"]
     )
@@ -56,6 +58,7 @@ def print_merge(result: dict[str, Any]) -> None:
         table.add_row(row["role"], f"{row['matrices']:,}", f"{row['tensors']:,}", *shares, cosine)
     if result["roles"]:
         out.print(table)
+        out.print("retained: share of the change Δ that survives rounding; least: of one tensor", soft_wrap=True)
         if all(row["retained"] is None for row in result["roles"]):
             out.print("The adapter is zero: the merged model is the base.")
     for line in result["notes"]:
@@ -64,19 +67,19 @@ def print_merge(result: dict[str, Any]) -> None:
         out.print("not proven (--no-verify): run `mla-tune verify` on the output", soft_wrap=True)
     else:
         print_proof(result["proof"], result["logits"])
-    files = f"{human_bytes(result['bytes'])} of weights"
+    size = f"{human_bytes(result['bytes'])} of weights"
     if linked := result["files_linked"]:
-        files += f" ({linked} of {linked + result['files_written']} files linked to the base's)"
+        size += f" ({linked} of {linked + result['files_written']} files shared with the base)"
     if result["absorbed"]:
-        files += f", {human_bytes(result['absorbed']['bytes'])} absorbed"
+        size += f", {human_bytes(result['absorbed']['bytes'])} of absorbed tensors"
     folder = Path(result["output"])
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    out.print(f"{files} in {shown}", soft_wrap=True)
+    out.print(f"wrote {shown}: {size}", soft_wrap=True)
     out.print(f'next: mla-tune generate {shown} --prompt "…"', soft_wrap=True)
 
 
 def print_verification(result: dict[str, Any]) -> None:
-    """Print the result of `verify`: the tensors and files that are wrong, or what was proven."""
+    """Print the result of `verify`: what was proven, or a table of the tensors and files that are wrong."""
     names = ", ".join(_weighted(Path(a["path"]).name, a["weight"]) for a in result["adapters"])
     out.print(escape(f"{result['output']}: {names} merged into {result['base']}"), soft_wrap=True)
     for note in result["notes"]:
@@ -96,31 +99,51 @@ def print_verification(result: dict[str, Any]) -> None:
 
 
 def print_proof(proof: dict[str, Any], logits: dict[str, Any] | None) -> None:
-    """Print what was proven and what the logits said (`ProofReport.to_json`, `LogitsReport.to_json`)."""
-    near = "each the nearest to the exact sum" if proof["worst_ulp"] <= 0.5 else f"within {proof['worst_ulp']:.3g} ulp"
-    _say(f"proven   {proof['recomputed']:,} tensors computed again, {human_count(proof['numbers'])} numbers, {near}")
-    same = proof["same_files"]
-    shared = f", {same:,} file{'s' * (same != 1)} shared with the base" if same else ""
-    unchanged = f"{proof['unchanged']:,} tensors are the base's, byte for byte{shared}"
+    """Print what was proven (`ProofReport.to_json`) and what the logits showed (`LogitsReport.to_json`)."""
+    out.print("proven by reading the output again and comparing it with base and adapter:", soft_wrap=True)
+    if proof["worst_ulp"] <= 0.5:
+        result = "each is base + adapter, rounded to nearest"
+    else:
+        result = f"each within {proof['worst_ulp']:.3g} ulp of base + adapter"
+    _say("changed", f"{_count(proof['recomputed'], 'tensor')}, {human_count(proof['numbers'])} numbers: {result}")
+    files = f"; {_count(proof['same_files'], 'file')} shared" if proof["same_files"] else ""
+    _say("unchanged", f"{_count(proof['unchanged'], 'tensor')}: each equals the base's, byte for byte{files}")
     if proof["absorbed"]:
-        unchanged += f"; absorbed tensors of {proof['absorbed']:,} modules follow from what was written"
-    _say(f"         {unchanged}")
+        modules = _count(proof["absorbed"], "attention module")
+        _say("absorbed", f"{modules}: tensors match the merged weights they come from")
+    _print_logits(logits)
+
+
+def _print_logits(logits: dict[str, Any] | None) -> None:
     if logits is None:
-        _say("logits   not compared (--no-logits)")
+        _say("logits", "not compared (--no-logits)")
         return
     if not logits["ran"]:
-        _say(f"logits   not compared: {logits['reason']}")
+        _say("logits", f"not compared: {logits['reason']}")
         return
-    for i, c in enumerate(c for c in (logits["merged"], logits["absorbed"]) if c is not None):
-        error = f"off by at most {c['max_error']:.2g} of {c['largest']:.3g}"
-        figures = f"{error}, KL {c['kl']:.2g}, top-1 {c['top1']:.1%}"
-        _say(f"{'' if i else 'logits':8} {c['reference']} → {c['other']}: {figures}")
+    pairs = {
+        "base + adapter (PEFT) vs merged": logits["merged"],
+        "merged vs absorbed attention": logits["absorbed"],
+    }
+    label = "logits"
+    for pair, found in pairs.items():
+        if found is None:
+            continue
+        tokens, error = logits["tokens"], f"{found['max_error']:.2g} (largest logit {found['largest']:.3g})"
+        _say(label, f"{pair}: same top token {found['top1'] * tokens:.0f} of {tokens} times;")
+        _say("", f"largest difference {error}, KL divergence {found['kl']:.2g}")
+        label = ""
     if logits["merged"] is not None and logits["merged"]["top1"] < 0.99:
-        _say("         rounding moves logits, most where a router's choice tips over: the numbers are the proof")
+        _say("", "Rounded weights change logits a little, most where a router picks another expert.")
+        _say("", "The proof is in the numbers compared above, not in the logits.")
     if logits["idle"]:
-        _say("         the adapter changes no logit: these can't tell a merge from none")
+        _say("", "The adapter changes no logit, so this comparison can't tell whether it was merged.")
     if logits["reason"]:
-        _say(f"         not everything was compared: {logits['reason']}")
+        _say("", f"Not everything was compared: {logits['reason']}")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def _weighted(name: str, weight: float) -> str:
@@ -137,13 +160,13 @@ def _share(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}%}"
 
 
-def _say(line: str) -> None:
-    """Print a label of 9 columns and a text, which wraps below itself where the terminal is narrow."""
+def _say(label: str, text: str) -> None:
+    """Print a label and a text in two columns; on a terminal the text wraps within its column."""
     if not out.is_terminal:
-        out.print(escape(line), soft_wrap=True)
+        out.print(escape(f"{label:{_LABEL_WIDTH}}{text}"), soft_wrap=True)
         return
     grid = Table.grid()
-    grid.add_column(width=9)
+    grid.add_column(width=_LABEL_WIDTH)
     grid.add_column()
-    grid.add_row(line[:9], escape(line[9:]))
+    grid.add_row(label, escape(text))
     out.print(grid)

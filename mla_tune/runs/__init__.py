@@ -6,4 +6,5 @@ checkpoints  checkpoints that are whole or absent
 metrics      metrics.jsonl → curves
 process      whether the process of a run still runs
 find         all runs below a folder, a row each
+merge_inputs find and open what a merge reads: the adapters that a user names, their base model, the output folder
 """

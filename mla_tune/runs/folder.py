@@ -7,14 +7,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_tune.adapter.files import RUN_SUBFOLDER
-from mla_tune.adapter.inputs import OUT_NAME, RUN_FILE
+from mla_tune.adapter.files import ADAPTER_SUBFOLDER
 from mla_tune.checkpoint.atomic_files import replacing
 from mla_tune.errors import FileError, InputError, MlaTuneError
 from mla_tune.recipe.load import dump, load_recipe
 from mla_tune.recipe.schema import Recipe
 from mla_tune.runs.checkpoints import checkpoints, newest_whole
-from mla_tune.runs.record import RunRecord
+from mla_tune.runs.merge_inputs import MERGED_SUBFOLDER
+from mla_tune.runs.record import RUN_FILE, RunRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         """Folder of the trained adapter."""
-        return self.root / RUN_SUBFOLDER
+        return self.root / ADAPTER_SUBFOLDER
 
     @property
     def model(self) -> Path:
@@ -42,7 +42,7 @@ class RunFolder:
     @property
     def merged(self) -> Path:
         """Folder that `mla-tune merge-absorb` writes unless told otherwise."""
-        return self.root / OUT_NAME
+        return self.root / MERGED_SUBFOLDER
 
     @property
     def checkpoints(self) -> Path:

@@ -11,6 +11,8 @@ from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.errors import FileError
 from mla_tune.user_files import read_json_object
 
+#: Name of the file, in the run folder.
+RUN_FILE = "run.json"
 #: What an error calls the file.
 WHAT = "the record of the run"
 #: `RunRecord.state` of a file that names none.

@@ -1,86 +1,52 @@
-"""What an inference engine will do with a checkpoint or an adapter: items seen in the files, judged by `engines.json`.
+"""Judge a checkpoint or an adapter for one engine: each item gets the verdict of the fact that fits it.
 
-Everything comes from config.json, adapter_config.json and safetensors headers: no torch, no weight is read.  The facts
-are in `engines.json` (`engines`); this module only says what is there to be judged.
+    `items` (what the files hold) × `engines` (facts of engines.json) → Check → CompatibilityReport
+
+Everything comes from config.json, adapter_config.json and safetensors headers: no torch, no weight is read.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_tune.adapter.files import Adapter, LoraDelta
-from mla_tune.adapter.methods import method_of, scaling, title_of
-from mla_tune.arch.roles import ADAPTABLE, Role
-from mla_tune.arch.site import Architecture, Site
-from mla_tune.checkpoint.index import SINGLE_FILE, Checkpoint
-from mla_tune.checkpoint.quantized.config import quantization_field
-from mla_tune.checkpoint.quantized.fp8_config import CODES
+from mla_tune.adapter.deltas import Adapter, LoraDelta
+from mla_tune.arch.site import Architecture
+from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.serving.engines import VERDICTS, Engine, Fact
-from mla_tune.sockets import ADAPTER_METHODS
+from mla_tune.serving.items import Item, adapter_items, checkpoint_items, model_observations
 
-#: The other half of an adapted layer that engines fuse.
-PARTNERS = {
-    Role.W_DQ: Role.W_DKV,
-    Role.W_DKV: Role.W_DQ,
-    Role.GATE: Role.UP,
-    Role.UP: Role.GATE,
-    Role.SHARED_GATE: Role.SHARED_UP,
-    Role.SHARED_UP: Role.SHARED_GATE,
-}
-#: What roles are computed as one layer, of one precision, with others of the same module.
-_FUSED = {
-    Role.W_DQ: "qkv_a",
-    Role.W_DKV: "qkv_a",
-    **dict.fromkeys((Role.GATE, Role.UP, Role.SHARED_GATE, Role.SHARED_UP), "gate_up"),
-    **dict.fromkeys((Role.EXPERTS_GATE_UP, Role.EXPERTS_DOWN), "experts"),
-}
-#: Files that a tokenizer may consist of.
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
-_UNKNOWN = "engines.json has no fact on this: compare outputs before you trust it"
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One thing to be judged: `subject` of the topic `about`, with what was seen of it.
-
-    `count` is the number of matrices (0 where it is no matter of matrices), `detail` what a reader should see of it.
-    """
-
-    about: str
-    subject: str
-    seen: Mapping[str, Any] = field(default_factory=dict)
-    count: int = 0
-    detail: str = ""
+_NO_FACT = "engines.json has no fact on this: compare outputs before you trust it"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """An item and the fact that decides it; no fact means `unknown`."""
+    """One item and what the engine does with it."""
 
     item: Item
+    """What is judged."""
     fact: Fact | None
+    """The fact that decides; None where engines.json has none that fits."""
 
     @property
     def verdict(self) -> str:
-        """What the engine does with the item: the fact's verdict, or `unknown` without a fact."""
+        """One of `VERDICTS`: that of the fact, or `unknown` without a fact."""
         return self.fact.verdict if self.fact else "unknown"
 
     @property
     def says(self) -> str:
-        """The sentence of the fact that decides; empty without one."""
-        return self.fact.says if self.fact else _UNKNOWN
+        """The reason for the verdict, in a few words."""
+        return self.fact.says if self.fact else _NO_FACT
 
     def to_json(self) -> dict[str, Any]:
         """The check as `mla-tune serve-check --json` prints it."""
         fact = self.fact
         return {
-            "about": self.item.about,
+            "about": self.item.topic,
             "subject": self.item.subject,
             "detail": self.item.detail,
             "matrices": self.item.count,
@@ -97,17 +63,18 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class CompatibilityReport:
-    """All checks of one engine on one model, or on an adapter and its base.
-
-    `launch` are the commands that serve it; for an adapter that can't be served as it is, those that serve the merged
-    checkpoint, `merge` being the command that makes it.
-    """
+    """What one engine does with a model, or with an adapter and its base model."""
 
     engine: Engine
+    """The engine."""
     model: tuple[Check, ...]
+    """Checks of the model, or of the adapter's base model."""
     adapter: tuple[Check, ...]
+    """Checks of the adapter; empty without one."""
     merge: str | None
+    """The command that merges the adapter, where the engine can't serve it unmerged; else None."""
     launch: tuple[str, ...]
+    """The commands that serve the model, or the adapter on its base; with `merge`, the merged checkpoint."""
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -120,24 +87,27 @@ class CompatibilityReport:
         found = {check.verdict for check in self.checks}
         return next(verdict for verdict in VERDICTS if verdict in found)
 
-    def named(self, verdict: str) -> list[str]:
-        """Subjects with this verdict."""
+    def subjects_with(self, verdict: str) -> list[str]:
+        """The subjects of the checks that have this verdict, in order; one may come twice."""
         return [check.item.subject for check in self.checks if check.verdict == verdict]
 
 
 def check_compatibility(
     engine: Engine, checkpoint: Checkpoint, arch: Architecture, adapter: Adapter | None = None, out: str = "merged"
 ) -> CompatibilityReport:
-    """What `engine` does with `checkpoint`, and with `adapter` on it; `out` is the folder a merge would go to."""
-    always = observations(arch)
+    """Judge `checkpoint`, and `adapter` on it where there is one, for `engine`.
 
-    def decide(items: Iterable[Item]) -> tuple[Check, ...]:
-        return tuple(Check(i, engine.fact(i.about, i.subject, {**always, **i.seen})) for i in items)
+    `out` is the folder that the proposed merge command writes to.
+    """
+    of_model = model_observations(arch)
 
-    model = decide(model_items(checkpoint, arch))
+    def judge(items: Iterable[Item]) -> tuple[Check, ...]:
+        return tuple(Check(i, engine.fact(i.topic, i.subject, {**of_model, **i.seen})) for i in items)
+
+    model = judge(checkpoint_items(checkpoint, arch))
     if adapter is None:
         return CompatibilityReport(engine, model, (), None, _launch(engine, "model", checkpoint.folder))
-    checks = decide(adapter_items(adapter, arch))
+    checks = judge(adapter_items(adapter))
     if all(check.verdict in ("applied", "unknown") for check in checks):
         return CompatibilityReport(engine, model, checks, None, _launch(engine, "adapter", checkpoint.folder, adapter))
     merge = shlex.join(["mla-tune", "merge-absorb", str(adapter.folder), "--base", str(checkpoint.folder)])
@@ -145,191 +115,26 @@ def check_compatibility(
     return CompatibilityReport(engine, model, checks, merge, _launch(engine, "model", Path(out)))
 
 
-def observations(arch: Architecture) -> dict[str, Any]:
-    """What holds for the whole model: sizes C+R of the MLA cache and P+R of a query head among it."""
-    d = arch.dims
-    return {
-        "family": arch.family.model_type,
-        "model_type": arch.model_type,
-        "layers": arch.num_layers,
-        "query_compression": "no" if d.L is None else "yes",
-        "mla_head": d.C + d.R,
-        "qk_head": d.P + d.R,
-    }
-
-
-def model_items(checkpoint: Checkpoint, arch: Architecture) -> list[Item]:
-    """What an engine could stumble over in a checkpoint."""
-    config, keys = checkpoint.config, checkpoint.tensors
-    d = arch.dims
-    head = f"C+R {d.C + d.R}, P+R {d.P + d.R}"
-    names = config.get("architectures")
-    items = [
-        Item("model", "family", detail=arch.model_type),
-        Item("config", "architectures", {"value": "named" if names else "missing"}, detail=", ".join(names or [])),
-        Item("model", "attention", detail=head),
-    ]
-    if any(key.endswith(".mlp.gate.e_score_correction_bias") for key in keys):
-        for name in ("topk_method", "scoring_func"):
-            value = str(config.get(name) or "missing")
-            items.append(Item("config", name, {"value": value}, detail=value))
-    missing = [p for p in arch.attention_paths if arch.key_mapping.on_disk(f"{p}.kv_b_proj.weight", keys) not in keys]
-    kv_b = "fused" if not missing else "missing"
-    items.append(Item("layout", "kv_b_proj", {"value": kv_b}, len(arch.attention_paths) - len(missing), kv_b))
-    items += _extra_files(checkpoint)
-    items += _quantized(checkpoint, arch)
-    if arch.mtp_layers:
-        layers = (re.match(r"model\.layers\.(\d+)\.", key) for key in keys)
-        there = any(m and int(m[1]) >= arch.num_layers for m in layers)
-        items.append(Item("layout", "MTP layers", {"value": "there" if there else "missing"}, 0, str(arch.mtp_layers)))
-    dtypes = Counter(ref.dtype for ref in keys.values())
-    if dtypes.most_common(1)[0][0] == "F32":  # 16-bit types are what engines are made for
-        items.append(Item("layout", "dtype", {"value": "F32"}, detail="F32"))
-    tokenizer = [name for name in _TOKENIZER if (checkpoint.folder / name).is_file()]
-    value = "there" if tokenizer else "missing"
-    items.append(Item("layout", "tokenizer", {"value": value}, detail=tokenizer[0] if tokenizer else "none"))
-    return items
-
-
-def _extra_files(checkpoint: Checkpoint) -> list[Item]:
-    """Weight files beside the checkpoint's own: engines that read every *.safetensors of a folder load them."""
-    own = {shard.file.name for shard in checkpoint.shards}
-    extra = sorted(p.name for p in checkpoint.folder.glob("*.safetensors") if p.name not in own)
-    index = "no" if checkpoint.index is None else "yes"
-    items = []
-    for value, which in (
-        # llama.cpp and mlx-lm read all files whose name begins so.
-        ("model*", [n for n in extra if n.startswith("model")]),
-        ("other", [n for n in extra if not n.startswith("model")]),
-    ):
-        if which:
-            more = f" and {len(which) - 1} more" if len(which) > 1 else ""
-            items.append(Item("layout", "other files", {"value": value, "index": index}, detail=which[0] + more))
-    if checkpoint.index is not None:
-        unlisted = sum(len(shard.tensors) for shard in checkpoint.shards) - len(checkpoint.tensors)
-        if unlisted:
-            items.append(Item("layout", "unlisted keys", {}, unlisted, f"not in {SINGLE_FILE}.index.json"))
-    return items
-
-
-def _quantized(checkpoint: Checkpoint, arch: Architecture) -> list[Item]:
-    """How weights are quantized, matrices whose precision config.json does not tell, fused layers of two precisions."""
-    name = quantization_field(checkpoint.config)
-    if name is None:
-        return []
-    quant = checkpoint.config[name] if isinstance(checkpoint.config[name], dict) else {}
-    method, block = str(quant.get("quant_method", "unnamed")).lower(), quant.get("weight_block_size")
-    size = "x".join(map(str, block)) if isinstance(block, list) else "none"
-    rows = block[0] if isinstance(block, list) and block and isinstance(block[0], int) and block[0] > 0 else 1
-    # The first part of a fused layer must end where a block of scales does.
-    firsts = [s.shape[0] for s in arch if s.role in (Role.W_DQ, Role.GATE, Role.SHARED_GATE)]
-    firsts += [s.shape[0] // 2 for s in arch.by_role(Role.EXPERTS_GATE_UP)]
-    fits = "yes" if all(n % rows == 0 for n in firsts) else "no"
-    detail = method if size == "none" else f"{method}, blocks of {size.replace('x', ' × ')}"
-    items = [Item("layout", "quantization", {"value": method, "block": size, "block_fits": fits}, detail=detail)]
-    codes = {site: _precisions(site, checkpoint) for site in arch if site.role in ADAPTABLE}
-    layers: dict[tuple[str, str], set[bool]] = {}
-    for site, found in codes.items():
-        if site.role in _FUSED:
-            layers.setdefault((site.path.rpartition(".")[0], _FUSED[site.role]), set()).update(found)
-    mixed = sum(len(found) > 1 for found in layers.values())
-    value = "mixed" if mixed else "one"
-    items.append(Item("layout", "fused layers", {"value": value}, mixed, f"{value} precision a layer"))
-    listed = [e for key in ("modules_to_not_convert", "ignored_layers", "ignore") for e in quant.get(key) or []]
-    plain = [site for site, found in codes.items() if False in found and not _listed(site, listed)]
-    if plain:
-        items.append(Item("layout", "plain weights", {}, len(plain), f"first: {plain[0].path}"))
-    return items
-
-
-def _precisions(site: Site, checkpoint: Checkpoint) -> set[bool]:
-    """Whether the tensors of a site are FP8 codes: both where some are."""
-    keys = (*site.disk_keys(), site.path)
-    return {checkpoint.tensors[key].dtype == CODES for key in keys if key in checkpoint.tensors}
-
-
-def _listed(site: Site, entries: Iterable[str]) -> bool:
-    """Whether a list of modules that stay as they are names this site: its full path, a parent, or a pattern."""
-    path = site.path.rpartition(".")[0] if site.is_experts else site.path
-    return any(
-        path == e or path.startswith(f"{e}.") or (e.startswith("re:") and re.match(e[3:], path)) for e in entries
-    )
-
-
-def adapter_items(adapter: Adapter, arch: Architecture) -> list[Item]:
-    """What an engine could stumble over in an adapter: each role it adapts, and each setting that needs support."""
-    settings = adapter.settings
-    items = [Item("adapter", "PEFT adapter", detail=title_of(settings))]
-    by_role: dict[tuple[Role, str], list[LoraDelta]] = {}
-    for delta in adapter.deltas:
-        layout = "module"
-        if delta.site.is_experts:
-            layout = "fused experts" if delta.expert is None else "single experts"
-        by_role.setdefault((delta.site.role, layout), []).append(delta)
-    paths = {(d.site.path.rpartition(".")[0], d.site.role) for d in adapter.deltas}
-    for (role, layout), deltas in by_role.items():
-        partner = PARTNERS.get(role)
-        alone = [d for d in deltas if (d.site.path.rpartition(".")[0], partner) not in paths]
-        seen = {"layout": layout, "partner": "none" if partner is None else "not adapted" if alone else "adapted"}
-        count = sum(d.site.count if d.expert is None else 1 for d in deltas)
-        items.append(Item("role", role.value, seen, count, layout if layout != "module" else ""))
-    return items + _settings(adapter, settings)
-
-
-def _settings(adapter: Adapter, settings: Mapping[str, Any]) -> list[Item]:
-    method = method_of(settings)
-    items = [Item("setting", method.name)]
-    # DoRA may have rsLoRA's scale: an engine has to know both.
-    items += [
-        Item("setting", other.name)
-        for other in ADAPTER_METHODS.values()
-        if other.switches and other is not method and other.matches(settings)
-    ]
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    top = max((d.rank for d in adapter.deltas), default=0)
-    items.append(Item("setting", "rank", {"value": top}, detail=str(top)))
-    if any(d.rank != rank for d in adapter.deltas):
-        ranks = ", ".join(map(str, sorted({d.rank for d in adapter.deltas})))
-        items.append(Item("setting", "rank_pattern", detail=f"ranks {ranks}, r {rank}"))
-    rslora = bool(settings.get("use_rslora"))
-    if isinstance(alpha, int | float) and any(
-        abs(d.scale - scaling(alpha, d.rank, rslora)) > 1e-9 * abs(d.scale) for d in adapter.deltas
-    ):
-        items.append(Item("setting", "alpha_pattern"))
-    targets = settings.get("target_modules")
-    if isinstance(targets, str):
-        shorthand = targets in ("all-linear", "all")
-        items.append(Item("setting", "target_modules", {"value": "shorthand" if shorthand else "pattern"}, 0, targets))
-    if settings.get("target_parameters"):
-        items.append(Item("setting", "target_parameters"))
-    if any(d.bias is not None for d in adapter.deltas):
-        items.append(Item("setting", "lora_bias"))
-    if settings.get("bias", "none") != "none":
-        items.append(Item("setting", "bias", detail=str(settings["bias"])))
-    if saved := [s.key for s in adapter.saved if not s.key.endswith(".bias")]:
-        items.append(Item("setting", "modules_to_save", count=len(saved), detail=saved[0]))
-    return items
-
-
 def _launch(engine: Engine, kind: str, model: Path, adapter: Adapter | None = None) -> tuple[str, ...]:
-    """The engine's commands for `model`, the base of `adapter` where there is one."""
-    places: dict[str, Any] = dict.fromkeys(("base", "model"), shlex.quote(str(model)))
-    places["gguf"] = shlex.quote(f"{model.resolve().name}.gguf")
+    """Fill in the engine's command templates of this `kind`: `model`, or `adapter` for one on its base `model`."""
+    values: dict[str, Any] = dict.fromkeys(("base", "model"), shlex.quote(str(model)))
+    values["gguf"] = shlex.quote(f"{model.resolve().name}.gguf")
     if adapter is not None:
         folder = adapter.folder
+        # The adapter of a run lies in RUN/adapter: the run's name says more.
         name = re.sub(r"\W+", "-", (folder.parent if folder.name == "adapter" else folder).resolve().name) or "adapter"
-        top = max((d.rank for d in adapter.deltas), default=1)
-        places |= {
+        highest = max((d.rank for d in adapter.deltas), default=1)
+        values |= {
             "adapter": shlex.quote(str(folder)),
             "name": name,
-            "max_rank": next((r for r in engine.ranks if r >= top), top),
-            "modules": " ".join(sorted({leaf for d in adapter.deltas for leaf in _leaves(d)})),
+            "max_rank": next((r for r in engine.ranks if r >= highest), highest),
+            "modules": " ".join(sorted({leaf for d in adapter.deltas for leaf in _layer_names(d)})),
             "adapter_gguf": shlex.quote(f"{name}.gguf"),
         }
-    return tuple(command.format(**places) for command in engine.launch[kind])
+    return tuple(command.format(**values) for command in engine.launch[kind])
 
 
-def _leaves(delta: LoraDelta) -> tuple[str, ...]:
-    """Names of the linear layers that a delta sits on, as modules of a model with single experts."""
+def _layer_names(delta: LoraDelta) -> tuple[str, ...]:
+    """Names of the linear layers that a delta sits on, as engines name them: gate and up of fused experts apart."""
     leaf = delta.site.path.rpartition(".")[2]
     return ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)

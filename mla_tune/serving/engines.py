@@ -1,14 +1,16 @@
-"""`engines.json`: what was seen that an inference engine does with MLA checkpoints and adapters.
+"""Read `engines.json`: the facts on what inference engines do with MLA checkpoints and adapters.
 
 The file is data: a new fact, source, version or engine needs no code.  Its parts:
 
-- `sources`: id → `versions` (what was looked at), `date` (when), `url`, and `how`: `measured` (outputs were compared),
-  `source` (read in the engine's code) or `issue` (said by its tracker).
-- `engines`: id → `title`, `launch` (one list of command templates for an `adapter`, one for a `model`; the words in
-  braces are those of `PLACES`), and `ranks`, where the engine takes certain values of its maximal rank only.
-- `facts`, for each engine a list.  A fact has `about` and `of` (see `TOPICS`), `when` (further observations that must
-  hold, each with the values that do, or `{"min": …, "max": …}`), a `verdict`, `says` (a few words), `source`, `where`
-  in it, and maybe `instead`: what to do.  **The first fact that fits counts**: special ones stand before general ones.
+- `sources`: id → `versions` (the versions that were looked at), `date` (when), `url`, and `how`: `measured` (outputs
+  were compared), `source` (read in the engine's code) or `issue` (the engine's issue tracker says so).
+- `engines`: id → `title`, `launch` (a list of command templates for an `adapter` and one for a `model`; the words in
+  braces are `PLACEHOLDERS`), and `ranks`, where the engine's highest LoRA rank can have certain values only.
+- `facts`: engine → list of facts.  A fact has `about`, one of `TOPICS`; `of`, the subjects within the topic; `when`,
+  observations that must hold too, each with the values that it may have or `{"min": …, "max": …}`; a `verdict`; `says`,
+  the reason in a few words; `source` and `where` in it; and maybe `instead`, what to do about it.
+
+**The first fact that matches decides**: special facts stand before general ones.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ FILE = Path(__file__).with_name("engines.json")
 VERDICTS = ("dropped", "refused", "unknown", "applied")
 #: How a fact was found out, the strongest first.
 EVIDENCE = ("measured", "source", "issue")
-#: Topics of facts, and observations that stand with each item of one, beside those of `ALWAYS`.
+#: Topic of a fact → the observations that an item of this topic has beside `MODEL_OBSERVATIONS`.
 TOPICS: Mapping[str, tuple[str, ...]] = {
     "model": (),
     "adapter": (),
@@ -39,60 +41,78 @@ TOPICS: Mapping[str, tuple[str, ...]] = {
     "config": ("value",),
     "layout": ("value", "index", "block", "block_fits"),
 }
-#: Observations that hold for the whole model.
-ALWAYS = ("family", "model_type", "layers", "query_compression", "mla_head", "qk_head")
-#: What launch templates may name.
-PLACES = ("base", "adapter", "name", "model", "max_rank", "modules", "gguf", "adapter_gguf")
+#: Observations that every item has, because they hold for the whole model (`items.model_observations`).
+MODEL_OBSERVATIONS = ("family", "model_type", "layers", "query_compression", "mla_head", "qk_head")
+#: Words that a launch template may have in braces.
+PLACEHOLDERS = ("base", "adapter", "name", "model", "max_rank", "modules", "gguf", "adapter_gguf")
 
 
 @dataclass(frozen=True, slots=True)
 class FactSource:
-    """Where facts come from: versions that were looked at, the date (ISO 8601) of looking, and how."""
+    """Where facts come from."""
 
     id: str
+    """Its key in `sources`."""
     versions: str
+    """The versions that were looked at."""
     date: str
+    """When they were looked at (ISO 8601)."""
     url: str
+    """Where to look again."""
     how: str
+    """One of `EVIDENCE`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What one engine does with items `of` a topic; `when`: values that other observations must have."""
+    """What one engine does with some subjects of a topic."""
 
-    about: str
-    of: tuple[str, ...]
+    topic: str
+    """One of `TOPICS`."""
+    subjects: tuple[str, ...]
+    """The subjects that it is about: roles, settings, keys."""
     when: Mapping[str, Any]
+    """Observation → the values that it must have one of, or the least and the largest (`min`, `max`)."""
     verdict: str
+    """One of `VERDICTS`."""
     says: str
+    """The reason, in a few words."""
     source: FactSource
+    """Where it comes from."""
     where: str
+    """The place in the source; may be empty."""
     instead: str
+    """What a user can do about it; may be empty."""
 
-    def fits(self, about: str, subject: str, seen: Mapping[str, Any]) -> bool:
-        """Whether the fact is about this subject and what was seen of it."""
-        if about != self.about or subject not in self.of:
+    def matches(self, topic: str, subject: str, seen: Mapping[str, Any]) -> bool:
+        """Whether the fact is about this subject, with these observations on it."""
+        if topic != self.topic or subject not in self.subjects:
             return False
-        return all(_holds(wanted, seen.get(name)) for name, wanted in self.when.items())
+        return all(_is_allowed(seen.get(name), allowed) for name, allowed in self.when.items())
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One inference engine.  `ranks`: the values its maximal LoRA rank can have, ascending; empty means any."""
+    """One inference engine."""
 
     id: str
+    """Its name on the command line."""
     title: str
+    """Its name as people write it."""
     launch: Mapping[str, tuple[str, ...]]
+    """`adapter`, `model` → templates of the commands that serve one."""
     ranks: tuple[int, ...]
+    """The values that its highest LoRA rank can have, ascending; empty where any is possible."""
     facts: tuple[Fact, ...]
+    """What is known of it, special facts before general ones."""
 
-    def fact(self, about: str, subject: str, seen: Mapping[str, Any]) -> Fact | None:
-        """The first fact that fits; None where the file has none."""
-        return next((fact for fact in self.facts if fact.fits(about, subject, seen)), None)
+    def fact(self, topic: str, subject: str, seen: Mapping[str, Any]) -> Fact | None:
+        """The first fact that matches; None where engines.json has none."""
+        return next((fact for fact in self.facts if fact.matches(topic, subject, seen)), None)
 
 
 def load_engines(file: Path = FILE) -> dict[str, Engine]:
-    """All engines of `file` by id.  Raises `InputError` that names the place of the first entry that is malformed."""
+    """Read all engines of `file` by id.  Raises `InputError` with the place of the first malformed entry."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -111,22 +131,23 @@ def load_engines(file: Path = FILE) -> dict[str, Engine]:
 
 
 def engine_names(file: Path = FILE) -> list[str]:
-    """The ids of all engines, without checking their facts: for help texts."""
+    """The ids of all engines, for help texts: facts are not checked."""
     return list(json.loads(file.read_text(encoding="utf-8"))["engines"])
 
 
 def find_engine(name: str, file: Path = FILE) -> Engine:
-    """The engine of this id.  Raises `InputError` with those there are."""
+    """The engine with this id.  Raises `InputError` with the known ids."""
     engines = load_engines(file)
     if name not in engines:
         raise InputError(f"unknown engine '{name}'{did_you_mean(name, engines) or '.'} Known: {', '.join(engines)}")
     return engines[name]
 
 
-def _holds(wanted: Any, seen: Any) -> bool:
-    if isinstance(wanted, dict):
-        return isinstance(seen, int) and wanted.get("min", seen) <= seen <= wanted.get("max", seen)
-    return seen in wanted
+def _is_allowed(value: Any, allowed: Any) -> bool:
+    """Whether an observation has one of the values `allowed`, or lies between their `min` and `max`."""
+    if isinstance(allowed, dict):
+        return isinstance(value, int) and allowed.get("min", value) <= value <= allowed.get("max", value)
+    return value in allowed
 
 
 def _source(name: str, entry: Any, where: str) -> FactSource:
@@ -135,7 +156,7 @@ def _source(name: str, entry: Any, where: str) -> FactSource:
     try:
         datetime.date.fromisoformat(entry["date"])
     except ValueError:
-        raise InputError(f"{where}.date: {entry['date']!r} is no date such as 2026-11-23") from None
+        raise InputError(f"{where}.date: {entry['date']!r} is not a date such as 2026-11-23") from None
     if not entry["url"].startswith("https://"):
         raise InputError(f"{where}.url: {entry['url']!r} does not begin with https://")
     return FactSource(name, entry["versions"], entry["date"], entry["url"], entry["how"])
@@ -147,10 +168,10 @@ def _engine(name: str, entry: Any, facts: tuple[Fact, ...], where: str) -> Engin
     for kind, commands in entry["launch"].items():
         for command in commands:
             if not isinstance(command, str):
-                raise InputError(f"{where}.launch.{kind}: {command!r} is no command")
+                raise InputError(f"{where}.launch.{kind}: {command!r} is not a command")
             for _, place, _, _ in Formatter().parse(command):
                 if place is not None:
-                    _one_of(place, PLACES, f"{where}.launch.{kind}")
+                    _one_of(place, PLACEHOLDERS, f"{where}.launch.{kind}")
     launch = {kind: tuple(commands) for kind, commands in entry["launch"].items()}
     return Engine(name, entry["title"], launch, tuple(sorted(entry.get("ranks", []))), facts)
 
@@ -164,7 +185,7 @@ def _fact(entry: Any, sources: Mapping[str, FactSource], where: str) -> Fact:
     if not entry["of"] or not entry["says"]:
         raise InputError(f"{where}: 'of' or 'says' is empty")
     for name, wanted in entry.get("when", {}).items():
-        _one_of(name, (*ALWAYS, *TOPICS[entry["about"]]), f"{where}.when")
+        _one_of(name, (*MODEL_OBSERVATIONS, *TOPICS[entry["about"]]), f"{where}.when")
         if not (isinstance(wanted, list) or (isinstance(wanted, dict) and wanted.keys() <= {"min", "max"})):
             raise InputError(f"{where}.when.{name}: a list of values, or min and max, was expected")
     return Fact(

@@ -1,4 +1,4 @@
-"""What inference engines would do with an adapter that is planned, if it is served unmerged: from `engines.json`."""
+"""Say which engines would drop or refuse parts of a planned adapter if it is served unmerged."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from typing import Any
 
 from mla_tune.adapter.placement import Placement
 from mla_tune.arch.site import Architecture
-from mla_tune.serving.compatibility import PARTNERS, Item, observations
 from mla_tune.serving.engines import Engine, load_engines
+from mla_tune.serving.items import PARTNERS, Item, model_observations
 
 
 def unmerged_notes(arch: Architecture, placement: Placement) -> list[str]:
-    """A sentence for each set of roles and settings that some engine drops or refuses, with the engines' names."""
-    always = observations(arch)
+    """Describe what engines would drop or refuse: a sentence for roles and settings that the same engines treat alike.
+
+    Returns no sentence where every engine that takes adapters applies all of this one.
+    """
+    of_model = model_observations(arch)
     items = _items(placement)
-    # An engine that takes no adapter at all is left out: nothing about this one would change that.
-    engines = [e for e in load_engines().values() if any(_verdict(e, item, always) == "applied" for item in items)]
+    # An engine that applies no part of it takes no adapters at all, whatever is planned: it is left out.
+    engines = [e for e in load_engines().values() if any(_verdict(e, item, of_model) == "applied" for item in items)]
     found: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for item in items:
         verdicts: dict[str, list[str]] = {"dropped": [], "refused": []}
         for engine in engines:
-            verdict = _verdict(engine, item, always)
+            verdict = _verdict(engine, item, of_model)
             if verdict in verdicts:
                 verdicts[verdict].append(engine.title)
         key = (tuple(verdicts["dropped"]), tuple(verdicts["refused"]))
@@ -37,13 +40,13 @@ def unmerged_notes(arch: Architecture, placement: Placement) -> list[str]:
     return notes
 
 
-def _verdict(engine: Engine, item: Item, always: Mapping[str, Any]) -> str:
-    fact = engine.fact(item.about, item.subject, {**always, **item.seen})
+def _verdict(engine: Engine, item: Item, of_model: Mapping[str, Any]) -> str:
+    fact = engine.fact(item.topic, item.subject, {**of_model, **item.seen})
     return "unknown" if fact is None else fact.verdict
 
 
 def _items(placement: Placement) -> list[Item]:
-    """What an engine could stumble over in the adapter that this placement makes."""
+    """What an engine has to support in the adapter that this placement makes."""
     if placement.method == "none":
         return []
     roles, items = set(placement.roles), []

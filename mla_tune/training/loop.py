@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback
 
 from mla_tune.console import err, human_count
-from mla_tune.data.prepare import steps_of
+from mla_tune.data.prepare import optimizer_steps
 from mla_tune.errors import Interrupted, WorkError
 from mla_tune.model.attach import attach, freeze_unreached
 from mla_tune.model.lora_init import initialize
@@ -43,8 +43,8 @@ def train_adapter(job: TrainingJob, callbacks: Sequence[Any]) -> None:
     `WorkError` and `Interrupted` as `run.train` says.
     """
     model, kernels = _adapt_model(job)
-    steps = steps_of(job.recipe, job.data.train_rows, job.team.here.world_size)
-    held_out = [row for part in job.data.parts for row in part.rows.held_out]
+    steps = optimizer_steps(job.recipe, job.data.train_rows, job.team.here.world_size)
+    held_out = [row for source in job.data.sources for row in source.rows.held_out]
     prompts = sample_prompts(job.recipe, held_out, job.tokenizer, job.arch.max_position_embeddings)
     start = _BeforeTraining(job, model, prompts)
     stop = StopOnSignal(job.team.is_distributed)
@@ -132,7 +132,7 @@ def _build_trainer(
         callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping))
     rows = with_dummy_row if job.team.is_distributed else Dataset.from_list
     if data.streamed:
-        data.train_rows.share(job.team.here.rank, job.team.here.world_size)
+        data.train_rows.set_process(rank=job.team.here.rank, world_size=job.team.here.world_size)
     trainer = RoleTrainer(
         model=model,
         args=training_arguments(recipe, job.folder, job.loaded, steps, bool(data.held_out_rows)),

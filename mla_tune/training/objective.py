@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from mla_tune.data.encode import IGNORED
 from mla_tune.data.prepare import Prepared
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
 
@@ -38,7 +38,7 @@ class SummedLoss:
 class Objective(ABC):
     """What a training step minimizes.  One is made for each run, from the run's recipe."""
 
-    #: Kinds of rows that it takes (`data.formats.Kind`: prompt, chat, text, tokens).
+    #: Kinds of rows that it takes (`data.row_kinds.Kind`: prompt, chat, text, tokens).
     row_kinds: ClassVar[tuple[str, ...]] = ("prompt", "chat", "text", "tokens")
     #: Names of further figures that its losses come with; they go into metrics.jsonl and to the trackers.
     metrics: ClassVar[tuple[str, ...]] = ()
@@ -51,11 +51,11 @@ class Objective(ABC):
     def check_data(self, data: Prepared) -> None:
         """Raise `InputError` if the rows are of a kind that the objective does not take, or lack a column."""
         name = self.recipe.train.objective
-        for part in data.parts:
-            if part.rows.kind not in self.row_kinds:
+        for source in data.sources:
+            if source.rows.kind not in self.row_kinds:
                 raise InputError(
                     f"train.objective: {name} takes rows of the kind {' or '.join(self.row_kinds)}, and the rows of "
-                    f"{part.rows.source} are of the kind {part.rows.kind}"
+                    f"{source.rows.source} are of the kind {source.rows.kind}"
                 )
         rows = [*([] if data.streamed else data.train_rows[:1]), *data.held_out_rows[:1]]
         missing = [column for column in self.columns if any(column not in row for row in rows)]

@@ -38,7 +38,7 @@ class KernelConfig:
         t = recipe.train
         if self.attention in PADDING_FREE:
             return PaddingFreeCollator()
-        return Collator(tokenizer.pad_token_id, t.max_length, t.packing)
+        return Collator(tokenizer.pad_token_id, t.max_length, packed=t.packing)
 
 
 def prepare_model(

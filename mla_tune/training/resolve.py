@@ -13,12 +13,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mla_tune.adapter.placement import Placement, place
-from mla_tune.arch.lookup import described
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.quantized.config import quantized_kind
+from mla_tune.checkpoint.quantized.config import format_in_memory, format_kind
 from mla_tune.errors import InputError
 from mla_tune.preflight.family_limits import apply_family_limits, check_window, unsupported_when_sharded
 from mla_tune.recipe.checks import check_quantized, warnings
+from mla_tune.recipe.model_source import config_and_architecture
 from mla_tune.recipe.schema import Recipe
 from mla_tune.training.distributed.launch import Worker
 
@@ -61,10 +61,10 @@ def resolve(recipe: Recipe, worker: Worker | None = None) -> ResolvedRecipe:
     worker = worker or Worker()
     _check_trackers(recipe)
     advice = warnings(recipe)
-    config, arch = described(recipe.model)
+    config, arch = config_and_architecture(recipe.model)
     recipe, changes = apply_family_limits(recipe, arch)
     placement = place(arch, recipe.adapter)
-    quantized = quantized_kind(config, recipe.model.quantize)
+    quantized = format_kind(format_in_memory(config, recipe.model.quantize, recipe.model.source))
     check_quantized(recipe, quantized)
     check_window(recipe, arch)
     if recipe.adapter.modules_to_save:

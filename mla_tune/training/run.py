@@ -13,7 +13,7 @@ from mla_tune.console import err
 from mla_tune.data.prepare import prepare
 from mla_tune.errors import InputError, Interrupted, WorkError
 from mla_tune.model.auto import auto_class
-from mla_tune.model.load import base_hash, load_model, quiet
+from mla_tune.model.load import base_hash, load_model, silence_libraries
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.schema import Recipe
 from mla_tune.report.run_report import write_report
@@ -59,7 +59,7 @@ def train(
     Where a launcher started several processes (`training.distributed.launch`), each of them calls this function, and
     they do one run together; the main process writes the files.
     """
-    quiet()
+    silence_libraries()
     name_projects()
     resolved = resolve(recipe, current_worker())
     recipe = resolved.recipe
@@ -97,9 +97,9 @@ def _prepare_job(job: TrainingJob, resume: bool, allow_changes: bool) -> Trainin
             section,
             seed=recipe.train.seed,
             full_precision=full,
-            quantized=True,
-            place=not team.sharded,
-            empty=team.sharded and not team.is_main_process,
+            allow_quantized=True,
+            move_to_device=not team.sharded,
+            shapes_only=team.sharded and not team.is_main_process,
         )
     warn_about_idle_gpus(team.here, job.loaded.device)
 

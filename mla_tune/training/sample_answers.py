@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from mla_tune.data.chat import render, tokens_of
-from mla_tune.data.encode import IGNORED
-from mla_tune.data.formats import Row
+from mla_tune.data.row_kinds import IGNORED, Row
 from mla_tune.errors import InputError
 from mla_tune.model.load import DTYPES, Loaded
 from mla_tune.recipe.schema import Recipe

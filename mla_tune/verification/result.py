@@ -1,4 +1,4 @@
-"""What a proof leaves behind: the result of `verify`, and the part of it that travels between two processes."""
+"""What a proof returns: the result of `verify`, and the documents that the proving process sends to the merge."""
 
 from __future__ import annotations
 
@@ -8,46 +8,47 @@ from typing import TYPE_CHECKING, Any
 from mla_tune import __version__
 
 if TYPE_CHECKING:
-    from mla_tune.verification.logits.compare import LogitsReport
+    from mla_tune.verification.logits.differences import LogitsReport
     from mla_tune.verification.weights import ProofReport
 
 
 @dataclass(frozen=True, slots=True)
-class Proven:
-    """The proof of an output of merge-absorb, as documents that can be sent through a pipe."""
+class ProofDocuments:
+    """The proof of an output of merge-absorb as plain dictionaries, which can be sent through a pipe."""
 
-    #: `ProofReport.to_json`.
     proof: dict[str, Any]
-    #: `LogitsReport.to_json`; None where logits were not asked for.
+    """`ProofReport.to_json()`."""
     logits: dict[str, Any] | None
-    #: sha256 of each file of weights that was read; None for a file of the base, or one whose hash was known.
+    """`LogitsReport.to_json()`; None if logits were not asked for."""
     hashes: dict[str, str | None]
+    """Name of each weight file → its sha256; None for a file of the base, or one that the merge has hashed itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
     """The result of `mla_tune.verify`."""
 
-    #: Folder of the merged checkpoint.
     output: str
-    #: Folder of the base that it was compared with.
+    """Folder of the merged checkpoint."""
     base: str
-    #: Path and weight of each adapter.
+    """Folder of the base that it was compared with."""
     adapters: list[tuple[str, float]]
-    #: The numbers: what was recomputed, what is unchanged, and what differs.
+    """Path and weight of each adapter."""
     proof: ProofReport
-    #: The logits; None where they were not asked for, or the numbers already differ.
+    """Which tensors were recomputed, which are unchanged, and which are wrong."""
     logits: LogitsReport | None
-    #: What a user should know about the comparison, a sentence each.
+    """The comparison of logits; None if it was not asked for, or if tensors are wrong already."""
     notes: list[str]
+    """What a user should know about the comparison, a sentence each."""
     mla_tune: str = __version__
+    """Version of mla-tune that made this result."""
 
     @property
     def holds(self) -> bool:
-        """Whether every number is what it must be."""
+        """Whether every tensor and file is what it must be."""
         return not self.proof.failed
 
     def to_json(self) -> dict[str, Any]:
-        """The document that `mla-tune verify --json` prints."""
+        """Return the document that `mla-tune verify --json` prints."""
         adapters = [{"path": path, "weight": weight} for path, weight in self.adapters]
         return asdict(self) | {"holds": self.holds, "adapters": adapters}

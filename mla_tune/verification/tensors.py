@@ -1,283 +1,202 @@
-"""The proof of one tensor: every number of it, computed again.
+"""The proof of one tensor: recompute every number of it and compare it with the number that was written.
 
-    W the base's number   P = Σ|w·s·B||A|, what an error of a sum is measured by   S the exact sum, for DoRA its rows
-    scaled to the magnitude   O the number in the output   Δ = S - W   ulp unit in the last place of the output's dtype
+    W    the base's number
+    S    the exact sum W + Σ w·s·B·A over the adapters with their weights w; for DoRA, its rows scaled to the magnitude
+    O    the number in the output
+    Δ    S - W, the adapter's change
+    P    Σ|w·s·B||A|, which the error of a float sum is proportional to
+    ulp  unit in the last place of the output's dtype
 
 S is computed in torch one precision above what is written: float32 for 16-bit and FP8 outputs, float64 for float32.
-With u the unit roundoff of a computation (2⁻²⁴, 2⁻⁵³) and r its ranks, a dot product is off by at most (r + 2)·u·P
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1); `_slack` sums this up for both sides.
+With u the unit roundoff of a computation (2⁻²⁴ or 2⁻⁵³) and r the sum of the adapters' ranks, a dot product is off by
+at most (r + 2)·u·P (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1).  `ExactSum.slack`
+adds up this error of the merge's sum and of the sum computed here.
 
-Strict    |O - S| ≤ ulp/2 + slack, or < ulp + slack for stochastic rounding.
-          Then |Σ(O - S)/ulp| ≤ 3√N + N/100 too, for N numbers: no drift.
-Others    |O - S| ≤ 1.5 ulp of the largest of |W|, |Δ|, |S| and |O|, + slack + 3ρP.  ρ is the unit roundoff of the
-          output's dtype: some tools round factors, product and delta to it (PEFT the delta, in places) and add then;
-          a DoRA is rounded four times (4 ulp), and each further adapter once more.
+Rule for merge-absorb's own output (strict)
+    |O - S| ≤ ulp/2 + slack: O is the nearest number.  Stochastic rounding: < ulp + slack, and no drift in one
+    direction: |Σ(O - S)/ulp| ≤ 3√N + N/100 for N numbers.
 
-A whole adapter can hide below an ulp, so there is the projection onto the change as well:
+Rule for the output of other tools
+    |O - S| ≤ 1.5 ulp of the largest of |W|, |Δ|, |S| and |O|, + slack + 3ρP, with ρ the unit roundoff of the output's
+    dtype.  Some tools round factors, product and delta to that dtype before they add (PEFT rounds the delta in
+    places).  A DoRA is rounded four times (4 ulp), and each further adapter once more.
 
-    kept(O) = ⟨O - W, Δ⟩ / ‖Δ‖²   must be   kept(Q(S)) within 5 % of it + 6σ
+A whole adapter can be smaller than an ulp and so pass that rule without being merged at all.  So the output is also
+projected onto the change:
 
-Q rounds to the nearest.  O can differ from Q(S) only where S lies so near to a border between two roundings that the
-tool's own errors d carry it across: σ² = Σ (ulp + d)²Δ² / ‖Δ‖⁴ over these numbers.  An adapter that was dropped has
-kept = 0, an rsLoRA scaled by alpha/r has 1/√r.  For stochastic rounding kept(O) = 1 with σ² = Σ f(1 - f)ulp²Δ² / ‖Δ‖⁴,
-f the part of an ulp that S lies above its lower neighbor.
+    retained(O) = ⟨O - W, Δ⟩ / ‖Δ‖²   must be   retained(Q(S)) within 5 % of it + 6σ,   Q rounding to the nearest
+
+It is 0 for an adapter that was dropped, and 1/√r of what it must be for an rsLoRA that was scaled by alpha/r.  O can
+differ from Q(S) only where S lies so near to the border between two roundings that the tool's own error d carries it
+across: σ² = Σ (ulp + d)²Δ² / ‖Δ‖⁴ over these numbers.  For stochastic rounding retained(O) must be 1, with
+σ² = Σ f(1 - f)ulp²Δ² / ‖Δ‖⁴, f the part of an ulp that S lies above its lower neighbor.
 """
 
 from __future__ import annotations
 
 import math
-import re
 
-import numpy as np
 import torch
 
-from mla_tune.arch.site import Site
 from mla_tune.checkpoint.index import TensorRef, matrix_shape
-from mla_tune.errors import InputError
-from mla_tune.verification.dequantize import FactorCache, Values
-from mla_tune.verification.layout import Expected, Rules
-from mla_tune.verification.read import PRECISION, TORCH, read_whole, ulp_of
+from mla_tune.verification.dequantize import DequantizedCheckpoint, FactorCache
+from mla_tune.verification.exact_sum import BlockUpdate, ExactSum
+from mla_tune.verification.layout import ExpectedTensor, ProofRules
+from mla_tune.verification.read import PRECISION, differing_positions
+from mla_tune.verification.rounding import ChangeProjection, Rounding
 
 #: Numbers computed at once: a few float32 arrays of this size fit into a core's cache.
 _BLOCK = 1 << 19
-#: Where fewer than one number in this many differs from the nearest one, those are looked at alone.
+#: Where fewer than one number in this many is not the nearest one, the quick way looks at those numbers alone.
 _FEW = 32
-
-#: Adapter methods that the proof recomputes by itself: W + Σ s·B·A, and DoRA's rows scaled to their magnitudes.
-RECOMPUTED = {"lora", "rslora", "dora"}
-#: Rows of a block, and A (r, in), scaled, and B (rows, r) that reach them.
-_Part = tuple[slice, torch.Tensor, torch.Tensor]
 
 
 class TensorCheck:
-    """One tensor of the output, given piece by piece; then `verdict`.
+    """Compares one tensor of the output: call `add_rows` for all of its rows, then `failure`.
 
-    Where nearly all numbers are the nearest ones, σ is not computed.  Without it a right tensor may not be told from a
-    wrong one: then `unsure` is true, there is no verdict, and the tensor is to be given to a `thorough` check.
+    Where nearly all numbers are the nearest ones, a quick way skips the variance σ².  If the tensor then fails the
+    projection, that may be because σ² is missing: `is_undecided` is true, and the caller must repeat the check with
+    `thorough=True`.
     """
 
     def __init__(
         self,
         out: TensorRef,
-        expected: Expected,
-        values: Values,
-        out_values: Values,
+        expected: ExpectedTensor,
+        base: DequantizedCheckpoint,
+        merged: DequantizedCheckpoint,
         factors: FactorCache,
-        rules: Rules,
+        rules: ProofRules,
+        *,
         thorough: bool = False,
     ) -> None:
+        """`out` is the tensor of `merged` to check; `base` decodes the bytes of `expected.source`."""
         self.out, self.expected, self.rules = out, expected, rules
-        self.values, self.out_values, self.factors = values, out_values, factors
+        self.base, self.merged = base, merged
         self.dtype = torch.float64 if out.dtype in ("F32", "F64") else torch.float32
-        name = out_values.name(out)
-        self.quant = out_values.decoder(name)
-        self.shape = out_values.shape(out)
-        self.thorough, self.skipped = thorough, False
-        self.dora = any(delta.method.name == "dora" for delta, _ in expected.updates)
-        unknown = {delta.method.name for delta, _ in expected.updates} - RECOMPUTED
-        if unknown:
-            raise InputError(f"{out.key}: the proof can't recompute {', '.join(sorted(unknown))} (`RECOMPUTED`)")
-        self.ranks = sum(delta.rank for delta, _ in expected.updates)
-        self.first_row, self.expert = _place(name, expected.site)
-        self.worst, self.wrong, self.example = 0.5 if rules.rounding == "nearest" else 0.0, 0, ""
-        self.got = self.due = self.delta2 = self.spread = 0.0
-        self.projects = bool(expected.updates) and (not rules.strict or rules.rounding == "stochastic")
-        #: The largest code and the largest right number of each scale, where the weight was quantized anew.
-        self.largest = None if self.quant is None else (self.quant.blocks(), self.quant.blocks())
-        # Stochastic: Σ (O - S)/ulp, Σ (|O| - |S|)/ulp, and of how many numbers.
-        self.drift, self.outward, self.drawn = 0.0, 0.0, 0
-        # Only what an adapter changes may be rounded otherwise than once to the nearest, by other tools too.
-        quantized = values.name(expected.source) in values.quantized
-        self.strict = rules.strict or not (expected.updates or quantized or self.quant is not None)
-        self.ours = 2.0**-53 if self.dtype == torch.float64 else 2.0**-24
-        self.theirs = 2.0**-53 if rules.exact else 2.0**-24
+        key = merged.weight_key(out)
+        self.decoder = merged.decoder(key)
+        self.shape = merged.shape(out)
+        self.thorough = thorough
+        self.rounding = Rounding(out.dtype, self.decoder, self.dtype)
+        self.sum = ExactSum(key, expected, factors, dtype=self.dtype, out_dtype=out.dtype, exact=rules.exact)
+        #: The largest distance from S, less the error of float sums, in ulp.
+        self.worst = 0.5 if rules.rounding == "nearest" else 0.0
+        #: How many numbers are wrong, and a description of the first.
+        self.wrong, self.example = 0, ""
+        self.projection = ChangeProjection()
+        self.is_projected = bool(expected.updates) and (not rules.strict or rules.rounding == "stochastic")
+        self.variance_skipped = False
+        #: Of each scale: the largest code, and the largest right number, where the weight is quantized in the output.
+        self.largest = None if self.decoder is None else (self.decoder.zeros(), self.decoder.zeros())
+        # Stochastic rounding: Σ (O - S)/ulp, Σ (|O| - |S|)/ulp, and the count of numbers in these sums.
+        self.drift, self.drift_outward, self.drift_count = 0.0, 0.0, 0
+        # Of other tools only what an adapter changes, or a quantized weight, may be rounded more than once.
+        self.strict = rules.strict or not (
+            expected.updates or base.is_quantized(expected.source) or self.decoder is not None
+        )
 
-    def piece(self, raw: torch.Tensor, source: torch.Tensor, begin: int, end: int) -> None:
-        """Bytes of rows [begin, end) of the output and of the source."""
+    def add_rows(self, raw: torch.Tensor, source: torch.Tensor, begin: int, end: int) -> None:
+        """Compare rows [begin, end): `raw` are their bytes in the output, `source` those of W."""
         rows = end - begin
         width, source_width = raw.numel() // rows, source.numel() // rows
         step = max(1, _BLOCK // max(1, matrix_shape(self.shape)[1]))
         for a in range(0, rows, step):
             b = min(a + step, rows)
             block = raw[a * width : b * width], source[a * source_width : b * source_width]
-            self._block(*block, begin + a, begin + b)
+            self._add_block(*block, begin + a, begin + b)
 
     @property
-    def unsure(self) -> bool:
-        """Whether the quick check can not tell a right tensor from a wrong one: give it to a `thorough` one."""
-        return self.skipped and not self.wrong and self._off_projection() != ""
+    def is_undecided(self) -> bool:
+        """Whether the quick way can't tell if the tensor is right, so that a `thorough` check must."""
+        return self.variance_skipped and not self.wrong and self._projection_failure() != ""
 
-    def verdict(self) -> str:
-        """What is wrong with the tensor; empty where nothing is."""
+    def failure(self) -> str:
+        """Say what is wrong with the tensor; empty where nothing is."""
         if self.wrong:
             verb = "is" if self.wrong == 1 else "are"
             return f"{self.wrong:,} of {math.prod(self.shape):,} numbers {verb} wrong: {self.example}"
-        drift = max(abs(self.drift), abs(self.outward))
-        if drift > 3 * math.sqrt(self.drawn) + 0.01 * self.drawn:  # a draw has a variance of ulp²/4 at most: 6σ
-            return f"is off by {drift / self.drawn:.2f} ulp in one direction: not rounded stochastically"
-        return self._off_projection() or self._scales()
+        drift = max(abs(self.drift), abs(self.drift_outward))
+        # The variance of one number is at most ulp²/4, so 3√N ulp are 6σ.
+        if drift > 3 * math.sqrt(self.drift_count) + 0.01 * self.drift_count:
+            return f"is off by {drift / self.drift_count:.2f} ulp in one direction: not rounded stochastically"
+        return self._projection_failure() or self._scale_failure()
 
-    def _off_projection(self) -> str:
-        if not self.projects or not self.delta2:
+    def _projection_failure(self) -> str:
+        return self.projection.failure() if self.is_projected else ""
+
+    def _scale_failure(self) -> str:
+        """Say whether a scale is so large that numbers of its block were lost."""
+        if self.decoder is None or self.largest is None or not self.expected.updates:
             return ""
-        got, due = self.got / self.delta2, self.due / self.delta2
-        tolerance = 0.05 * abs(due) + 6 * math.sqrt(self.spread) / self.delta2
-        if abs(got - due) > tolerance:
-            return f"holds {got:.1%} of the adapter's change, and {due:.1%} ± {tolerance:.1%} is right"
-        return ""
+        return self.decoder.bad_scales(*self.largest, strict=self.rules.strict)
 
-    def _block(self, O_raw: torch.Tensor, W_raw: torch.Tensor, begin: int, end: int) -> None:
-        W = self.values.of(self.expected.source, W_raw, begin, end, self.dtype)
-        parts = self._parts(begin, end)
-        sums = self._sums(W, parts)
-        S, factor = (sums, None) if not self.dora else self._scaled(sums, begin, end)
-        if self._nearly_all_nearest(W, S, parts, O_raw, begin, end):
+    def _add_block(self, O_raw: torch.Tensor, W_raw: torch.Tensor, begin: int, end: int) -> None:
+        W = self.base.numbers(self.expected.source, W_raw, begin, end, self.dtype)
+        updates = self.sum.updates(begin, end)
+        sums = self.sum.add(W, updates)
+        S, factor = (sums, None) if not self.sum.is_dora else self.sum.scale_rows(sums, begin, end)
+        if self._add_nearly_nearest(W, S, updates, O_raw, begin, end):
             return
-        out = self.out_values.of(self.out, O_raw, begin, end, self.dtype)
-        unit = None if self.quant is None else self.quant.unit(begin, end).to(self.dtype)
-        P = self._magnitudes(parts, W)
-        slack = self._slack(W, sums, P)
+        out = self.merged.numbers(self.out, O_raw, begin, end, self.dtype)
+        unit = self.rounding.unit(begin, end)
+        P = self.sum.magnitudes(updates, W)
+        slack = self.sum.slack(W, sums, P)
         if factor is not None:
-            # ‖S‖ is off by (n/2 + 2)u of itself and by what its numbers are off; the factor and the product round.
-            error = torch.linalg.vector_norm(slack, dim=1) / torch.linalg.vector_norm(sums, dim=1)
-            share = error + (S.shape[1] / 2 + 6) * (self.ours + self.theirs)
-            slack = slack * factor.abs().unsqueeze(1) + S.abs() * share.unsqueeze(1)
+            slack = self.sum.scaled_slack(slack, sums=sums, S=S, factor=factor)
             P = P * factor.abs().unsqueeze(1)
         row, column = torch.arange(begin, end).unsqueeze(1), torch.arange(S.shape[1]).unsqueeze(0)
-        slack = slack + self._of_others(P)
+        slack = slack + self._error_of_other_tools(P)
         self._compare(W, S, out, unit, slack, row, column)
-        if self.projects:
+        if self.is_projected:
             self._project(W, S, out, unit, slack)
-        self._note_largest(O_raw, S, begin, end)
+        self._track_largest(O_raw, S, begin, end)
 
-    def _nearly_all_nearest(
-        self, W: torch.Tensor, S: torch.Tensor, parts: list[_Part], O_raw: torch.Tensor, begin: int, end: int
+    def _add_nearly_nearest(
+        self, W: torch.Tensor, S: torch.Tensor, updates: list[BlockUpdate], O_raw: torch.Tensor, begin: int, end: int
     ) -> bool:
-        """Whether nearly all numbers are the nearest ones: then the others are looked at alone, which is much faster.
+        """Compare a block the quick way; False where it is not one in which nearly all numbers are the nearest ones.
 
-        The nearest is right for every tool, and where O = Q it adds the same to kept(O) and to kept(Q(S)).
+        The nearest number is right for every tool, and where O = Q(S) it adds the same to retained(O) and to
+        retained(Q(S)).  So only the other numbers need bounds, which is much faster.
         """
-        if self.dora or self.thorough or self.rules.rounding != "nearest":
+        if self.sum.is_dora or self.thorough or self.rules.rounding != "nearest":
             return False
-        unit = None if self.quant is None else self.quant.unit(begin, end).to(self.dtype)
-        codes = O_raw.view(TORCH[self.out.dtype]) if self.quant is None else self.quant.codes(O_raw, end - begin)
-        Q = self._nearest(S, unit)
-        different = _different(Q, codes)
-        # A number that is infinite, or is rounded to infinity, equals itself; a sum is the cheapest look for it.
+        unit = self.rounding.unit(begin, end)
+        stored = self.rounding.stored(O_raw, end - begin)
+        Q = self.rounding.nearest(S, unit)
+        different = differing_positions(Q, stored)
+        # A number that is infinite, or is rounded to infinity, equals itself; their sum is the cheapest test for that.
         fits = self.out.dtype != "F16" or float(S.abs().max()) <= torch.finfo(torch.float16).max
         if not fits or not math.isfinite(float(S.sum())) or different.size * _FEW >= S.numel():
             return False
-        if self.projects:
-            D = (S - W).flatten()
-            due = float(torch.dot(self._numbers(Q, unit).sub_(W).flatten(), D))
-            self.delta2 += float(torch.dot(D, D))
-            self.due += due
-            self.got += due
+        if self.is_projected:
+            self.projection.add_rounded_to_nearest(W, (S - W).flatten(), self.rounding.numbers(Q, unit))
         if different.size:
             index = torch.from_numpy(different)
             row, column = index // S.shape[1], index % S.shape[1]
-            w, s, q, out = (x.flatten()[index] for x in (W, S, Q, codes))
+            w, s, q, out = (x.flatten()[index] for x in (W, S, Q, stored))
             at = None if unit is None else unit.flatten()[index]
-            q, out = self._numbers(q, at), self._numbers(out, at)
-            P = self._magnitudes_at(parts, row, column)
-            self._compare(w, s, out, at, self._slack(w, s, P) + self._of_others(P), begin + row, column)
-            if self.projects:
-                self.got += float(torch.dot(out - q, s - w))
-                self.skipped = True  # σ, that is
-        self._note_largest(O_raw, S, begin, end)
+            q, out = self.rounding.numbers(q, at), self.rounding.numbers(out, at)
+            P = self.sum.magnitudes_at(updates, row, column)
+            slack = self.sum.slack(w, s, P) + self._error_of_other_tools(P)
+            self._compare(w, s, out, at, slack, begin + row, column)
+            if self.is_projected:
+                self.projection.add_difference(out - q, s - w)
+                self.variance_skipped = True
+        self._track_largest(O_raw, S, begin, end)
         return True
 
-    def _numbers(self, codes: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
-        numbers = codes.to(self.dtype, copy=True)
-        return numbers if unit is None else numbers.mul_(unit)
+    def _error_of_other_tools(self, P: torch.Tensor) -> torch.Tensor | float:
+        """Return 3ρP, what other tools may be off by beyond the last rounding; 0 for merge-absorb."""
+        return 0.0 if self.rules.strict else 3 * 2.0**-self.rounding.bits * P
 
-    def _nearest(self, S: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
-        """The nearest number of the output's dtype, or the nearest code of a quantized weight."""
-        if self.quant is None or unit is None:
-            return S.to(TORCH[self.out.dtype])
-        return self.quant.nearest(S / unit)
-
-    def _of_others(self, P: torch.Tensor) -> torch.Tensor | float:
-        """What other tools may be off by beyond the last rounding."""
-        bits = PRECISION[self.out.dtype][0] if self.quant is None else self.quant.bits
-        return 0.0 if self.rules.strict else 3 * 2.0**-bits * P
-
-    def _note_largest(self, O_raw: torch.Tensor, S: torch.Tensor, begin: int, end: int) -> None:
-        if self.quant is not None and self.largest is not None:
+    def _track_largest(self, O_raw: torch.Tensor, S: torch.Tensor, begin: int, end: int) -> None:
+        if self.decoder is not None and self.largest is not None:
             codes, sums = self.largest
-            self.quant.note(self.quant.codes(O_raw, end - begin).to(torch.float32), codes, begin, end)
-            self.quant.note(S, sums, begin, end)
-
-    def _parts(self, begin: int, end: int) -> list[_Part]:
-        """(rows of the block, scaled A, B of these rows) of each update that reaches rows [begin, end)."""
-        if self.expected.is_bias:
-            result = []
-            for delta, weight in self.expected.updates:
-                assert delta.bias is not None
-                bias = read_whole(delta.bias, self.dtype) * (delta.scale * weight)
-                result.append((slice(0, 1), bias.unsqueeze(0), torch.ones(1, 1, dtype=self.dtype)))
-            return result
-        result = []
-        for delta, weight in self.expected.updates:
-            assert self.expected.site is not None
-            expert, row = self.expert, self.first_row + begin
-            if self.expected.site.is_experts and expert is None:
-                expert, row = divmod(begin, self.expected.site.shape[0])
-            if delta.expert is not None and delta.expert != expert:
-                continue
-            low, high = delta.rows or (0, self.expected.site.shape[0])
-            first, last = max(row, low), min(row + end - begin, high)
-            if first < last:
-                A, B = self.factors.of(delta, weight, self.dtype)
-                which = expert if delta.experts > 1 and expert is not None else 0
-                result.append((slice(first - row, last - row), A[which], B[which, first - low : last - low]))
-        return result
-
-    def _sums(self, W: torch.Tensor, parts: list[_Part]) -> torch.Tensor:
-        S = W
-        for rows, A, B in parts:
-            if len(B) == len(W):
-                S = torch.addmm(S, B, A)
-            else:
-                S = S.clone() if S is W else S
-                S[rows] += B @ A
-        return S
-
-    def _scaled(self, sums: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows scaled to the magnitude, the factor of each row)."""
-        (delta, _), *_ = self.expected.updates
-        (magnitude,) = delta.vectors
-        first = self.first_row + begin - (delta.rows[0] if delta.rows else 0)
-        m = read_whole(magnitude, self.dtype)[first : first + end - begin]
-        factor = m / torch.linalg.vector_norm(sums, dim=1)
-        return sums * factor.unsqueeze(1), factor
-
-    def _magnitudes(self, parts: list[_Part], W: torch.Tensor) -> torch.Tensor:
-        P = torch.zeros_like(W)
-        for rows, A, B in parts:
-            P[rows] += B.abs() @ A.abs()
-        return P
-
-    def _magnitudes_at(self, parts: list[_Part], row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """The same at single places of the block."""
-        P = torch.zeros(len(row), dtype=self.dtype)
-        for rows, A, B in parts:
-            inside = (row >= rows.start) & (row < rows.stop)
-            at = (row - rows.start).clamp(0, len(B) - 1)
-            P += inside * (B[at].abs() * A[:, column].T.abs()).sum(1)
-        return P
-
-    def _slack(self, W: torch.Tensor, S: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
-        """How far two sums, the one here and the one that was rounded, may lie from each other."""
-        k = len(self.expected.updates)
-        slack = P * ((self.ranks + 3 + 2 * k) * (self.ours + self.theirs))
-        if k:
-            slack = slack + W.abs() * ((self.ranks + 3) * self.ours)
-        if self.out.dtype != "F32" or self.rules.exact or self.dora:
-            slack = slack + S.abs() * (2 * self.theirs)  # the sum was rounded once before it was rounded to the dtype
-        if self.expected.source.dtype not in ("F32", "BF16", "F16"):
-            slack = slack + W.abs() * (self.ours + self.theirs)  # code · scale
-        return slack
+            stored = self.decoder.codes(O_raw, end - begin).to(torch.float32)
+            self.decoder.track_largest(stored, codes, begin, end)
+            self.decoder.track_largest(S, sums, begin, end)
 
     def _compare(
         self,
@@ -289,21 +208,23 @@ class TensorCheck:
         row: torch.Tensor,
         column: torch.Tensor,
     ) -> None:
+        """Count the numbers of `out` that are too far from S; `row` and `column` are their places in the tensor."""
         error = (out - S).abs()
         if self.strict:
-            ulp = self._ulp(S.abs() + slack, unit)
+            ulp = self.rounding.ulp(S.abs() + slack, unit)
             stochastic = self.rules.strict and self.rules.rounding == "stochastic"
             allowed = (1.0 if stochastic else 0.5) * ulp + slack
             # Sums in float32 have nothing left to round stochastically to float32.
             if stochastic and (self.rules.exact or self.out.dtype not in ("F32", "F64")):
                 self.drift += float(((out - S) / ulp).sum())
-                self.outward += float(((out.abs() - S.abs()) / ulp).sum())
-                self.drawn += S.numel()
+                self.drift_outward += float(((out.abs() - S.abs()) / ulp).sum())
+                self.drift_count += S.numel()
         else:
             largest = torch.maximum(torch.maximum(W.abs(), S.abs()), torch.maximum((S - W).abs(), out.abs()))
-            ulp = self._ulp(largest, unit)
-            # One adapter after the other is rounded in between.
-            allowed = (4.0 if self.dora else 0.5 + max(1, len(self.expected.updates))) * ulp + slack
+            ulp = self.rounding.ulp(largest, unit)
+            # Several adapters may be merged one after the other, each sum rounded.
+            roundings = 4.0 if self.sum.is_dora else 0.5 + max(1, len(self.expected.updates))
+            allowed = roundings * ulp + slack
         bad = ~(error <= allowed)  # a NaN is bad
         self.worst = max(self.worst, float(((error - slack) / ulp).nan_to_num(math.inf).max()))
         count = int(bad.sum())
@@ -314,62 +235,27 @@ class TensorCheck:
             self.example = f"at {at} it is {found:.6g}, and {right:.6g} is right (base: {old:.6g})"
         self.wrong += count
 
-    def _ulp(self, x: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
-        if self.quant is None or unit is None:
-            return ulp_of(x, self.out.dtype)
-        return self.quant.step(x / unit) * unit
-
     def _project(
         self, W: torch.Tensor, S: torch.Tensor, out: torch.Tensor, unit: torch.Tensor | None, slack: torch.Tensor
     ) -> None:
+        """Add a block to the projection, with the variance that the rounding of a right tool has."""
         D = (S - W).double()
-        Q = self._nearest(S, unit).to(self.dtype)
+        Q = self.rounding.nearest(S, unit).to(self.dtype)
         Q = (Q if unit is None else Q * unit).double()
-        ulp = self._ulp(S, unit).double()
+        ulp = self.rounding.ulp(S, unit).double()
         off = (Q - S.double()).abs()
-        D2 = D * D
-        self.delta2 += float(D2.sum())
-        self.got += float(((out - W).double() * D).sum())
         if self.rules.rounding == "stochastic":
-            self.due += float(D2.sum())
-            self.spread += float((off * (ulp - off).clamp_min(0) * D2).sum()) + float((slack.double() ** 2 * D2).sum())
+            self.projection.add_stochastic(out=out, W=W, D=D, off=off, ulp=ulp, slack=slack)
             return
-        self.due += float(((Q - W.double()) * D).sum())
         rho = 2.0 ** -PRECISION["BF16" if unit is not None else self.out.dtype][0]
-        d = slack.double() + rho * D.abs() + ulp / 2 * (len(self.expected.updates) - 1)
-        if self.values.name(self.expected.source) in self.values.quantized:
-            d = d + rho * W.double().abs()  # other tools round the dequantized weight to bfloat16 first
-        if self.dora:
+        if self.sum.is_dora:
             # Four roundings, of which that of the row's factor moves the whole row.
-            self.spread += float((4 * ulp * ulp / 3 * D2).sum())
-            self.spread += float((2 * rho * (S.double() * D).sum(1)).square().sum())
-            return
-        near = ulp / 2 - off <= d
-        self.spread += float((near * (ulp + d) ** 2 * D2).sum())
-
-    def _scales(self) -> str:
-        """Whether a scale is so large that numbers of its block were lost."""
-        if self.quant is None or self.largest is None or not self.expected.updates:
-            return ""
-        return self.quant.bad_scales(*self.largest, strict=self.rules.strict)
-
-
-def _different(wanted: torch.Tensor, raw: torch.Tensor) -> np.ndarray:
-    """Where, as flat positions, the bytes of numbers differ.  Words of 8 bytes are compared: torch takes 20 times as
-    long over numbers of 16 bits."""
-    kind = np.dtype(f"u{wanted.element_size()}")
-    a, b = (x.contiguous().view(torch.uint8).numpy().reshape(-1) for x in (wanted, raw))
-    each = 8 // kind.itemsize
-    if a.size % 8:
-        return np.flatnonzero(a.view(kind) != b.view(kind))
-    words = np.flatnonzero(a.view(np.uint64) != b.view(np.uint64))
-    places = (words[:, None] * each + np.arange(each)).reshape(-1)
-    return places[a.view(kind)[places] != b.view(kind)[places]]
-
-
-def _place(key: str, site: Site | None) -> tuple[int, int | None]:
-    """(first row of the site's matrix, expert) that a tensor holds."""
-    match = re.search(r"\.experts\.(\d+)\.(\w+)\.weight$", key)
-    if match is None or site is None or not site.is_experts:
-        return 0, None
-    return (site.shape[0] // 2 if match[2] in ("up_proj", "w3") else 0), int(match[1])
+            variance = float((4 * ulp * ulp / 3 * (D * D)).sum())
+            variance += float((2 * rho * (S.double() * D).sum(1)).square().sum())
+        else:
+            d = slack.double() + rho * D.abs() + ulp / 2 * (len(self.expected.updates) - 1)
+            if self.base.is_quantized(self.expected.source):
+                d = d + rho * W.double().abs()  # other tools round the dequantized weight to bfloat16 first
+            near_border = ulp / 2 - off <= d
+            variance = float((near_border * (ulp + d) ** 2 * (D * D)).sum())
+        self.projection.add_nearest(out=out, W=W, D=D, Q=Q, variance=variance)

@@ -1,11 +1,8 @@
-"""The proof: a merged checkpoint, made by any tool, against its base and its adapters, number by number.
+"""The proof of all weights: compare a merged checkpoint, tensor by tensor, with its base and adapters.
 
-    proof_layout.py    keys, shapes, dtypes, config.json; where each tensor's numbers come from
-    proof_numbers.py   tensors that are computed again, and how far they may be off
-    proof_absorbed.py  the tensors of the absorbed file
-    proof_values.py    reading, in torch
-
-Tensors that no adapter reaches are equal byte for byte, or the base's numbers rounded once to another dtype.
+The checkpoint may be made by any tool.  Every tensor that an adapter changes is recomputed (`tensors`).  Every other
+tensor must equal the base's byte for byte, or be the base's numbers rounded once to another dtype.  `layout` compares
+headers and config.json.
 """
 
 from __future__ import annotations
@@ -20,52 +17,59 @@ from typing import Any
 
 import torch
 
-from mla_tune.adapter.files import Adapter
+from mla_tune.adapter.deltas import Adapter
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint, Shard, TensorRef, matrix_shape
 from mla_tune.errors import InputError
-from mla_tune.verification.dequantize import FactorCache, Values
-from mla_tune.verification.layout import Expected, Failure, LayoutCheck, Rules, expectations
+from mla_tune.verification.dequantize import DequantizedCheckpoint, FactorCache
+from mla_tune.verification.layout import ExpectedTensor, Failure, LayoutCheck, ProofRules, expected_changes
 from mla_tune.verification.read import PRECISION, TensorReader, same_bytes
 from mla_tune.verification.tensors import TensorCheck
 
-#: Bytes read at once: what is read is still in a core's cache when it is hashed and computed with.
-_PIECE = 1 << 21
-#: Failures that are listed; all are counted.
+#: Bytes read at once: few enough that they are still in a core's cache when they are hashed and computed with.
+_READ_BYTES = 1 << 21
+#: At most so many failures are listed in a report; all are counted.
 _LISTED = 100
 
 
 @dataclass(frozen=True, slots=True)
 class ProofReport:
-    """`recomputed` tensors were computed again, of `numbers` numbers; `unchanged` ones were compared byte for byte, but
-    for those in `same_files`, files that are the base's own.  `worst_ulp` is the largest distance from the exact sum,
-    less the error of float sums, in units in the last place: 0.5 where every number is the nearest one.  `absorbed`
-    counts attention modules.  `failed` counts all failures, `failures` lists the first."""
+    """What was compared, and what is wrong."""
 
     strict: bool
+    """Every number had to be the one that merge-absorb writes; otherwise, one that any tool may write."""
     recomputed: int
+    """Tensors that were recomputed from base and adapters."""
     numbers: int
+    """Numbers in these tensors."""
     unchanged: int
+    """Tensors that were compared with the base's byte for byte, or that are in a file of the base."""
     same_files: int
+    """Files that are the base's own (hard links) and were not read."""
     worst_ulp: float
+    """The largest distance of a number from the exact sum, less the error of float sums, in units in the last place:
+    0.5 where every number is the nearest one."""
     absorbed: int
+    """Attention modules whose absorbed tensors are right."""
     failed: int
+    """Tensors and files that are wrong."""
     failures: tuple[Failure, ...]
+    """The first of them."""
 
     def to_json(self) -> dict[str, Any]:
-        """The document under `proof` in the results of `verify` and `merge-absorb`."""
+        """Return the document under `proof` in the results of `verify` and `merge-absorb`."""
         return asdict(self) | {"failures": [asdict(failure) for failure in self.failures]}
 
 
 @dataclass
-class _Tally:
-    """What one shard gave."""
+class _ShardResult:
+    """What the comparison of one file found; the fields are those of `ProofReport`."""
 
     recomputed: int = 0
     numbers: int = 0
     unchanged: int = 0
-    same: bool = False
-    worst: float = 0.0
+    is_base_file: bool = False
+    worst_ulp: float = 0.0
     failures: list[Failure] = field(default_factory=list)
     sha256: str | None = None
 
@@ -84,121 +88,128 @@ def prove(
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[ProofReport, dict[str, str | None]]:
-    """Compare `merged` with what base and adapters make; also returns the sha256 of each weight file (None for the
-    base's own files, which are not read, and for those in `hashed`).
+    """Compare `merged` with the result of merging `adapters`, each with its weight, into `base`.
 
-    `strict`: the output is merge-absorb's, made with `rounding`, `dtype` and, where `exact`, sums in float64.
-    `progress` is told bytes of the output as they are done.
-    Raises `FileError` and `InputError` for a base or an output that can't be read, and for sums that are not defined.
+    Returns the report, and the sha256 of each weight file by name; None for the base's own files, which are not read,
+    and for the files in `hashed`, whose sha256 the caller knows.
+
+    `strict` says that merge-absorb wrote the output, with `rounding`, `dtype` and, if `exact`, sums in float64.
+    `workers` is the number of threads.  `progress(n)` is called for every n bytes of the output that are done.
+    Raises `FileError` and `InputError` for a base or output that can't be read, and for sums that are not defined.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # every worker is a thread
-    rules = Rules(strict, rounding, exact, dtype)
-    prover = _Prover(base, arch, adapters, merged, rules, hashed, progress)
+    rules = ProofRules(strict, rounding, exact, dtype)
+    comparison = _WeightComparison(base, arch, adapters, merged, rules, hashed, progress)
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             try:
-                tallies = list(pool.map(prover.shard, merged.shards))
+                shards = list(pool.map(comparison.compare_shard, merged.shards))
             except BaseException:
-                prover.stop.set()
+                comparison.stop.set()
                 raise
     finally:
         torch.set_num_threads(threads)
-    failures = [*prover.problems, *prover.layout.failures(), *(f for t in tallies for f in t.failures)]
+    failures = [*comparison.failures, *comparison.layout.failures(), *(f for s in shards for f in s.failures)]
     report = ProofReport(
         strict=strict,
-        recomputed=sum(t.recomputed for t in tallies),
-        numbers=sum(t.numbers for t in tallies),
-        unchanged=sum(t.unchanged for t in tallies),
-        same_files=sum(t.same for t in tallies),
-        worst_ulp=max((t.worst for t in tallies), default=0.0),
+        recomputed=sum(s.recomputed for s in shards),
+        numbers=sum(s.numbers for s in shards),
+        unchanged=sum(s.unchanged for s in shards),
+        same_files=sum(s.is_base_file for s in shards),
+        worst_ulp=max((s.worst_ulp for s in shards), default=0.0),
         absorbed=0,
         failed=len(failures),
         failures=tuple(failures[:_LISTED]),
     )
-    return report, {merged.name(s): t.sha256 for s, t in zip(merged.shards, tallies, strict=True)}
+    return report, {merged.name(shard): s.sha256 for shard, s in zip(merged.shards, shards, strict=True)}
 
 
 def with_failures(report: ProofReport, more: Sequence[Failure], *, absorbed: int) -> ProofReport:
-    """The report with what another check found."""
+    """Return the report with the failures of another check, and the count of `absorbed` modules, added."""
     failures = (*report.failures, *more)[:_LISTED]
     return replace(report, absorbed=absorbed, failed=report.failed + len(more), failures=failures)
 
 
-class _Prover:
+class _WeightComparison:
+    """The state of one `prove`, shared by its threads."""
+
     def __init__(
         self,
         base: Checkpoint,
         arch: Architecture,
         adapters: Sequence[tuple[Adapter, float]],
         merged: Checkpoint,
-        rules: Rules,
+        rules: ProofRules,
         hashed: Container[str],
         progress: Callable[[int], None] | None,
     ) -> None:
-        self.base, self.merged, self.rules, self.hashed = base, merged, rules, hashed
-        self.values = Values(base)
-        self.expected = expectations(self.values, arch, adapters)
-        self.problems: list[Failure] = []
+        self.rules, self.hashed = rules, hashed
+        self.base = DequantizedCheckpoint(base)
+        self.expected = expected_changes(self.base, arch, adapters)
+        #: What is wrong with the output as a whole.
+        self.failures: list[Failure] = []
         try:
-            self.out_values = Values(merged)
+            self.merged = DequantizedCheckpoint(merged)
         except InputError as error:
-            self.problems.append(Failure("config.json", str(error)))
-            self.out_values = Values(merged, {})
-        self.layout = LayoutCheck(self.values, self.out_values, arch, self.expected, rules)
-        self.out_scales = {q.scale.key: key for key, q in self.out_values.quantized.items()}
+            self.failures.append(Failure("config.json", str(error)))
+            self.merged = DequantizedCheckpoint(merged, {})
+        self.layout = LayoutCheck(self.base, self.merged, arch, self.expected, rules)
+        #: Key of each scale in the output → key of its weight.
+        self.scales = {scale.key: key for key, tensor in self.merged.quantized.items() for scale in tensor.scales}
         self.reader, self.factors = TensorReader(), FactorCache()
-        self.progress, self.lock, self.stop = progress, threading.Lock(), threading.Event()
+        self.progress, self.lock = progress, threading.Lock()
+        #: Set where another thread failed, so that this one ends too.
+        self.stop = threading.Event()
 
-    def shard(self, shard: Shard) -> _Tally:
-        """All tensors of one file, in its order, read once."""
-        tally = _Tally()
-        if self._is_base(shard):
-            touched = [key for key, ref in shard.tensors.items() if self.values.name(ref) in self.expected]
-            tally.failures += [Failure(key, "the file is the base's own: the adapter is not in it") for key in touched]
-            tally.same, tally.unchanged = True, len(shard.tensors) - len(touched)
-            self._count(sum(ref.nbytes for ref in shard.tensors.values()))
-            return tally
-        digest = None if self.merged.name(shard) in self.hashed else hashlib.sha256()
+    def compare_shard(self, shard: Shard) -> _ShardResult:
+        """Compare all tensors of one file in the order of the file, which is read once."""
+        result = _ShardResult()
+        if self._is_base_file(shard):
+            changed = [key for key, ref in shard.tensors.items() if self.base.weight_key(ref) in self.expected]
+            what = "the file is the base's own: the adapter is not merged into it"
+            result.failures += [Failure(key, what) for key in changed]
+            result.is_base_file, result.unchanged = True, len(shard.tensors) - len(changed)
+            self._report_progress(sum(ref.nbytes for ref in shard.tensors.values()))
+            return result
+        digest = None if self.merged.checkpoint.name(shard) in self.hashed else hashlib.sha256()
         if digest:
             with shard.file.open("rb") as stream:
                 digest.update(stream.read(min((ref.begin for ref in shard.tensors.values()), default=shard.stamp.size)))
         for key, ref in shard.tensors.items():
-            self._tensor(key, ref, tally, digest)
-        tally.sha256 = digest.hexdigest() if digest else None
-        return tally
+            self._compare_tensor(key, ref, result, digest)
+        result.sha256 = digest.hexdigest() if digest else None
+        return result
 
-    def _is_base(self, shard: Shard) -> bool:
-        """Whether the file is, by another name, the one that the base has these tensors in."""
-        alias = self.base.folder / self.merged.name(shard)
+    def _is_base_file(self, shard: Shard) -> bool:
+        """Tell whether the file is a hard link to the file in which the base has these tensors."""
+        base = self.base.checkpoint
+        file = base.folder / self.merged.checkpoint.name(shard)
         return (
-            alias.is_file()
-            and alias.samefile(shard.file)
-            and all(key in self.base.tensors and self.base.tensors[key].file == alias for key in shard.tensors)
+            file.is_file()
+            and file.samefile(shard.file)
+            and all(key in base.tensors and base.tensors[key].file == file for key in shard.tensors)
         )
 
-    def _count(self, nbytes: int) -> None:
+    def _report_progress(self, nbytes: int) -> None:
         if self.progress:
             with self.lock:
                 self.progress(nbytes)
 
-    def _tensor(self, key: str, out: TensorRef, tally: _Tally, digest: Any) -> None:
-        """Compare one tensor; its bytes go through `digest`, where there is one, whatever comes of it."""
-        name = self.out_values.name(out)
-        expected = self.layout.source(name)
-        weight = self.out_scales.get(key)
-        fresh = weight is not None and weight in self.expected  # scales are proven by the numbers that they make
-        if expected is not None and (self.values.shape(expected.source) != self.out_values.shape(out) or fresh):
-            expected = None
+    def _compare_tensor(self, key: str, out: TensorRef, result: _ShardResult, digest: Any) -> None:
+        """Compare one tensor and add what is found to `result`.
+
+        All bytes of the tensor go through `digest`, if there is one, even if nothing is compared.
+        """
+        name = self.merged.weight_key(out)
+        # The scale of a changed weight has no counterpart in the base: it is proven by the numbers that it makes.
+        is_new_scale = self.scales.get(key) in self.expected
+        expected = None if is_new_scale else self._comparable(name, out)
         check = None
         if expected is not None and (expected.updates or expected.source.dtype != out.dtype):
-            coded = self.values.name(expected.source) in self.values.quantized, name in self.out_values.quantized
-            if all(c or d in PRECISION for c, d in zip(coded, (expected.source.dtype, out.dtype), strict=True)):
-                check = self._check(out, expected)
-            else:
-                expected = None  # the layout has told of it
+            check = self._check(out, expected)
         equal = True
-        for begin, end in _pieces(out):
+        for begin, end in _row_ranges(out):
             if self.stop.is_set():
                 return
             raw = self.reader.rows(out, begin, end, "out")
@@ -207,41 +218,61 @@ class _Prover:
             if expected is not None:
                 source = self.reader.rows(expected.source, begin, end, "base")
                 if check is not None:
-                    check.piece(raw, source, begin, end)
+                    check.add_rows(raw, source, begin, end)
                 else:
                     equal = equal and same_bytes(raw, source)
-            self._count(raw.numel())
+            self._report_progress(raw.numel())
         if check is not None and expected is not None:
-            if check.unsure:
-                check = self._check(out, expected, thorough=True)
-                for begin, end in _pieces(out):
-                    raw = self.reader.rows(out, begin, end, "out")
-                    check.piece(raw, self.reader.rows(expected.source, begin, end, "base"), begin, end)
-            tally.recomputed += 1
-            tally.numbers += math.prod(self.out_values.shape(out))
-            tally.worst = max(tally.worst, check.worst)
-            what = check.verdict()
+            if check.is_undecided:
+                check = self._check_thoroughly(out, expected)
+            result.recomputed += 1
+            result.numbers += math.prod(self.merged.shape(out))
+            result.worst_ulp = max(result.worst_ulp, check.worst)
+            what = check.failure()
             if what:
-                tally.failures.append(Failure(key, what))
-        elif fresh:
-            tally.recomputed += 1
+                result.failures.append(Failure(key, what))
+        elif is_new_scale:
+            result.recomputed += 1
         elif expected is not None:
-            tally.unchanged += 1
+            result.unchanged += 1
             if not equal and (self.rules.strict or not self.layout.is_unread(key)):
-                what = (
-                    "is not the adapter's" if name in self.expected else "is not the base's, and no adapter changes it"
-                )
-                tally.failures.append(Failure(key, what))
+                in_adapter = name in self.expected
+                what = "differs from the adapter's" if in_adapter else "differs from the base's; no adapter changes it"
+                result.failures.append(Failure(key, what))
 
-    def _check(self, out: TensorRef, expected: Expected, thorough: bool = False) -> TensorCheck:
-        return TensorCheck(out, expected, self.values, self.out_values, self.factors, self.rules, thorough)
+    def _comparable(self, name: str, out: TensorRef) -> ExpectedTensor | None:
+        """Return what the weight `name` must be; None where shape or dtype rule out a comparison.
+
+        `LayoutCheck` reports those tensors.
+        """
+        expected = self.layout.expected_tensor(name)
+        if expected is None or self.base.shape(expected.source) != self.merged.shape(out):
+            return None
+        if expected.updates or expected.source.dtype != out.dtype:
+            is_float = (
+                self.base.is_quantized(expected.source) or expected.source.dtype in PRECISION,
+                name in self.merged.quantized or out.dtype in PRECISION,
+            )
+            return expected if all(is_float) else None
+        return expected
+
+    def _check(self, out: TensorRef, expected: ExpectedTensor, *, thorough: bool = False) -> TensorCheck:
+        return TensorCheck(out, expected, self.base, self.merged, self.factors, self.rules, thorough=thorough)
+
+    def _check_thoroughly(self, out: TensorRef, expected: ExpectedTensor) -> TensorCheck:
+        """Read the tensor again for a check that does not take the quick way."""
+        check = self._check(out, expected, thorough=True)
+        for begin, end in _row_ranges(out):
+            raw = self.reader.rows(out, begin, end, "out")
+            check.add_rows(raw, self.reader.rows(expected.source, begin, end, "base"), begin, end)
+        return check
 
 
-def _pieces(ref: TensorRef) -> list[tuple[int, int]]:
-    """Row ranges of about `_PIECE` bytes that do not cross from one expert to the next."""
+def _row_ranges(ref: TensorRef) -> list[tuple[int, int]]:
+    """Return ranges of rows of about `_READ_BYTES` bytes that do not cross from one expert to the next."""
     rows, _ = matrix_shape(ref.shape)
     matrices = ref.shape[0] if len(ref.shape) == 3 else 1
-    step = max(1, _PIECE * rows // max(1, ref.nbytes))
+    step = max(1, _READ_BYTES * rows // max(1, ref.nbytes))
     result = []
     for i in range(matrices):
         first, last = i * rows // matrices, (i + 1) * rows // matrices

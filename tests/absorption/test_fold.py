@@ -13,10 +13,10 @@ import torch
 from mla_tune.absorption.fold import (
     LAYOUTS,
     absorbed_shapes,
+    attention_costs,
     fold_output,
     fold_query,
     foldable_families,
-    forms,
     latent_scales,
     split_heads,
     unsupported_reason,
@@ -36,7 +36,7 @@ T, S = 4, 6
 @pytest.mark.parametrize("d", [DIMS, NO_COMPRESSION], ids=["compressed query", "plain query"])
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1.7, 0.6)], ids=["", "scaled latents"])
 def test_folded_attention_equals_expanded_attention(d: MLADims, scales: tuple[float, float]) -> None:
-    """From the query latent and the cache to the output of the module: the two forms share nothing but the weights."""
+    """Compute the output of a module from query latent and cache in both forms, which share only the weights."""
     rng = np.random.default_rng(0)
     W_UQ = rng.normal(size=(d.H * (d.P + d.R), d.L or d.D)) / 3
     W_UKV = rng.normal(size=(d.H * (d.P + d.V), d.C)) / 3
@@ -78,21 +78,21 @@ def test_split_heads_is_the_torch_split() -> None:
 
 
 def test_costs_at_deepseek_v3_size() -> None:
-    """The figures that are known of it: millions of parameters a layer on the two sides."""
-    by_name = {form.name: form for form in forms(V3, 4096)}
+    """Published figures: millions of parameters of a layer on the query and on the output side."""
+    by_name = {form.name: form for form in attention_costs(V3, 4096)}
     assert (by_name["split"].query_params, by_name["split"].output_params) == (33_554_432, 125_829_120)
     assert (by_name["fold"].query_params, by_name["fold"].output_params) == (100_663_296, 469_762_048)
     assert by_name["fold"].params == 570_425_344
     # 70,272 bytes a token over 61 layers in bfloat16, against 4,997,120 expanded.
-    in_all = {form.name: form for form in forms(V3, 4096, 61)}
+    in_all = {form.name: form for form in attention_costs(V3, 4096, 61)}
     assert (in_all["fold"].cache * 2, in_all["split"].cache * 2) == (70_272, 70_272)
     assert in_all["expanded"].cache * 2 == 4_997_120
     assert in_all["fold"].flops == 61 * by_name["fold"].flops
 
 
 @pytest.mark.parametrize("d", [DIMS, NO_COMPRESSION], ids=["compressed query", "plain query"])
-def test_flops_are_those_of_the_products_that_are_made(d: MLADims) -> None:
-    """One token is decoded with each form, and every product that absorption touches is counted as it is made."""
+def test_flops_are_those_of_the_products(d: MLADims) -> None:
+    """Decode one token with each form, and count the operations of every product that absorption changes."""
     count = 0
 
     def mul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -124,14 +124,14 @@ def test_flops_are_those_of_the_products_that_are_made(d: MLADims) -> None:
             o = mul(ones((d.C, S)), scores)
             out += mul(ones((d.D, d.V)), mul(ones((d.V, d.C)), o)) if name == "split" else mul(ones((d.D, d.C)), o)
         found[name] = count
-    assert found == {form.name: form.flops for form in forms(d, S)}
+    assert found == {form.name: form.flops for form in attention_costs(d, S)}
 
 
-def test_judged_families_are_in_the_table_and_have_nothing_in_between() -> None:
-    """The others are refused (`tests.merge.test_families`)."""
-    judged = [family for family in FAMILIES if family.fold]
-    assert len(judged) == len(foldable_families())
-    for family in judged:
+def test_foldable_families_have_nothing_between_the_folded_matrices() -> None:
+    """`tests.merge.test_families` tests that all other families are refused."""
+    foldable = [family for family in FAMILIES if family.fold]
+    assert len(foldable) == len(foldable_families())
+    for family in foldable:
         assert not family.parts.get("mla")
         assert not family.needs_mask
     assert latent_scales(BY_TYPE["deepseek_v3"], V3) == {}
@@ -178,7 +178,7 @@ def test_the_scales_are_those_of_transformers() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_stands_between_the_factors(name: str, reason: str | None) -> None:
+def test_reasons_why_fold_is_not_exact(name: str, reason: str | None) -> None:
     found = unsupported_reason(name)
     assert found is None if reason is None else reason in (found or "")
 
@@ -191,7 +191,7 @@ def test_the_cost_table_of_the_docs() -> None:
     assert {row[0] for row in rows} == folded
     for name, *figures in rows:
         config = json.loads((ROOT / "configs" / "models" / f"{name}.json").read_text())
-        form = {form.name: form for form in forms(architecture(config).dims, 4096)}
+        form = {form.name: form for form in attention_costs(architecture(config).dims, 4096)}
         split, fold = form["split"], form["fold"]
         millions = (split.query_params, fold.query_params, split.output_params, fold.output_params)
         assert figures == [*(f"{n / 1e6:.1f}" for n in millions), f"{fold.params / split.params:.1f}"], name

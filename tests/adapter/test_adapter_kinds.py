@@ -1,5 +1,8 @@
-"""Every kind of adapter that PEFT's LoRA writes: PEFT writes it, `open_adapter` maps it, numpy merges what was mapped,
-and the result must be PEFT's own merge as transformers saves it, key by key."""
+"""Every kind of adapter that PEFT's LoRA writes is mapped to the right tensors of the base.
+
+PEFT writes an adapter, `open_adapter` maps it, and numpy merges it as mapped.  The oracle is PEFT's own merge, which
+transformers saves; both must agree key by key.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mla_tune.adapter.files import Adapter, open_adapter
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import open_adapter
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
@@ -26,13 +30,13 @@ CONFIG = MLA | MOE | {"attention_bias": True, "num_hidden_layers": 2}
 PREFIX = "base_model.model.model.layers"
 WEIGHTS = "adapter_model.safetensors"
 MLP = ["gate_proj", "up_proj", "down_proj"]
-#: float32, sums of at most 6 products and one norm over 80 numbers: a few units in the last place of numbers near 1.
+#: The oracle computes in float32: sums of at most 6 products and a norm over 80 numbers, each off by a few last digits.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """deepseek_v3 with biases on q_a, kv_a and o_proj, a dense and a sparse layer; no bias and no norm is trivial."""
+    """A deepseek_v3 with a dense and a sparse layer and biases on q_a, kv_a and o_proj; no bias is 0, no norm is 1."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **CONFIG), dtype=torch.float32)
@@ -45,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapter_of(model: nn.Module, folder: Path, save: Any = False, **settings: Any) -> Path:
-    """PEFT's adapter on `model`, every trained number moved at random, saved by PEFT."""
+    """Put PEFT's adapter on `model`, change every trained number at random, and let PEFT save it to `folder`."""
     torch.manual_seed(1)
     wrapped = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": []} | settings))
     with torch.no_grad():
@@ -62,7 +66,7 @@ def opened(folder: Path, base: Path) -> Adapter:
 
 
 def numpy_merge(adapter: Adapter, base: Path) -> dict[str, np.ndarray]:
-    """The merge as the definitions of the deltas say it, in float64, by checkpoint key."""
+    """Merge in float64, by the definitions of `LoraDelta` and `SavedTensor`; return the weights by checkpoint key."""
     out = {k: t.double().numpy() for k, t in load_file(base / "model.safetensors").items()}
     file = {k: t.double().numpy() for k, t in load_file(adapter.folder / WEIGHTS).items()}
     for saved in adapter.saved:
@@ -97,7 +101,7 @@ def numpy_merge(adapter: Adapter, base: Path) -> dict[str, np.ndarray]:
 
 
 def assert_is_pefts_merge(folder: Path, base: Path, tmp_path: Path, unread: tuple[str, ...] = ()) -> Adapter:
-    """`unread` are parts of keys of weights that the model holds and never reads."""
+    """Compare `numpy_merge` with PEFT's merge; keys that contain one of `unread` are of weights that nothing reads."""
     adapter = opened(folder, base)
     PeftModel.from_pretrained(load(base), folder).merge_and_unload().save_pretrained(tmp_path / "oracle")
     expected = load_file(tmp_path / "oracle" / "model.safetensors")
@@ -113,6 +117,7 @@ def assert_is_pefts_merge(folder: Path, base: Path, tmp_path: Path, unread: tupl
 
 
 def changed(adapter: Adapter, base: Path) -> set[str]:
+    """Return the keys of all tensors of the base that a merge changes."""
     before, after = load_file(base / "model.safetensors"), numpy_merge(adapter, base)
     return {k for k in after if not np.array_equal(after[k], before[k].double().numpy())}
 
@@ -146,7 +151,7 @@ def test_lora_bias_without_a_bias_in_the_base(base: Path, tmp_path: Path) -> Non
         opened(folder, base)
 
 
-def test_parts_of_lora_bias(base: Path, tmp_path: Path) -> None:
+def test_lora_bias_that_is_not_set_or_not_complete(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(load(base), tmp_path / "a", target_modules=["q_a_proj"], lora_bias=True)
     edit_json(folder / "adapter_config.json", lora_bias=False)
     with pytest.raises(InputError, match=r"has lora_B\.bias, but lora_bias is not set"):
@@ -209,9 +214,9 @@ def test_modules_to_save(base: Path, tmp_path: Path) -> None:
     assert {s.key for s in adapter.saved} < changed(adapter, base)
 
 
-def test_a_name_means_every_module_that_ends_so(base: Path, tmp_path: Path) -> None:
+def test_a_name_means_every_module_whose_path_ends_with_it(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(load(base), tmp_path / "a", target_modules=["kv_b_proj"], modules_to_save=["norm", "mlp"])
-    with pytest.raises(InputError, match=r"holds whole fused experts, which are not supported"):
+    with pytest.raises(InputError, match=r"holds fully trained experts, which are not supported"):
         opened(folder, base)
     folder = adapter_of(
         load(base), tmp_path / "b", target_modules=["kv_b_proj"], modules_to_save=["norm", "shared_experts"]
@@ -219,8 +224,8 @@ def test_a_name_means_every_module_that_ends_so(base: Path, tmp_path: Path) -> N
     assert len(assert_is_pefts_merge(folder, base, tmp_path).saved) == 2 * 4 + 1 + 3
 
 
-def test_experts_on_disk_are_no_modules_to_save(base: Path, tmp_path: Path) -> None:
-    """`down_proj` names dense and shared MLPs; a routed expert's down_proj.weight is a key on disk only."""
+def test_expert_keys_on_disk_are_no_modules_to_save(base: Path, tmp_path: Path) -> None:
+    """`down_proj` means dense and shared MLPs; the down_proj of a routed expert is a key on disk, not a module."""
     folder = adapter_of(load(base), tmp_path / "a", target_modules=["kv_b_proj"], modules_to_save=["down_proj"])
     assert {s.key for s in assert_is_pefts_merge(folder, base, tmp_path).saved} == {
         "model.layers.0.mlp.down_proj.weight",
@@ -242,13 +247,13 @@ def test_modules_to_save_that_were_not_saved(lost: str, base: Path, tmp_path: Pa
         opened(folder, base)
 
 
-def test_modules_to_save_that_the_model_has_not(base: Path, tmp_path: Path) -> None:
+def test_modules_to_save_that_the_model_lacks(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(load(base), tmp_path / "a", target_modules=["kv_b_proj"], modules_to_save=["norm", "score"])
     assert len(assert_is_pefts_merge(folder, base, tmp_path).saved) == 9
 
 
 def test_bias_all_with_a_module_to_save_that_has_a_bias(base: Path, tmp_path: Path) -> None:
-    """PEFT writes such a bias three times, and loads the one under the module's own name."""
+    """PEFT writes such a bias under three keys, and loads the one with the module's own name."""
     settings = {"target_modules": ["kv_b_proj"], "modules_to_save": ["o_proj"], "bias": "all"}
     folder = adapter_of(load(base), tmp_path / "a", **settings)
     for copy in ("original_module", "modules_to_save"):
@@ -268,7 +273,7 @@ def test_embeddings_saved_beside_the_lora(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapted_head_saved_with_its_base_layer(dora: bool, base: Path, tmp_path: Path) -> None:
-    """The delta comes on top of the saved weight: PEFT loads it into the wrapped layer."""
+    """The LoRA is added to the saved weight, which PEFT loads into the wrapped layer."""
     folder = adapter_of(load(base), tmp_path / "a", save="auto", target_modules=["lm_head", "kv_b_proj"], use_dora=dora)
     edit_tensors(folder / WEIGHTS, lambda t: t["base_model.model.lm_head.base_layer.weight"].mul_(1.5))
     adapter = assert_is_pefts_merge(folder, base, tmp_path)
@@ -276,7 +281,7 @@ def test_an_adapted_head_saved_with_its_base_layer(dora: bool, base: Path, tmp_p
     assert adapter.deltas[-1].site.path == "lm_head"
 
 
-def test_a_whole_weight_that_nothing_announces_is_what_peft_would_load(base: Path, tmp_path: Path) -> None:
+def test_a_trained_weight_that_no_setting_names_is_used_as_peft_would(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(load(base), tmp_path / "a", target_modules=["o_proj"])
     new = torch.randn(75, 28)
     edit_tensors(folder / WEIGHTS, lambda t: t.update({f"{PREFIX}.0.self_attn.kv_b_proj.weight": new}))
@@ -290,7 +295,7 @@ def test_a_whole_weight_that_nothing_announces_is_what_peft_would_load(base: Pat
     [
         (
             f"{PREFIX}.0.self_attn.o_proj.weight",
-            r"would be ignored by PEFT: .*o_proj' has a LoRA, whose own tensors lie in",
+            r"would be ignored by PEFT: .*o_proj' has a LoRA, so its own tensors must be in",
         ),
         (f"{PREFIX}.0.self_attn.kv_b_proj.base_layer.weight", "would be ignored by PEFT: .*has no LoRA in this file"),
         ("model.norm.weight", r"does not begin with 'base_model\.model\.'"),
@@ -298,11 +303,11 @@ def test_a_whole_weight_that_nothing_announces_is_what_peft_would_load(base: Pat
             "base_model.model.model.nrom.weight",
             r"fits no tensor of the base model; did you mean 'base_model.*\.model\.norm",
         ),
-        (f"{PREFIX}.1.mlp.experts.gate_up_proj", "whole fused experts"),
+        (f"{PREFIX}.1.mlp.experts.gate_up_proj", "fully trained experts"),
         ("base_model.model.model.norm.modules_to_save.weight", "is a copy that PEFT does not load again"),
     ],
 )
-def test_whole_tensors_that_peft_would_ignore(key: str, words: str, base: Path, tmp_path: Path) -> None:
+def test_trained_tensors_that_peft_would_ignore(key: str, words: str, base: Path, tmp_path: Path) -> None:
     folder = adapter_of(load(base), tmp_path / "a", target_modules=["o_proj"])
     before = PeftModel.from_pretrained(load(base), folder).merge_and_unload().state_dict()
     edit_tensors(folder / WEIGHTS, lambda t: t.update({key: torch.zeros(48, 45)}))
@@ -313,7 +318,7 @@ def test_whole_tensors_that_peft_would_ignore(key: str, words: str, base: Path, 
         opened(folder, base)
 
 
-def test_whole_tensors_of_another_shape_or_kind(base: Path, tmp_path: Path) -> None:
+def test_trained_tensors_of_another_shape_or_dtype(base: Path, tmp_path: Path) -> None:
     model = load(base)
     model.resize_token_embeddings(101)
     folder = adapter_of(model, tmp_path / "a", save=True, target_modules=["o_proj"])
@@ -335,7 +340,7 @@ def test_whole_tensors_of_another_shape_or_kind(base: Path, tmp_path: Path) -> N
 
 
 def test_layers_that_transformers_does_not_load(base: Path, tmp_path: Path) -> None:
-    """The MTP layer has norms and biases too: they are not the model's, so neither missed nor replaced."""
+    """The norms and biases of an MTP layer are not in the model: the file need not hold them and must not."""
     folder = adapter_of(load(base), tmp_path / "a", target_modules=["kv_b_proj"], modules_to_save=["norm"], bias="all")
     arch = architecture(json.loads((base / "config.json").read_text()))
     keys = Checkpoint.open(base).tensors
@@ -356,7 +361,7 @@ def test_layers_that_transformers_does_not_load(base: Path, tmp_path: Path) -> N
         (["lm_head", "embed_tokens"], {"lm_head.weight", "model.embed_tokens.weight"}),
     ],
 )
-def test_tied_embeddings_are_reported_as_the_file_has_them(modules: list[str], keys: set[str], tmp_path: Path) -> None:
+def test_tied_embeddings_keep_the_keys_of_the_file(modules: list[str], keys: set[str], tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "minicpm3")
     assert "lm_head.weight" not in load_file(base / "model.safetensors")
     folder = adapter_of(load(base), tmp_path / "a", target_modules=["kv_b_proj"], modules_to_save=modules)
@@ -396,7 +401,7 @@ def test_adapters_of_single_experts(kind: str, base: Path, tmp_path: Path) -> No
     assert places == sorted(places, key=lambda place: (sites.index(place[0]), *place[1:]))
 
 
-def test_gate_comes_before_up_whatever_the_order_of_the_file(base: Path, tmp_path: Path) -> None:
+def test_gate_comes_before_up_in_any_order_of_the_file(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(Tree(base), tmp_path / "a", target_modules=MLP)
     edit_tensors(folder / WEIGHTS, lambda t: t.update({k: v.half() for k, v in t.items() if "gate_proj" in k}))
     deltas = [d for d in opened(folder, base).deltas if d.rows is not None]
@@ -404,7 +409,7 @@ def test_gate_comes_before_up_whatever_the_order_of_the_file(base: Path, tmp_pat
 
 
 def test_factors_of_identity_experts(tmp_path: Path) -> None:
-    """LongCat-Flash: 4 experts and 2 that compute nothing, but gate_up_proj is allocated for 6."""
+    """LongCat-Flash has 4 experts and 2 identity experts; transformers allocates gate_up_proj for all 6."""
     base = make_base(tmp_path / "base", "longcat_flash")
     both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     folder = adapter_of(load(base), tmp_path / "a", target_parameters=both, target_modules=["kv_b_proj"])
@@ -412,9 +417,9 @@ def test_factors_of_identity_experts(tmp_path: Path) -> None:
     assert [d.experts for d in adapter.deltas if d.site.is_experts] == [6, 4] * 2
 
 
-def test_what_peft_makes_of_adapters_of_single_experts(base: Path, tmp_path: Path) -> None:
-    """Plain LoRA on routed experts: the same as ours.  Dense and shared MLPs of the same file are dropped, rsLoRA is
-    scaled √2 too high on gate_up: the reasons why this project goes by the names in the keys."""
+def test_how_peft_loads_adapters_of_single_experts(base: Path, tmp_path: Path) -> None:
+    """PEFT agrees with us on LoRA of routed experts, but it scales rsLoRA on gate_up by √2 too much and drops dense and
+    shared MLPs of the same file.  This is why mla-tune maps factors by the names in the keys."""
     only = {"target_modules": rf".*layers\.1\.mlp\.experts\.\d\.({'|'.join(MLP)})"}
     for rslora in (False, True):
         folder = adapter_of(Tree(base), tmp_path / f"a{rslora}", use_rslora=rslora, **only)
@@ -433,7 +438,7 @@ def test_what_peft_makes_of_adapters_of_single_experts(base: Path, tmp_path: Pat
         assert key in changed(opened(folder, base), base)
 
 
-def test_single_experts_beside_all_at_once(base: Path, tmp_path: Path) -> None:
+def test_adapters_of_single_experts_and_of_all_at_once_are_refused(base: Path, tmp_path: Path) -> None:
     both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     folder = adapter_of(load(base), tmp_path / "a", target_parameters=both)
     one = {
@@ -446,7 +451,7 @@ def test_single_experts_beside_all_at_once(base: Path, tmp_path: Path) -> None:
         opened(folder, base)
 
 
-def test_shapes_and_parts_of_single_experts(base: Path, tmp_path: Path) -> None:
+def test_wrong_shapes_and_missing_parts_of_single_experts(base: Path, tmp_path: Path) -> None:
     folder = adapter_of(Tree(base), tmp_path / "a", target_modules=MLP)
     key = f"{PREFIX}.1.mlp.experts.2.up_proj.lora_B.weight"
     edit_tensors(folder / WEIGHTS, lambda t: t.update({key: torch.zeros(80, 3)}))

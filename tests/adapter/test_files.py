@@ -1,4 +1,4 @@
-"""Adapter folder → deltas by site, from headers: mapping, ranks and scales against PEFT's model, and every refusal."""
+"""Opening an adapter folder: sites, ranks and scales compared with the model that PEFT loads, and every refusal."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from mla_tune.adapter import files
-from mla_tune.adapter.files import Adapter, adapter_folder, open_adapter
-from mla_tune.adapter.settings import ALLOWED, FREE, AdapterSettings
+from mla_tune.adapter import deltas
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import adapter_folder, open_adapter
+from mla_tune.adapter.settings import ALLOWED_VALUES, ANY_VALUE, AdapterSettings
 from mla_tune.arch.build import architecture
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
@@ -169,15 +170,15 @@ def test_all_refused_settings_are_named_at_once(adapter: Path, base: Path) -> No
         opened(settings(adapter, bias="x", lora_bias=True, use_dora=True), base)
 
 
-def test_every_setting_of_pefts_lora_was_decided_on() -> None:
-    """A field that a later PEFT adds fails here, and is refused at run time until somebody has looked at it."""
+def test_every_setting_of_pefts_lora_is_allowed_or_refused() -> None:
+    """A field that a later PEFT adds makes this test fail; at run time it is refused until this list knows it."""
     refused_unless_unset = {
         *("fan_in_fan_out", "megatron_config", "trainable_token_indices", "velora_config", "alora_invocation_tokens"),
         *("use_qalora", "monteclora_config", "layer_replication", "use_bdlora", "arrow_config", "kasa_config"),
     }
-    assert not FREE & ALLOWED.keys()
+    assert not ANY_VALUE & ALLOWED_VALUES.keys()
     switches = {switch for method in ADAPTER_METHODS.values() for switch in method.switches}
-    assert {f.name for f in fields(LoraConfig)} == FREE | switches | ALLOWED.keys() | refused_unless_unset
+    assert {f.name for f in fields(LoraConfig)} == ANY_VALUE | switches | ALLOWED_VALUES.keys() | refused_unless_unset
 
 
 def test_settings_that_peft_writes_by_default_are_taken(adapter: Path, base: Path) -> None:
@@ -249,7 +250,7 @@ def test_parts_that_are_missing_or_too_many(adapter: Path, base: Path) -> None:
 
 def test_shapes_are_checked_for_experts_too(base: Path, tmp_path: Path) -> None:
     both = make_adapter(tmp_path / "both", base, target_parameters=EXPERTS)
-    # Said to be gate_up alone, the file holds down's factors under the key of the only parameter.
+    # The settings say gate_up alone, but the file holds down's factors under the key of the only parameter.
     with pytest.raises(InputError, match=r"experts\.base_layer\.lora_A\.weight' fits no weight"):
         opened(settings(both, target_parameters=EXPERTS[:1]), base)
     down = make_adapter(tmp_path / "down", base, target_parameters=EXPERTS[1:])
@@ -277,7 +278,7 @@ def test_nan_and_infinity_are_named(value: float, adapter: Path, base: Path) -> 
 
 
 def test_nan_is_found_beyond_the_first_block(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_BLOCK", 40)
+    monkeypatch.setattr(deltas, "_BLOCK", 40)
     found = opened(adapter, base)
     found.check_finite()
     edit_tensors(weights(adapter), lambda t: t[f"{PREFIX}.lora_B.weight"][-1].fill_(float("inf")))

@@ -1,5 +1,7 @@
-"""Adapters in the names of NeMo and Megatron-Bridge, as base + adapter: the oracle adds alpha/r · B A to the base's own
-tensors in float64, by what those names mean there."""
+"""Imported adapters of NeMo and Megatron-Bridge, merged, are base + alpha/r · B A.
+
+The oracle adds the product in float64 to the tensor of the base that a name means in NeMo.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ class Nemo:
             )
 
     def mlp(self, layer: int, block: str, width: int, ours: str) -> None:
-        """`ours` is the path of gate_proj, up_proj and down_proj on disk."""
+        """Add an adapter on an MLP; `ours` is the path of its gate_proj, up_proj and down_proj in a checkpoint."""
         A, B = self.pair(f"{layer}.{block}.linear_fc1", 2 * width, 48)
         self.add(f"{ours}.gate_proj.weight", A, B[:width])
         self.add(f"{ours}.up_proj.weight", A, B[width:])
@@ -94,7 +96,8 @@ def base_of(tmp_path: Path, name: str = "deepseek_v3") -> Path:
 
 
 def assert_is(cli, nemo: Nemo, source: Path, base: Path, tmp_path: Path, *options: str) -> None:
-    """Import, merge, and compare every tensor of the output with base + delta; the merge compares PEFT's logits."""
+    """Import and merge, and compare every tensor of the output with base + delta; the merge itself checks that the
+    logits are those of PEFT with the imported adapter."""
     done = cli("import-adapter", source, "--base", base, "--out", tmp_path / "peft", *options)
     assert done.code == 0, done.err
     out = tmp_path / "out"
@@ -138,7 +141,7 @@ def test_every_matrix(cli, experts: str, tmp_path: Path) -> None:
         ("module.module.decoder.layers", ("lora_A.default", "lora_B.default")),
     ],
 )
-def test_spellings(cli, prefix: str, sides: tuple[str, str], tmp_path: Path) -> None:
+def test_variants_of_the_names(cli, prefix: str, sides: tuple[str, str], tmp_path: Path) -> None:
     nemo, base = Nemo(prefix, sides), base_of(tmp_path)
     nemo.attention(1, "linear_kv_up_proj", "linear_proj")
     source = nemo.save(tmp_path / "nemo")
@@ -165,8 +168,8 @@ def test_layers_of_mtp_come_after_the_decoders(cli, tmp_path: Path) -> None:
     assert_is(cli, nemo, nemo.save(tmp_path / "nemo", alpha=ALPHA), base, tmp_path)
 
 
-def test_another_family(cli, tmp_path: Path) -> None:
-    """Without query compression, and with names of its own on disk."""
+def test_bailing_hybrid(cli, tmp_path: Path) -> None:
+    """A family without query compression, whose checkpoints have names of their own."""
     base, nemo = base_of(tmp_path, "bailing_hybrid"), Nemo()
     A, B = nemo.pair("1.self_attention.linear_q_proj", 78, 48)
     nemo.add("model.layers.1.attention.q_proj.weight", A, B)
@@ -178,13 +181,13 @@ def test_another_family(cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(next(k for k in t if "linear_out" in k)), "stands alone: its other factor is missing"),
+        (lambda t: t.pop(next(k for k in t if "linear_out" in k)), "only one factor of a pair"),
         (lambda t: t.update({k: v[: len(v) // 2] for k, v in t.items() if "linear_out" in k}), "tensor-parallel rank"),
         (lambda t: t.update({f"{FIRST}.0.self_attention.linear_qkv.{SIDES[0]}.weight": torch.ones(3, 48)}),
-         "'linear_qkv' is no matrix of MLA"),
+         "'linear_qkv' is not a matrix of MLA"),
         (lambda t: t.update({f"{FIRST}.9.self_attention.linear_proj.{SIDES[0]}.weight": torch.ones(3, 36)}),
          "layer 9 of this model has no W_O"),
-        (lambda t: t.update({"vision_model.blocks.0.lora_A.weight": torch.ones(3, 36)}), "is no name of a LoRA"),
+        (lambda t: t.update({"vision_model.blocks.0.lora_A.weight": torch.ones(3, 36)}), "not a name that NeMo"),
         (lambda t: t.clear(), "it holds no adapter"),
     ],
 )  # fmt: skip
@@ -199,7 +202,7 @@ def test_what_can_not_be_imported_is_named(cli, change: Any, message: str, tmp_p
     assert not (tmp_path / "peft").exists()
 
 
-def test_other_formats_and_taken_places(cli, tmp_path: Path) -> None:
+def test_other_formats_and_an_output_folder_that_is_not_empty(cli, tmp_path: Path) -> None:
     base, source = base_of(tmp_path), tmp_path / "source"
     source.mkdir()
     for file, message in ((None, "holds no safetensors file"), ("a.distcp", "distributed"), ("a.pt", "holds pickles")):
@@ -209,11 +212,11 @@ def test_other_formats_and_taken_places(cli, tmp_path: Path) -> None:
         assert (done.code, message in done.err) == (2, True), done.err
     done = cli("import-adapter", source, "--base", base, "--out", base, "--alpha", "1")
     assert done.code == 2
-    assert "is there already" in done.err
+    assert "exists already" in done.err
     longcat = base_of(tmp_path / "longcat", "longcat_flash")
     nemo = Nemo()
     nemo.attention(0, "linear_proj")
     done = cli("import-adapter", nemo.save(tmp_path / "n", alpha=1), "--base", longcat, "--out", tmp_path / "peft")
     assert done.code == 2
-    assert "two attentions a layer" in done.err
+    assert "two attention modules in a layer" in done.err
     assert FAMILIES["longcat_flash"]["num_layers"] == 2

@@ -1,4 +1,4 @@
-"""Which matrices a recipe adapts: compared with lists written by hand, and what is refused."""
+"""The matrices that a recipe adapts are those of lists written by hand; what can't be placed is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def embedded() -> Architecture:
 
 
 @pytest.mark.parametrize("recipe", BY_HAND)
-def test_recipes_plan_what_was_written_by_hand(embedded: Architecture, recipe: str) -> None:
+def test_recipes_adapt_the_matrices_of_the_lists(embedded: Architecture, recipe: str) -> None:
     planned = [p.site.parameter for p in place(embedded, load_recipe(recipe).adapter).sites]
     assert sorted(planned) == sorted(BY_HAND[recipe])
     assert len(planned) == len(set(planned))
@@ -36,7 +36,7 @@ def test_experts_true_adds_the_routed_experts(embedded: Architecture) -> None:
     assert sorted(p.site.parameter for p in place(embedded, adapter).sites) == sorted([*W_O, *MLP, *EXPERTS])
 
 
-def test_w_ukv_priority_is_what_it_says(embedded: Architecture) -> None:
+def test_w_ukv_priority_gives_w_ukv_the_larger_rank_and_rate(embedded: Architecture) -> None:
     placement = place(embedded, load_recipe("W_UKV-priority").adapter)
     for p in placement.sites:
         if p.site.role == "W_UKV":
@@ -45,7 +45,7 @@ def test_w_ukv_priority_is_what_it_says(embedded: Architecture) -> None:
             assert (p.rank, p.alpha, p.lr_scale) == (16, 32, 0.5)
 
 
-def test_overrides_field_by_field_narrow_wins(embedded: Architecture) -> None:
+def test_the_smallest_group_wins_field_by_field(embedded: Architecture) -> None:
     adapter = AdapterSection.model_validate(
         {
             "targets": "attention",
@@ -58,7 +58,7 @@ def test_overrides_field_by_field_narrow_wins(embedded: Architecture) -> None:
     assert (by["W_O"].rank, by["W_O"].alpha, by["W_O"].lr_scale) == (6, 12.0, 0.3)
 
 
-def test_groups_mean_what_the_model_has() -> None:
+def test_groups_mean_those_of_their_roles_that_the_model_has() -> None:
     dense = architecture(TINY["minicpm3"])
     roles = {p.site.role for p in place(dense, AdapterSection(targets="all-linear")).sites}
     assert roles == {"W_DQ", "W_UQ", "W_DKV", "W_UKV", "W_O", "gate", "up", "down"}
@@ -95,7 +95,7 @@ def test_what_can_not_be_placed_is_refused_by_name(model: str, adapter: dict, wo
     assert words in str(error.value)
 
 
-def test_dora_is_fine_where_peft_can_do_it() -> None:
+def test_dora_is_allowed_where_peft_can_do_it() -> None:
     placement = place(architecture(TINY["minicpm3"]), AdapterSection(method="dora", targets="all-linear", dropout=0.1))
     plain = sum(p.lora_params for p in placement.sites)
     assert placement.trainable_params == plain + sum(p.site.shape[0] for p in placement.sites)

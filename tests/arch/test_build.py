@@ -1,4 +1,4 @@
-"""The registry against transformers: every weight of a tiny instantiated model is the oracle."""
+"""Architectures from config.json, compared with every weight of the tiny model that transformers builds from it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from mla_tune.arch.roles import FACTS, GROUPS, Role
 from mla_tune.arch.site import Architecture
 from mla_tune.errors import InputError, NotMLAError
 from tests.helpers.arch_configs import LONGCAT, TINY, Config
+from tests.helpers.tiny_families import FAMILIES
 
 
 def parameters(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every parameter of the model that transformers builds from `config`."""
+    """Return the shape of every parameter, by name, of the model that transformers builds from `config`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,10 +30,10 @@ def size(shape: tuple[int, ...]) -> int:
 
 
 def idle_experts(arch: Architecture, config: Config) -> int:
-    """Numbers that transformers allocates for LongCat's identity experts, which have no weights.
+    """Return the number of parameters that transformers allocates for LongCat's identity experts, which use none.
 
     Its gate_up_proj has n_routed_experts + zero_expert_num entries, its down_proj n_routed_experts (transformers 5.23).
-    Checkpoints hold none for identity experts, so the registry counts none.
+    Checkpoints hold nothing for identity experts, so `architecture` counts nothing for them.
     """
     gate_up = arch.by_role(Role.EXPERTS_GATE_UP)
     return sum(config.get("zero_expert_num", 0) * s.shape[0] * s.shape[1] for s in gate_up)
@@ -50,8 +51,8 @@ def test_sites_are_the_models_weights(name: str) -> None:
             expected = (site.count + config["zero_expert_num"], *site.shape)
         assert real.pop(site.parameter) == expected, site.path
         assert (real.pop(f"{site.path}.bias", None) is not None) == site.bias, site.path
-    left = {n for n in real if "norm" not in n}
-    assert left == ({"model.embed_tokens.weight"}), "every matrix of the model is a site"
+    without_site = {n for n in real if "norm" not in n}
+    assert without_site == {"model.embed_tokens.weight"}
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -75,7 +76,7 @@ def test_kv_bytes() -> None:
     assert longcat.kv_bytes("bfloat16")[0] == 2 * 2 * (14 + 8) * 2  # two attentions a layer
 
 
-def test_active_parameters_leave_out_idle_experts() -> None:
+def test_active_parameters_are_without_those_of_experts_that_a_token_does_not_go_to() -> None:
     arch = architecture(TINY["deepseek_v3"])
     expert = 3 * 22 * 36
     assert arch.active_params == arch.params_total - 2 * (6 - 2) * expert  # 2 MoE layers, 2 of 6 experts a token
@@ -86,7 +87,7 @@ def test_lora_parameters_of_a_fused_stack_count_every_expert() -> None:
     assert gate_up.lora_params(4) == 6 * 4 * (2 * 22 + 36)
 
 
-def test_disk_keys_of_experts_are_one_an_expert() -> None:
+def test_each_expert_has_disk_keys_of_its_own() -> None:
     arch = architecture(TINY["deepseek_v3"])
     [gate_up, *_], [down, *_] = arch.by_role(Role.EXPERTS_GATE_UP), arch.by_role(Role.EXPERTS_DOWN)
     assert gate_up.disk_keys()[:2] == [
@@ -97,11 +98,11 @@ def test_disk_keys_of_experts_are_one_an_expert() -> None:
     assert down.disk_keys()[-1] == "model.layers.1.mlp.experts.5.down_proj.weight"
 
 
-def test_what_no_adapter_may_sit_on_says_why() -> None:
+def test_matrices_that_can_not_be_adapted_have_a_reason() -> None:
     for config in TINY.values():
-        barred = [s for s in architecture(config) if not s.attachable]
-        assert {s.role for s in barred} <= {Role.ROUTER, Role.LM_HEAD}
-        assert all(s.reason for s in barred)
+        not_attachable = [s for s in architecture(config) if not s.attachable]
+        assert {s.role for s in not_attachable} <= {Role.ROUTER, Role.LM_HEAD}
+        assert all(s.reason for s in not_attachable)
     assert "tied" in architecture(TINY["minicpm3"]).by_role(Role.LM_HEAD)[0].reason
 
 
@@ -110,7 +111,7 @@ def test_every_role_has_facts_and_every_group_has_roles() -> None:
     assert all(GROUPS.values())
 
 
-def test_longcats_published_file_has_no_model_type() -> None:
+def test_longcats_published_file_is_recognized_without_a_model_type() -> None:
     config = {k: v for k, v in LONGCAT.items() if k != "model_type"} | {"architectures": ["LongcatFlashForCausalLM"]}
     assert architecture(config).model_type == "longcat_flash"
 
@@ -144,3 +145,20 @@ def test_a_config_that_cant_be_used_says_what_is_wrong(config: Config, what: str
     with pytest.raises(InputError, match=what) as error:
         architecture(config, "there")
     assert str(error.value).startswith("there: ")
+
+
+@pytest.mark.parametrize("key", ["no_rope_layers", "kv_source_layers"])
+def test_a_list_with_too_few_entries_for_the_layers_is_refused(key: str) -> None:
+    config = FAMILIES["mistral_large4"]
+    text = {**config["text_config"], key: [0]}
+    with pytest.raises(
+        InputError, match=r"there: a list that has an entry for each layer has 1 entries, and there are"
+    ):
+        architecture({**config, "text_config": text}, "there")
+
+
+def test_too_short_a_moe_layer_freq_is_refused() -> None:
+    config = next(c for c in FAMILIES.values() if c["model_type"] == "glm_moe_dsa")
+    flags = {k: v for k, v in config.items() if k != "mlp_layer_types"} | {"moe_layer_freq": [1]}
+    with pytest.raises(InputError, match="has 1 entries"):
+        architecture(flags, "there")

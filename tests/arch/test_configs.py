@@ -1,6 +1,6 @@
-"""The shipped configurations: published totals and caches, and presets of the promised size.
+"""The shipped configurations: their totals and KV caches are the published ones, and presets have their stated size.
 
-`WEIGHTS` come from listings of every tensor of the published checkpoints (each config's `_source`), not from this code.
+`WEIGHTS` are from listings of every tensor of the published checkpoints (each config's `_source`), not from this code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mla_tune.arch.site import Architecture
 from mla_tune.resources import CONFIGS, model_names, preset_names
 from tests.helpers.marks import fast_cases
 
-#: Parameters as published, in billions, and how far rounding lets the exact number be off.
+#: Parameters as published, in billions, and the relative difference that rounding allows.
 PUBLISHED = {
     "deepseek-v2-lite": (15.7, 0.003),
     "deepseek-v2": (235.7, 0.001),
@@ -27,7 +27,7 @@ PUBLISHED = {
     "minicpm3-4b": (4.07, 0.002),
     "glm-4.7-flash": (29.9, 0.002),
     "longcat-flash": (560.0, 0.002),
-    # By the figure in the name or the model card.
+    # The figure in the name or the model card.
     "a.x-k1": (519.0, 0.001),
     "deepseek-v3.2": (671.0, 0.002),  # V3 and the indexers
     "glm-5": (744.0, 0.001),
@@ -39,14 +39,14 @@ PUBLISHED = {
     "moonlight-16b-a3b": (16.0, 0.005),
     "youtu-llm-2b": (2.0, 0.02),
 }
-#: Models whose size was found in no publication: their totals are compared with transformers' alone.
+#: Models whose size is not published: their totals are compared with those of transformers' models only.
 UNPUBLISHED = {"a.x-k2-light", "dots3-note-preview", "glm-5.3-flash", "hy4-preview", "ling-3.0-flash"}
 
-#: Numbers in the checkpoint, less what transformers does not instantiate.
+#: Parameters in the checkpoint, without those that transformers does not instantiate.
 WEIGHTS = {
     "deepseek-v2-lite": 15_706_484_224,
-    # 48 layers with MTP layer 47: less its attention, experts, router, shared expert, projection, embedding, head, five
-    # norms, and a correction bias of 64 for each of 47 routers.
+    # All 48 layers, minus MTP layer 47 (attention, experts, shared expert, router, projection, embedding and head, five
+    # norms), minus the correction bias (64) of each of 47 routers.
     "glm-4.7-flash": 31_221_488_576
     - (768 * 2048 + 5120 * 768 + 576 * 2048 + 8960 * 512 + 2048 * 5120 + 768 + 512)
     - (64 + 1) * 3 * 1536 * 2048
@@ -59,11 +59,11 @@ WEIGHTS = {
 
 
 def kv(layers: int, H: int, P: int, R: int, V: int, C: int) -> tuple[int, int]:
-    """Latent and expanded bytes a token, from published sizes."""
+    """Return the latent and expanded bytes per token, from published sizes."""
     return layers * (C + R) * 2, layers * H * (P + R + V) * 2
 
 
-#: KV cache in bfloat16, bytes a token: latent, expanded.
+#: KV cache in bfloat16, bytes per token: (latent, expanded).
 KV_BYTES = {
     "deepseek-v2-lite": (31_104, 276_480),
     "deepseek-v2": (69_120, 4_915_200),
@@ -75,7 +75,7 @@ KV_BYTES = {
     "a.x-k1": kv(61, 64, 128, 64, 128, 512),
     "a.x-k2-light": kv(48, 32, 64, 32, 64, 128),
     "deepseek-v3.2": kv(61, 128, 128, 64, 128, 512),
-    # 13 full layers and 33 windows, which have sizes of their own.
+    # 13 layers with full attention and 33 with a window, which have other sizes.
     "dots3-note-preview": tuple(
         a + b for a, b in zip(kv(13, 128, 128, 64, 128, 512), kv(33, 64, 192, 64, 128, 1024), strict=True)
     ),
@@ -86,7 +86,7 @@ KV_BYTES = {
     "kimi-k2.5": kv(61, 64, 128, 64, 128, 512),
     "kimi-linear-48b-a3b": kv(7, 32, 128, 64, 128, 512),  # of 27 layers
     "ling-3.0-flash": kv(7, 32, 128, 64, 128, 512),  # of 42 layers
-    # Every fourth of 72 layers has no rope: its latent is 512 numbers alone, its keys are as wide as the others'.
+    # Every fourth of 72 layers has no rope: it caches the latent (512) only, and its keys are as wide as the others'.
     "mistral-large-4": (
         kv(54, 64, 64, 64, 128, 512)[0] + 18 * 512 * 2,
         kv(72, 64, 64, 64, 128, 512)[1],
@@ -96,7 +96,7 @@ KV_BYTES = {
     "youtu-llm-2b": kv(32, 16, 128, 64, 128, 512),
 }
 
-#: Parameters that each preset is to have, in millions, and the tolerance.
+#: Parameters that each preset should have, in millions, and the relative tolerance.
 PRESETS = {"tiny": (1.0, 0.1), "small": (30.0, 0.1), "base": (150.0, 0.1)}
 
 
@@ -109,7 +109,7 @@ def arch(name: str, folder: str = "models") -> Architecture:
 
 
 def instantiated(config: dict) -> int:
-    """Parameters of the model that transformers builds, without memory for them."""
+    """Count the parameters of the model that transformers builds, without allocating them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -121,7 +121,7 @@ def instantiated(config: dict) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def test_every_promised_model_ships() -> None:
+def test_every_listed_model_ships() -> None:
     assert set(model_names()) == set(PUBLISHED) | UNPUBLISHED == set(KV_BYTES)
 
 
@@ -136,12 +136,13 @@ def test_total_is_that_of_the_checkpoint(name: str, weights: int) -> None:
     assert arch(name).params_total == weights
 
 
-#: transformers' LongCat-Flash has room for identity experts, and it knows no kimi_k2; a tower of dots3 is not counted.
-OTHERWISE = ("longcat-flash", "kimi-k2", "dots3-note-preview")
+#: transformers allocates weights for LongCat's identity experts, does not know kimi_k2, and builds the tower of dots3,
+#: whose layout mla-tune does not know.
+COUNTED_DIFFERENTLY = ("longcat-flash", "kimi-k2", "dots3-note-preview")
 
 
 @fast_cases("deepseek-v3", "kimi-k2.5", "minicpm3*")
-@pytest.mark.parametrize("name", sorted({*PUBLISHED, *UNPUBLISHED} - set(OTHERWISE)))
+@pytest.mark.parametrize("name", sorted({*PUBLISHED, *UNPUBLISHED} - set(COUNTED_DIFFERENTLY)))
 def test_total_is_what_transformers_builds(name: str) -> None:
     assert arch(name).params_total == instantiated({k: v for k, v in config("models", name).items() if k != "_source"})
 
@@ -186,7 +187,7 @@ def test_preset_fits_the_embedded_tokenizer_and_the_engines(name: str) -> None:
 def test_no_two_sizes_of_a_preset_are_equal(name: str) -> None:
     d = arch(name, "presets").dims
     sizes = (d.H, d.P, d.R, d.V, d.C, d.L, d.D)
-    assert len(set(sizes)) == len(sizes), "a transposed matrix would go unseen"
+    assert len(set(sizes)) == len(sizes), "equal sizes would hide a transposed matrix"
 
 
 def test_the_page_of_families_is_current() -> None:

@@ -1,4 +1,7 @@
-"""The tiny models themselves: what the tests of the runtime rely on, shown with transformers alone."""
+"""The tiny models of `tests/helpers/tiny_families.py` have the properties that other tests rely on.
+
+Only transformers is tested here, no code of mla-tune.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.helpers.marks import fast_families
 from tests.helpers.tiny_families import FAMILIES, TOPK, WINDOW, mla_modules, text_model, tiny, vocabulary
 
 LENGTH = 16
-# Two attention modules a layer in longcat_flash; the hybrid families have as many layers again without MLA.
+# MLA modules of each family.  longcat_flash has two in each layer; hybrid families have further layers without MLA.
 MODULES = dict.fromkeys(FAMILIES, 3) | {
     "bailing_hybrid": 2,
     "dots3_note": 4,
@@ -28,7 +31,8 @@ MODULES = dict.fromkeys(FAMILIES, 3) | {
     "longcat_flash": 4,
     "mistral_large4": 6,
 }
-# Layers with an indexer of their own; the other layers of glm_moe_dsa, hy_v4, glm5_next, mistral_large4 borrow one's.
+# Layers with an indexer of their own.  Other layers of glm_moe_dsa, hy_v4, glm5_next and mistral_large4 use the tokens
+# that an earlier layer's indexer chose.
 INDEXERS = {
     "axk2": 3,
     "deepseek_v32": 3,
@@ -39,8 +43,8 @@ INDEXERS = {
     "hy_v4": 2,
     "mistral_large4": 4,
 }
-# Families that scale a query by its position, so that it isn't enough for positions to be right relative to each other:
-# `generate` counts positions from the first real token, a bare forward of a left-padded row doesn't.
+# Families that scale a query by its absolute position.  `generate` counts positions from the first real token; a plain
+# forward pass of a left-padded row counts padding too, which changes the logits of these families.
 ABSOLUTE = {"mistral4", "mistral3", "mistral_large4"}
 SMALL = 1e-4
 every = pytest.mark.parametrize("name", FAMILIES)
@@ -67,7 +71,7 @@ def generated(name: str, ids: Tensor, count: int, **inputs: Any) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest relative distance of any two positions' logits."""
+    """Return the largest relative difference between the logits of a and b, over all positions."""
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
 
 
@@ -89,7 +93,7 @@ def indexers(name: str) -> list[nn.Module]:
 @every
 def test_has_mla_modules(name: str) -> None:
     found = mla_modules(text_model(model(name)))
-    assert len(found) == len(mla_modules(model(name))) == MODULES[name], "all of them are in the decoder"
+    assert len(found) == len(mla_modules(model(name))) == MODULES[name], "an MLA module lies outside of the decoder"
     assert len(indexers(name)) == INDEXERS.get(name, 0)
 
 
@@ -112,7 +116,7 @@ def test_logits_depend_on_every_mla_module(name: str) -> None:
     before = logits(name)
     assert before.shape == (1, LENGTH, vocabulary(name))
     assert before.isfinite().all()
-    assert before.std() > 0.5, "clearly different logits"
+    assert before.std() > 0.5, "logits are almost equal"
     for path, module in mla_modules(model(name)).items():
         with perturbed(module.get_submodule("kv_b_proj").get_parameter("weight"), 0.05):
             assert difference(logits(name), before) > 100 * SMALL, path
@@ -122,26 +126,24 @@ def test_logits_depend_on_every_mla_module(name: str) -> None:
 @fast_families()
 @every
 def test_every_weight_matters(name: str) -> None:
-    """All weights of the decoder have a gradient but those that only select: indexers, and routers' corrections.
-
-    Moving any of these selects otherwise.
-    """
+    """All weights of the decoder get a gradient, except for those that only select (indexers, correction biases of
+    routers); changing one of these changes the logits."""
     network, ids = model(name), tokens(name, 48)
     network.zero_grad()
     before = network(input_ids=ids).logits
     (before * torch.randn(before.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     decoder = text_model(network)
-    select = {n: b for n, b in decoder.named_buffers() if n.endswith("e_score_correction_bias")}
+    selecting = {n: b for n, b in decoder.named_buffers() if n.endswith("e_score_correction_bias")}
     for path, weight in decoder.named_parameters():
         if ".indexer." in path:
-            select[path] = weight
+            selecting[path] = weight
         else:
             assert weight.grad is not None, path
             assert weight.grad.abs().max() > 1e-6, path
             if path.endswith("experts.down_proj"):
                 assert weight.grad.abs().amax((1, 2)).min() > 1e-6, "an expert without tokens"
     network.zero_grad()
-    for path, tensor in select.items():
+    for path, tensor in selecting.items():
         with perturbed(tensor, 1.0):
             assert difference(logits(name, ids), before.detach()) > 100 * SMALL, path
 

@@ -1,4 +1,4 @@
-"""`bench decode`: bytes of cache, transient memory and weights; JSON document, table and errors.  Tests no times."""
+"""`bench decode`: bytes of cache, transient memory and weights; its JSON, table and errors.  No time is tested."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], factor: 
     ]  # fmt: skip
     print_decode(dataclasses.replace(found, contexts=wide).to_json())
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 80, [line for line in lines if len(line) > 80]
     assert not any("…" in line for line in lines)
     assert sum(line.startswith("absorbed ") for line in lines) == 2
 

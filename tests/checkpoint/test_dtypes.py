@@ -1,4 +1,4 @@
-"""The numpy codecs against torch's conversions, over all codes and over numbers between them."""
+"""Encoding and decoding in numpy, compared with torch's conversions for all codes and for numbers between them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_code_is_read_as_torch_reads_it(dtype: str, kind: type) -> None:
 
 
 def numbers(dtype: str) -> np.ndarray:
-    """Every number of the type, all midpoints between neighbors, and numbers a hair beside both, in float32."""
+    """Every number of the dtype, all midpoints between neighbors, and the float32 numbers next to both."""
     grid = np.unique(decode(all_codes(dtype), dtype, np.float64))
     grid = grid[np.isfinite(grid)]
     middle = (grid[1:] + grid[:-1]) / 2
@@ -71,7 +71,8 @@ def test_e4m3_rounds_as_torch_does_and_saturates() -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3"])
 def test_float64_is_rounded_once(dtype: str) -> None:
-    """Numbers so near a midpoint that going by float32 would first round to the midpoint, then the wrong way."""
+    """Numbers so near a midpoint that rounding to float32 first would give the midpoint, and then the wrong
+    neighbor."""
     grid = np.unique(decode(all_codes(dtype), dtype, np.float64))
     grid = grid[np.isfinite(grid)]
     low, high = grid[:-1], grid[1:]

@@ -1,4 +1,4 @@
-"""Reading headers: against the safetensors library on good files, and by name on damaged ones."""
+"""Reading headers: good files as by the safetensors library, damaged ones with an error that names the damage."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_nearest_key_has_the_same_ending() -> None:
 
 
 def rewrite(file: Path, change: Callable[[Header], Any]) -> None:
-    """Edit the JSON header; the data stays."""
+    """Edit the JSON header and leave the data as it is."""
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])

@@ -1,4 +1,4 @@
-"""FP8 weights: numbers against loops, torch and transformers; what is refused; what config.json says afterwards."""
+"""FP8 weights: decoding and encoding compared with loops, torch and transformers; refusals; edits of config.json."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def quantized(
     power_of_two: bool = False,
 ) -> QuantizedTensor:
     scale = reference(scale_shape, dtype, "x.weight_scale_inv")
-    return QuantizedTensor(FP8_BLOCK, reference(shape, "F8_E4M3"), scale, block, power_of_two)
+    return QuantizedTensor(FP8_BLOCK, reference(shape, "F8_E4M3"), (scale,), block, power_of_two)
 
 
 def codes_of(checkpoint: Checkpoint) -> set[str]:
@@ -69,7 +69,7 @@ def codes_of(checkpoint: Checkpoint) -> set[str]:
 
 
 def by_loops(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """Each number by itself: torch's decoding times the scale of its block, in Python's floats."""
+    """Decode in a loop: torch's value of each code times the scale of its block, as Python floats."""
     numbers = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().tolist()
     rows, columns = codes.shape
     return np.array(
@@ -103,7 +103,7 @@ def test_numbers_equal_those_by_loops(shape: tuple[int, int], block: tuple[int, 
     codes = random_codes(shape)
     scales = random_scales((-(-shape[0] // block[0]), -(-shape[1] // block[1])))
     q, expected = quantized(shape, block, scales.shape), by_loops(codes, scales, block)
-    # A product of 4 and 24 bits is exact in float64, and rounded once in float32.
+    # The product of numbers with 4 and 24 significant bits is exact in float64, and rounded once in float32.
     assert np.array_equal(dequantize(codes, scales, q, float_type=np.float64), expected)
     assert np.array_equal(dequantize(codes, scales, q), expected.astype(np.float32))
     for begin in range(shape[0]):
@@ -113,7 +113,7 @@ def test_numbers_equal_those_by_loops(shape: tuple[int, int], block: tuple[int, 
 
 
 def test_576_rows_in_blocks_of_128_have_five_rows_of_scales() -> None:
-    """The published shape; the last block has 64 rows, where blocks of ⌈576/5⌉ = 116 would fit the shapes too."""
+    """DeepSeek-V3's shape, whose last block has 64 rows.  Blocks of ⌈576/5⌉ = 116 rows would fit the shapes too."""
     codes, scales = random_codes((576, 130)), random_scales((5, 2))
     ours = dequantize(codes, scales, quantized((576, 130), (128, 128), (5, 2)))
     stored = torch.from_numpy(codes).view(torch.float8_e4m3fn)
@@ -173,7 +173,7 @@ def test_e8m0_scales_are_powers_of_two_whatever_the_config_says(base: Path, tmp_
 
 
 def test_one_scale_may_be_stored_as_a_vector_of_one_and_without_inv(base: Path, tmp_path: Path) -> None:
-    """As AutoFP8 and vLLM write it, not transformers."""
+    """The description that AutoFP8 and vLLM write, and transformers does not."""
 
     def rename(tensors: dict[str, torch.Tensor]) -> None:
         for key in [k for k in tensors if k.endswith("_scale_inv")]:
@@ -212,7 +212,7 @@ def plain(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 def test_transformers_reads_the_same_numbers(base: Path, tmp_path: Path) -> None:
-    """On a CPU it takes the block from the shapes, so here all must divide."""
+    """transformers takes block sizes from shapes on a CPU, so here blocks must divide all shapes."""
     folder = make_fp8(base, tmp_path / "fp8", skip=("kv_a_proj", "kv_b_proj", "o_proj"))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     checkpoint = Checkpoint.open(folder)
@@ -239,7 +239,7 @@ def test_codes_and_scales_equal_torchs(shape: Any, block: Any, power_of_two: boo
     assert ours[1].dtype == np.float32
     assert np.array_equal(ours[1], scales.numpy())
     same = ours[0] == codes.view(torch.uint8).numpy()
-    # In float64 the quotient is not rounded before it is encoded: a tie may fall elsewhere.
+    # In float64 the quotient is not rounded before it is encoded, so that a tie may have another result.
     assert same.all() if kind is np.float32 else same.mean() > 0.97
 
 
@@ -366,7 +366,7 @@ CONFIGS: list[tuple[dict[str, Any] | None, str]] = [
     (FP8 | {"expert_dtype": "fp4"}, "expert_dtype is 'fp4'"),
     (FP8 | {"weight_block_size": [128]}, r"weight_block_size is \[128\]; the rows and columns"),
     (FP8 | {"weight_block_size": [0, 4]}, r"weight_block_size is \[0, 4\]"),
-    # Scales of blocks, and no word on their size.
+    # Scales of blocks without their size.
     ({"quant_method": "fp8"}, r"is \(\d+, \d+\); with one scale a tensor, .*Block sizes are not guessed"),
     (FP8 | {"weight_block_size": [5, 4]}, r"with blocks of \(5, 4\)"),
 ]
@@ -417,7 +417,7 @@ def test_compressed_tensors_that_are_not_certain(edit: Any, message: str, base: 
 
 
 def test_groups_are_told_apart_by_name(base: Path, tmp_path: Path) -> None:
-    """A target that names modules goes before the class Linear; two that name the same module must agree."""
+    """A target that names modules goes before one with the class Linear; two for the same module must agree."""
     folder = make_fp8(base, tmp_path / "fp8", style="compressed-tensors")
     quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     groups = quantization["config_groups"]
@@ -446,10 +446,10 @@ def test_scales_that_are_no_positive_numbers_are_refused_when_read(bad: float, b
 
 def test_scales_of_static_activations_belong_to_their_weight(base: Path, tmp_path: Path) -> None:
     found = quantized_tensors(Checkpoint.open(make_fp8(base, tmp_path / "fp8", None, input_scales=True)))
-    assert all(q.companions == (key.removesuffix("weight") + "input_scale",) for key, q in found.items())
+    assert all(q.extra_keys == (key.removesuffix("weight") + "input_scale",) for key, q in found.items())
 
 
-# --- what is raised together, and what config.json says then ---------------------------------------------------------
+# --- weights that leave the format together, and config.json then ----------------------------------------------------
 
 ATTENTION = f"{LAYER}.self_attn"
 EXPERTS = [f"{LAYER}.mlp.experts.{e}.{p}_proj.weight" for e in range(4) for p in ("gate", "up", "down")]
@@ -486,7 +486,7 @@ def test_what_is_not_fp8_is_not_raised(base: Path, tmp_path: Path) -> None:
 
 
 def test_modules_of_one_layer_are_not_taken_for_one(tmp_path: Path) -> None:
-    """LongCat-Flash has two of each in a layer."""
+    """LongCat-Flash has two attention modules and two MLPs in a layer."""
     base = make_base(tmp_path / "base", "longcat_flash", "bfloat16")
     checkpoint = Checkpoint.open(make_fp8(base, tmp_path / "fp8"))
     touched = {f"{LAYER}.mlps.1.gate_proj.weight", f"{LAYER}.self_attn.0.q_a_proj.weight"}
@@ -506,8 +506,8 @@ def test_stacked_experts_are_raised_together(base: Path, tmp_path: Path) -> None
 
 
 def vllm_leaves(module: str, entries: Iterable[str]) -> bool:
-    """vLLM's rule for quant_method fp8 (`is_layer_skipped`): full names, of each part of a fused layer; for experts the
-    module's name inside an entry."""
+    """vLLM's rule for quant_method fp8 (`is_layer_skipped`): full names, for a fused layer of each part; for experts,
+    whether the module's name is inside an entry."""
     parent, _, name = module.rpartition(".")
     parts = {"gate_up_proj": ("gate_proj", "up_proj"), "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
     if name in parts:
@@ -519,7 +519,7 @@ def vllm_leaves(module: str, entries: Iterable[str]) -> bool:
     return module in entries
 
 
-#: Modules of vLLM's model, and the weights that each is made of.
+#: Module of vLLM's model → the weights that it consists of.
 _REST = ("q_b_proj", "kv_b_proj", "o_proj")
 VLLM = {
     **{f"model.layers.{i}.self_attn.fused_qkv_a_proj": r"self_attn\.(q_a_proj|kv_a_proj_with_mqa)" for i in range(3)},
@@ -538,7 +538,7 @@ def of_vllm_module(module: str, weights: Iterable[str]) -> list[str]:
 
 
 def fp8_modules_of_transformers(config: dict[str, Any]) -> set[str]:
-    """Modules that transformers gives FP8 weights when it reads this config.json."""
+    """The modules that transformers makes FP8 layers when it reads this config.json."""
     quantization = FineGrainedFP8Config(**config["quantization_config"])
     quantizer = FineGrainedFP8HfQuantizer(quantization, pre_quantized=True)
     plain_config = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
@@ -558,7 +558,7 @@ RAISED = [
     [EXPERTS[0]],
     [f"model.layers.{i}.self_attn.{n}.weight" for i in range(3) for n in ("q_a_proj", *_REST)],
 ]  # fmt: skip
-#: A module that the base has not in FP8, where its config names any.
+#: A module that is not FP8 in the base, where its config.json lists any.
 PLAIN = "model.layers.2.self_attn.o_proj"
 LISTS: list[dict[str, Any]] = [
     {},
@@ -606,7 +606,7 @@ def test_compressed_tensors_ignore_what_was_raised(touched: Any, base: Path, tmp
     raised = dequantize_fused_group(architecture(checkpoint.config), codes_of(checkpoint), set(touched))
     entries = edit_config(checkpoint.config, raised, weights)["quantization_config"]["ignore"]
     assert entries[0] == "lm_head"
-    # vLLM asks by the names on disk, one for each part of a fused layer and for each expert.
+    # vLLM looks for names on disk, for each part of a fused layer and for each expert.
     for key in weights:
         name = key.removesuffix(".weight")
         ignored = any(re.match(e[3:], name) if e.startswith("re:") else e == name for e in entries)

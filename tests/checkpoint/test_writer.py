@@ -1,4 +1,4 @@
-"""Writing and reading safetensors files without the safetensors library, against that library."""
+"""Writing and reading safetensors files, compared with the safetensors library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYOUT = {"z": ("BF16", (3, 5)), "a": ("F32", (2,)), "scalar": ("F32", ()), "emp
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """z, a, scalar and codes, saved by the library."""
+    """A file with the tensors z, a, scalar and codes, saved by the library."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "z": torch.randn(3, 5, generator=generator).bfloat16(),

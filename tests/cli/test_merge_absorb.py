@@ -28,9 +28,9 @@ def test_a_readable_summary(cli: Cli, made: tuple[Path, Path], tmp_path: Path) -
     assert "lora merged into minicpm3, float32" in result.out
     row = next(line for line in result.out.splitlines() if "W_UKV" in line)
     assert "100.0%" in row
-    assert "proven   2 tensors computed again" in result.out
-    assert "absorbed tensors of 2 modules follow from what was written" in result.out
-    assert "logits   base + adapters → merged: off by at most" in result.out
+    assert "changed   2 tensors" in result.out
+    assert "absorbed  2 attention modules: tensors match the merged weights they come from" in result.out
+    assert "logits    base + adapter (PEFT) vs merged: same top token" in result.out
     assert f"next: mla-tune generate {tmp_path / 'out'} --prompt" in result.out
     assert (tmp_path / "out" / "absorbed.safetensors").is_file()
 
@@ -59,7 +59,7 @@ def test_errors_are_a_line_and_exit_code_2(cli: Cli, made: tuple[Path, Path], tm
     assert "replace it with --overwrite" in result.err
     assert "Traceback" not in result.err
     assert cli("merge-absorb", adapter, "--absorb", "twist").code == 2
-    assert "no adapter: name a run folder" in cli("merge-absorb").err
+    assert "no adapter: give a run folder" in cli("merge-absorb").err
 
 
 def test_dry_run_reads_headers_and_writes_nothing(cli: Cli, made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_dry_run_reads_headers_and_writes_nothing(cli: Cli, made: tuple[Path, Pa
     result = cli("merge-absorb", adapter, "--base", base, "--out", tmp_path / "out", "--dry-run")
     assert result.code == 0, result.err
     assert "changes  2 of 26 tensors: W_UKV 2" in result.out
-    assert "files    1 written, 0 linked" in result.out
+    assert "files    1 written, 0 shared" in result.out
     assert not any(tmp_path.iterdir())
     plan = json.loads(cli("merge-absorb", adapter, "--base", base, "--dry-run", "--json").out)
     assert (plan["tensors_changed"], plan["files_written"]) == (2, ["model.safetensors"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from mla_tune.data.collate import Collator, rows_for
+from mla_tune.data.collate import Collator, trainer_rows
 from mla_tune.data.encode import Sample
 from mla_tune.errors import InputError
 
@@ -83,12 +83,11 @@ def largest_gap(model, batch: dict) -> float:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
-def test_packed_samples_are_as_if_alone(model, size, training, flat):
+def test_packed_samples_get_the_logits_they_get_alone(model, size, training):
     model.train(training)
-    rows = rows_for(SAMPLES, LENGTH, packing=True)
+    rows = trainer_rows(SAMPLES, LENGTH, packing=True)
     assert len(rows) == 3
-    collator = Collator(PAD, LENGTH, packed=True, flat=flat)
+    collator = Collator(PAD, LENGTH, packed=True)
     batches = [collator(rows[i : i + size]) for i in range(0, 3, size)]
     for batch in batches:
         assert "attention_mask" not in batch
@@ -97,30 +96,30 @@ def test_packed_samples_are_as_if_alone(model, size, training, flat):
 
 def test_without_positions_packed_samples_leak(model):
     model.eval()
-    batch = Collator(PAD, LENGTH, packed=True)(rows_for(SAMPLES, LENGTH, packing=True))
+    batch = Collator(PAD, LENGTH, packed=True)(trainer_rows(SAMPLES, LENGTH, packing=True))
     del batch["position_ids"]
     assert largest_gap(model, batch) > 0.1
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_a_cache_would_undo_the_borders(model, training):
-    """Why a packed batch carries `use_cache`: with the model's default they leak although positions restart."""
+def test_with_a_cache_packed_samples_leak(model, training):
+    """Why a packed batch sets `use_cache: False`: by default samples see each other although positions restart."""
     model.train(training)
-    batch = Collator(PAD, LENGTH, packed=True)(rows_for(SAMPLES, LENGTH, packing=True))
+    batch = Collator(PAD, LENGTH, packed=True)(trainer_rows(SAMPLES, LENGTH, packing=True))
     assert batch["use_cache"] is False
     del batch["use_cache"]
     assert largest_gap(model, batch) > 0.1
 
 
-def test_packing_and_padding_leave_the_loss_a_token_alone(model):
+def test_packing_and_padding_do_not_change_the_loss_per_token(model):
     model.eval()
 
     @torch.no_grad()
     def loss_sum(packing: bool, size: int) -> tuple[float, int]:
-        rows = rows_for(SAMPLES, LENGTH, packing)
+        rows = trainer_rows(SAMPLES, LENGTH, packing=packing)
         total, tokens = 0.0, 0
         for i in range(0, len(rows), size):
-            batch = Collator(PAD, LENGTH, packing)(rows[i : i + size])
+            batch = Collator(PAD, LENGTH, packed=packing)(rows[i : i + size])
             n = int((batch["labels"][:, 1:] != -100).sum())
             assert n == int((batch["labels"] != -100).sum()), "a label that no token predicts"
             if n:
@@ -136,14 +135,14 @@ def test_packing_and_padding_leave_the_loss_a_token_alone(model):
 
 def test_first_label_of_each_packed_sample_is_masked():
     samples = [Sample([5, 6, 7], [5, 6, 7]), Sample([8, 9], [8, 9])]
-    assert rows_for(samples, 6, packing=True) == [
+    assert trainer_rows(samples, 6, packing=True) == [
         {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, 9], "position_ids": [0, 1, 2, 0, 1]}
     ]
     assert samples[0].labels == [5, 6, 7]
 
 
 def test_unpacked_batches_are_padded_right():
-    rows = rows_for(make_samples([3, 9]), 100, packing=False)
+    rows = trainer_rows(make_samples([3, 9]), 100, packing=False)
     batch = Collator(PAD)(rows)
     assert set(batch) == {"input_ids", "labels", "attention_mask"}
     assert {v.shape for v in batch.values()} == {(2, 16)}
@@ -154,16 +153,14 @@ def test_unpacked_batches_are_padded_right():
 
 
 def test_packed_padding_is_a_sample_of_its_own():
-    rows = rows_for([Sample([5, 6, 7], [-100, 6, 7]), Sample([8], [-100])], 8, packing=True)
+    rows = trainer_rows([Sample([5, 6, 7], [-100, 6, 7]), Sample([8], [-100])], 8, packing=True)
     batch = Collator(PAD, 8, packed=True)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, PAD, PAD, PAD, PAD]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
     assert batch["labels"].tolist() == [[-100, 6, 7, *[-100] * 5]]
-    flat = Collator(PAD, 8, packed=True, flat=True)([*rows, *rows])
-    assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3] * 2]
 
 
 def test_lost_position_ids_are_an_error():
     rows = [{"input_ids": [5, 6], "labels": [-100, 6]}]
-    with pytest.raises(InputError, match=r"without position_ids.*remove_unused_columns=False"):
+    with pytest.raises(InputError, match=r"have no position_ids.*remove_unused_columns=False"):
         Collator(PAD, 8, packed=True)(rows)

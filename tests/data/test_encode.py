@@ -144,7 +144,7 @@ def test_templates_that_cannot_serve():
     bare = make_tokenizer(None)
     with pytest.raises(InputError, match=r"tokenizer has no chat template; set data.template: none, or"):
         one(bare, {"prompt": "a", "completion": "b"}, template="chat")
-    with pytest.raises(InputError, match="tokenizer has no chat template; take a model"):
+    with pytest.raises(InputError, match="tokenizer has no chat template; use a model"):
         one(bare, {"messages": CHAT})
     with pytest.raises(InputError, match="template: none can't join the turns"):
         one(make_tokenizer(), {"messages": CHAT}, template="none")

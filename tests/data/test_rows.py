@@ -1,4 +1,4 @@
-"""Rows: sources, formats, the held-out part, and what is said about bad data."""
+"""Loading rows: sources, formats, the held-out part, and the messages about data that can't be used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_tune.data.rows import EMBEDDED, load_rows, split
+from mla_tune.data.rows import EMBEDDED, hold_out, load_rows
 from mla_tune.errors import FileError, InputError, MlaTuneError
 from tests.helpers.data import section
 
@@ -59,7 +59,7 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
         assert load(tmp_path / f"d.{suffix}").train == rows, suffix
 
 
-def test_txt_is_one_text_and_gives_up_its_end(tmp_path):
+def test_a_txt_file_is_one_text_whose_end_is_held_out(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("one\n\ntwo\n\nthree\n\nfour")
     assert load(path).train == [{"text": "one\n\ntwo\n\nthree\n\nfour"}]
@@ -96,12 +96,14 @@ def test_unreachable_hub_id_names_what_to_check(monkeypatch):
         raise ConnectionError("Couldn't reach 'org/set' on the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match=r"data.path: 'org/set' is no file here.*reach 'org/set' on the Hub\. Check"):
+    with pytest.raises(
+        InputError, match=r"data.path: there is no file 'org/set', and.*reach 'org/set' on the Hub\. Check"
+    ):
         load("org/set")
 
 
 # ------------------------------------------------------------------------------------------------ formats
-def test_formats_become_three_kinds(tmp_path):
+def test_formats_become_kinds(tmp_path):
     cases = [
         (PROMPT | {"id": 1}, "prompt", PROMPT),
         ({"instruction": "add", "input": "2 2", "output": "4"}, "prompt", {"prompt": "add\n\n2 2", "completion": "4"}),
@@ -152,7 +154,7 @@ def test_configured_columns_are_used(tmp_path):
             "line 2: prompt must be a string, found the number 3; write it as a string",
         ),
         ({"prompt": "q", "completion": None}, {}, r"completion must be a string, found nothing \(null\)"),
-        ({"prompt": ["q"], "completion": "a"}, {}, "a list of messages belongs to data.format: chat"),
+        ({"prompt": ["q"], "completion": "a"}, {}, "a list of messages needs data.format: chat"),
         ({"prompt": "q", "completion": " \n"}, {}, "line 2: completion is empty.*fill it or remove the row"),
         ({"prompt": "q", "completion": "\ud83d"}, {}, "completion: character 0 is half a surrogate pair"),
         ({"text": ""}, {}, "text is empty"),
@@ -174,7 +176,7 @@ def test_configured_columns_are_used(tmp_path):
         ),
     ],
 )
-def test_a_bad_row_is_told_with_place_and_remedy(tmp_path, row, keys, words):
+def test_a_bad_row_is_reported_with_its_place_and_a_remedy(tmp_path, row, keys, words):
     path = tmp_path / "d.jsonl"
     path.write_text("\n" + json.dumps(row) + "\n")
     with pytest.raises(InputError, match=words):
@@ -209,12 +211,12 @@ def test_many_bad_rows_are_counted(tmp_path):
             b'prompt,completion\n"a\nb",c\nd,e,f\n',
             r"line 4: 3 cells, but the header has 2 \(prompt, completion\)",
         ),
-        ("d.csv", b'text\n"abc\n', "not CSV: .*quote left open"),
+        ("d.csv", b'text\n"abc\n', "not CSV: .*closing quote missing"),
         ("d.csv", b"text,text\na,b\n", "names text twice"),
-        ("d.xlsx", b"x", "suffix '.xlsx' isn't one that is read; allowed: .jsonl, .json, .parquet, .csv, .txt"),
+        ("d.xlsx", b"x", "suffix '.xlsx' is not supported; allowed: .jsonl, .json, .parquet, .csv, .txt"),
     ],
 )
-def test_a_broken_file_is_told_with_place(tmp_path, name, content, words):
+def test_a_broken_file_is_reported_with_its_place(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=words):
         load(tmp_path / name)
@@ -232,7 +234,7 @@ def test_wrong_encoding_names_line_and_byte(tmp_path):
 
 def test_damaged_parquet(tmp_path):
     (tmp_path / "d.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(FileError, match=r"d\.parquet: isn't a whole parquet file"):
+    with pytest.raises(FileError, match=r"d\.parquet: not a complete parquet file"):
         load(tmp_path / "d.parquet")
 
 
@@ -241,7 +243,7 @@ def test_missing_files_name_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileError, match=r"data.path: trian.jsonl: no such file; did you mean 'train.jsonl'\?"):
         load("trian.jsonl")
-    with pytest.raises(FileError, match=r"no such file; nothing in .* has a name like it"):
+    with pytest.raises(FileError, match=r"no such file; no file in .* has a similar name"):
         load("./zzz")
     with pytest.raises(FileError, match="there is no folder sub either"):
         load("sub/train.jsonl")
@@ -283,12 +285,12 @@ def test_limit_comes_before_the_split(tmp_path):
 def test_equal_rows_stay_on_one_side():
     rows = numbered(10) * 2
     for seed in range(20):
-        train, held_out = split(rows, 0.2, seed)
+        train, held_out = hold_out(rows, 0.2, seed)
         assert (len(train), len(held_out)) == (16, 4)
         assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
-    assert len(split(rows, 0.01, 0)[1]) == 2  # no single row is alone, so the smallest group goes
+    assert len(hold_out(rows, 0.01, 0)[1]) == 2  # each group has two equal rows, so one whole group is held out
     with pytest.raises(InputError, match=r"all 3 rows are equal.*eval_fraction: 0 or give data.eval_path"):
-        split([PROMPT] * 3, 0.1, 0)
+        hold_out([PROMPT] * 3, 0.1, 0)
 
 
 def test_eval_path_wins_over_the_fraction(tmp_path):
@@ -296,7 +298,7 @@ def test_eval_path_wins_over_the_fraction(tmp_path):
     rows = load(train, eval_path=test, eval_fraction=0.5, limit=1)
     assert (rows.train, rows.held_out) == (numbered(1), [PROMPT, PROMPT])
     assert len(load(train, eval_path="gsm8k").held_out) == 80
-    with pytest.raises(InputError, match=r"has rows of the kind chat, but data.path: .* of the kind prompt"):
+    with pytest.raises(InputError, match=r"has rows of the kind chat, but data.path: .* has rows of the kind prompt"):
         load(train, eval_path=jsonl(tmp_path / "c.jsonl", CHAT))
 
 
@@ -311,7 +313,7 @@ def test_hash_sees_content_and_side(tmp_path):
     assert digest(first, second) != digest(first, eval_path=jsonl(tmp_path / "e.jsonl", second))
 
 
-def test_errors_are_ours_and_nothing_heavy_is_imported():
+def test_errors_have_the_base_class_and_importing_loads_no_torch():
     assert issubclass(InputError, MlaTuneError)
     assert issubclass(FileError, MlaTuneError)
     code = (

@@ -1,4 +1,4 @@
-"""Several sources, rows that can't be used, rows that are too long, tokens as they are, tools, and the cache."""
+"""Several sources, invalid rows, rows that are too long, rows of tokens, tools, the cache, and `mla-tune data`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 
 from mla_tune.arch.build import architecture
 from mla_tune.data import cache as cache_module
-from mla_tune.data.encode import IGNORED, encode
+from mla_tune.data.encode import encode
 from mla_tune.data.files import read_file
 from mla_tune.data.formats import normalize
 from mla_tune.data.mixing import mix_samples, samples_per_source
 from mla_tune.data.prepare import Prepared, prepare
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.errors import InputError
 from mla_tune.recipe.load import load_recipe
 from tests.helpers.arch_configs import TINY
@@ -52,7 +53,7 @@ def test_shares_are_in_proportion_and_sum_up() -> None:
     assert sum(samples_per_source([7, 11, 13], [0.2, 0.5, 0.3])) == 31
 
 
-def test_a_small_source_comes_again_and_a_large_one_gives_a_part() -> None:
+def test_a_small_source_is_repeated_and_a_large_one_gives_a_part() -> None:
     small, large = [f"s{i}" for i in range(10)], [f"l{i}" for i in range(90)]
     found, counts = mix_samples([small, large], [1, 1], seed=3)
     assert counts == [50, 50]
@@ -126,7 +127,7 @@ def test_a_bad_row_stops_or_is_left_out_and_counted(tmp_path: Path, bad: Any, wo
     assert found.lines[0].startswith("data.on_invalid_row: skip: 1 rows are left out:\n  ")
 
 
-def test_where_no_row_is_left_the_first_fault_is_told(tmp_path: Path) -> None:
+def test_the_first_fault_is_named_where_no_row_is_left(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", b"{", b"{")
     with pytest.raises(InputError, match=r"line 1, column 2: not JSON.*\nall 2 lines"):
         prepared(f"data.path={path}", "data.on_invalid_row=skip")
@@ -135,7 +136,7 @@ def test_where_no_row_is_left_the_first_fault_is_told(tmp_path: Path) -> None:
 def test_a_short_record_of_a_csv_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_text("prompt,completion\nq,a\nq\nq,b\n")
-    table = read_file(path, "data.path", skip=True)
+    table = read_file(path, "data.path", skip_broken=True)
     assert len(table.rows) == 2
     assert "line 3: 1 cells, but the header has 2" in table.faults[0]
 
@@ -166,7 +167,7 @@ def test_split_keeps_every_trained_token_once() -> None:
 # ---- tokens ----
 
 
-def test_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_token_ids_are_used_unchanged(tmp_path: Path) -> None:
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8, 9], "attention_mask": [1, 1]}]
     path = jsonl(tmp_path / "d.jsonl", *rows)
     (row,) = prepared(f"data.path={path}").train_rows
@@ -179,15 +180,15 @@ def test_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
     [
         ({"input_ids": [1, 2], "labels": [1]}, "labels: must be a list of 2 ids"),
         ({"input_ids": [1, 2], "labels": [1, 3]}, r"labels\[1\] is 3, neither input_ids\[1\] \(2\) nor -100"),
-        ({"input_ids": [1, 2], "labels": [-100, -100]}, "labels: all are -100"),
+        ({"input_ids": [1, 2], "labels": [-100, -100]}, "labels: all after the first are -100"),
         ({"input_ids": [1, -2]}, "input_ids: must be a list of token ids"),
-        ({"input_ids": [1, 9999]}, "token 9999 is beyond the tokenizer's"),
+        ({"input_ids": [1, 9999]}, "token 9999 is outside the tokenizer's vocabulary"),
         ({"input_ids": [1, 2], "position_ids": [0, 1]}, "the column 'position_ids' can't be kept"),
         ({"input_ids": [1, 2], "attention_mask": [1, 0]}, "the column 'attention_mask' can't be kept"),
         ({"prompt": "a", "completion": "b", "images": ["x.png"]}, "the column 'images' can't be kept"),
     ],
 )
-def test_what_rows_of_tokens_must_be(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+def test_unusable_rows_of_tokens_are_refused(tmp_path: Path, row: dict[str, Any], words: str) -> None:
     path = jsonl(tmp_path / "d.jsonl", row)
     with pytest.raises(InputError, match=words):
         prepared(f"data.path={path}")
@@ -231,7 +232,7 @@ def test_a_chat_with_tools_trains_the_assistants_turns_alone(tmp_path: Path, too
 def test_a_template_that_knows_no_tools_is_refused(tmp_path: Path) -> None:
     for row, word in (({"messages": CHAT}, "tool_calls"), ({"messages": CHAT[:1] + CHAT[3:], "tools": TOOLS}, "tools")):
         kind, rows = normalize(read_file(jsonl(tmp_path / "d.jsonl", row), "data.path"), section())
-        with pytest.raises(InputError, match=f"the chat has {word}, of which the tokenizer's chat"):
+        with pytest.raises(InputError, match=f"the chat has {word}, which the tokenizer's chat template doesn't"):
             encode(rows, kind, make_tokenizer(TEMPLATE), section(), 1000)
 
 
@@ -245,7 +246,7 @@ def test_tokens_come_from_the_cache_only_for_the_same_content(tmp_path: Path, mo
     first = prepared(*sets)
     assert not any("tokenized earlier" in line for line in first.lines)
     made: list[Any] = []
-    monkeypatch.setattr("mla_tune.data.prepare.encode", lambda *a: made.append(a) or encode(*a))
+    monkeypatch.setattr("mla_tune.data.prepare.encode", lambda *a, **k: made.append(a) or encode(*a, **k))
     again = prepared(*sets)
     assert any("9 samples, tokenized earlier (data.cache)" in line for line in again.lines)
     assert not made
@@ -269,11 +270,11 @@ def test_tokens_come_from_the_cache_only_for_the_same_content(tmp_path: Path, mo
 
 def test_another_tokenizer_or_template_is_another_key() -> None:
     keys = {
-        cache_module.key_of("rows", "train", tokenizer, section(), 64)
+        cache_module.cache_key("rows", "train", tokenizer, section(), 64)
         for tokenizer in (make_tokenizer(), make_tokenizer(None), make_tokenizer(TEMPLATE + " "))
     }
     assert len(keys) == 3
-    assert cache_module.key_of("rows", "train", make_tokenizer(), section(), 64) in keys
+    assert cache_module.cache_key("rows", "train", make_tokenizer(), section(), 64) in keys
 
 
 @pytest.mark.parametrize("harm", [b"", b"not safetensors", None])
@@ -287,16 +288,16 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert any("tokenized earlier" in line for line in prepared(f"data.path={path}").lines)
 
 
-def test_a_cache_that_cant_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cant_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file, no folder")
     monkeypatch.setenv("MLA_TUNE_CACHE", str(tmp_path / "cache"))
     assert prepared(f"data.path={jsonl(tmp_path / 'd.jsonl', GOOD)}").summary()["train"]["samples"] == 1
 
 
-# ---- the view ----
+# ---- mla-tune data ----
 
 
-def test_the_view_marks_what_is_trained(cli, tmp_path: Path) -> None:
+def test_the_preview_marks_the_trained_tokens(cli, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", *({"prompt": f"say {i}", "completion": "ab " * (1 + i)} for i in range(20)))
     sets = ["--set", f"data.path={path}", "--set", "data.eval_fraction=0", "--set", "train.max_length=64"]
     shown = cli("data", "--recipe", "safe", *sets, "--samples", "1")

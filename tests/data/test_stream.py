@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from mla_tune.arch.lookup import architecture_of
 from mla_tune.data.prepare import prepare
 from mla_tune.data.reader import Cursor, RecordReader
 from mla_tune.data.stream import Stream
 from mla_tune.errors import FileError, InputError
 from mla_tune.model.tokenizer import load_tokenizer, tokenizer_source
 from mla_tune.recipe.load import load_recipe
+from mla_tune.recipe.model_source import architecture_of
 from mla_tune.recipe.schema import DataSection
 from tests.helpers.runs import cut_back, hash_of, metrics, options
 
@@ -67,7 +67,7 @@ def test_a_pass_holds_every_row_once_and_the_next_begins_again(suffix: str, tmp_
     for packing in ("true", "false"):
         sets = [f"data.path={path}", "data.eval_fraction=0", f"data.buffer={COUNT}", f"train.packing={packing}"]
         _, stream, tokenizer = stream_of(*sets)
-        one = len(stream._chunk(stream._start))
+        one = len(stream._next_chunk(stream._start))
         _, stream, tokenizer = stream_of(*sets)
         rows = take(stream, 2 * one)
         wanted = Counter(f"a {i}" for i in range(COUNT))
@@ -80,19 +80,19 @@ def test_a_pass_holds_every_row_once_and_the_next_begins_again(suffix: str, tmp_
 def test_reading_goes_on_anywhere(suffix: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"rows{suffix}", texts("a"))
     data = DataSection(path=str(path))
-    whole = RecordReader(data).take(3 * COUNT, Cursor())
+    whole = RecordReader(data).read(3 * COUNT, Cursor())
     assert [r["prompt"] for r in whole.rows] == [r["prompt"] for r in texts("a")] * 3
     for start in (0, 1, 6, 7, 8, 20, COUNT - 1, COUNT, COUNT + 5):
         cursor = Cursor(*divmod(start, COUNT))
-        found = RecordReader(data).take(10, cursor)
+        found = RecordReader(data).read(10, cursor)
         assert found.rows == whole.rows[start : start + 10], start
-        assert list(found.places) == list(whole.places[start : start + 10])
+        assert list(found.numbers) == list(whole.numbers[start : start + 10])
         assert cursor == Cursor(*divmod(start + 10, COUNT))
 
 
 def test_a_limit_ends_a_pass(tmp_path: Path) -> None:
     data = DataSection(path=str(write(tmp_path / "rows.jsonl", texts("a"))), limit=5)
-    assert [r["prompt"] for r in RecordReader(data).take(12, Cursor()).rows] == [f"Say a {i % 5}." for i in range(12)]
+    assert [r["prompt"] for r in RecordReader(data).read(12, Cursor()).rows] == [f"Say a {i % 5}." for i in range(12)]
 
 
 def test_sources_come_by_weight(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_processes_share_global_batches(tmp_path: Path) -> None:
     samples_per_source = []
     for rank in (0, 1):
         _, stream, _ = stream_of(f"data.path={path}", "data.buffer=11", "train.batch_size=2")
-        stream.share(rank, 2)
+        stream.set_process(rank=rank, world_size=2)
         samples_per_source.append(take(stream, 12))
     batches = [[*samples_per_source[0][i : i + 2], *samples_per_source[1][i : i + 2]] for i in range(0, 12, 2)]
     assert batches == [wanted[i : i + 4] for i in range(0, 24, 4)]
@@ -204,7 +204,7 @@ def test_what_can_not_be_streamed(tmp_path: Path) -> None:
         stream_of(f"data.path={empty}")
     long = write(tmp_path / "long.jsonl", [{"prompt": "x " * 500, "completion": "y"}] * 3)
     _, stream, _ = stream_of(f"data.path={long}", "data.on_overflow=drop", "data.eval_fraction=0")
-    with pytest.raises(InputError, match="a whole pass left no sample"):
+    with pytest.raises(InputError, match="a whole pass gave no sample"):
         take(stream, 1)
     broken = tmp_path / "broken.csv"
     broken.write_bytes(b"prompt,completion\na,b\nc,\xff\n")
@@ -225,10 +225,10 @@ def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     data = DataSection(path="org/name")
-    whole = RecordReader(data).take(2 * COUNT, Cursor())
+    whole = RecordReader(data).read(2 * COUNT, Cursor())
     assert asked[0] == ("org/name", {"split": "train", "streaming": True})
     assert [r["prompt"] for r in whole.rows] == [r["prompt"] for r in texts("a")] * 2
-    assert RecordReader(data).take(5, Cursor(0, 30)).rows == whole.rows[30:35]
+    assert RecordReader(data).read(5, Cursor(0, 30)).rows == whole.rows[30:35]
 
 
 def test_labels_and_positions_are_those_of_reading_all_at_once(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.absorbed import absorbed_tensors
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.merge.run import merge_absorb
-from mla_tune.verification.logits.compare import LogitsComparison, LogitsDifference, LogitsReport
+from mla_tune.verification.logits.compare import LogitsComparison
+from mla_tune.verification.logits.differences import LogitsDifference, LogitsReport
 from tests.helpers.merging import load
 
 ATTENTION = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]

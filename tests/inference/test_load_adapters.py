@@ -18,7 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import mla_tune
-from mla_tune.adapter.files import Adapter, open_adapter
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import open_adapter
 from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
 from mla_tune.checkpoint.index import Checkpoint

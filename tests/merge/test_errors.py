@@ -178,7 +178,7 @@ def test_options(place: Path) -> None:
         "--dtype int8: allowed are keep, float32, bfloat16, float16",
         options=MergeOptions(dtype="int8"),
     )
-    words = r"--dtype float32 writes every weight in float32: leave --quantized keep out"
+    words = r"--dtype float32 writes every weight in float32: leave out --quantized keep"
     refused(place, InputError, words, options=MergeOptions(dtype="float32", quantized="keep"))
 
 
@@ -254,7 +254,7 @@ SABOTAGE: dict[str, tuple[str, str, Callable[[Path, str], None], str, str]] = {
         "copy_auxiliary_files",
         flip,
         "model.norm.weight",
-        "is not the base's, and no adapter",
+        "differs from the base's; no adapter",
     ),
     "a missing tensor": (
         "model",

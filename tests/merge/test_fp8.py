@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import InputError
+from mla_tune.merge import apply
 from mla_tune.merge.run import merge_absorb
 from tests.helpers.fp8 import FORMATS, dequantized, make_fp8
 from tests.helpers.marks import fast_cases
@@ -125,6 +126,19 @@ def test_keep_writes_fp8_with_fresh_scales(name: str, tmp_path: Path) -> None:
     assert any("quantized anew" in line for line in report.notes)
     rows = {row.role: row for row in report.roles}
     assert all(row.cosine is not None and row.cosine < 0.9999 for row in rows.values())
+
+
+def test_one_scale_for_a_weight_of_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that finds the largest number of a weight leaves alone what the merge of its rows has read."""
+    # One thread, and scales in other files than their weights: so some weights are merged before their scales.
+    fp8, adapter, _ = make(tmp_path, FORMATS["tensor"] | {"scales_in_other_shard": True}, {"target_modules": ATTENTION})
+    outs = [tmp_path / "one", tmp_path / "many"]
+    for out in outs:
+        merge_absorb(adapter, fp8, out, options=MergeOptions(quantized="keep"), logits=False, workers=1)
+        monkeypatch.setattr(apply, "_BLOCK", 512)
+    one, many = map(tensors_of, outs)
+    for key in one:
+        assert torch.equal(one[key].flatten().view(torch.uint8), many[key].flatten().view(torch.uint8)), key
 
 
 def test_everything_raised_is_no_longer_quantized(tmp_path: Path) -> None:

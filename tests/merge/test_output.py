@@ -308,7 +308,7 @@ def test_fused_experts_on_disk(base: Path, tmp_path: Path, monkeypatch: pytest.M
     (fused / "config.json").write_bytes((base / "config.json").read_bytes())
     save_file({k: t for k, t in old.items() if k not in loose} | stacks[0], fused / "model.safetensors")
     fused_arch = replace(arch, sites=tuple(replace(s, disk="fused") if s.is_experts else s for s in arch.sites))
-    monkeypatch.setattr("mla_tune.adapter.inputs.architecture", lambda *_: fused_arch)
+    monkeypatch.setattr("mla_tune.runs.merge_inputs.architecture", lambda *_: fused_arch)
     report = merge_absorb(adapter, fused, tmp_path / "out", verify=False)
     assert {row.role: (row.tensors, row.matrices) for row in report.roles} == {
         "experts_gate_up": (2, 8),

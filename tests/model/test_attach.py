@@ -1,4 +1,4 @@
-"""PEFT attaches exactly what was planned, saves it, and plain PEFT loads it back; and what happens when it doesn't."""
+"""PEFT attaches exactly the plan, saves it, and plain PEFT loads it; any difference from the plan is an error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS = ["deepseek_v2 without query compression", "deepseek_v3", "glm4_moe_lite
 
 def build(name: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    # grouped_mm wants rows of a multiple of 16 bytes, which these odd sizes are not.
+    # grouped_mm needs rows of a multiple of 16 bytes, which these sizes are not.
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY[name]), experts_implementation="eager")
     for p in model.parameters():  # norms of one and biases of zero would hide mistakes
         torch.nn.init.normal_(p, std=0.2)
@@ -74,7 +74,7 @@ def test_the_embedded_model_is_adapted_as_written_by_hand(recipe: str) -> None:
     arch = architecture(json.loads((EMBEDDED_MODEL / "config.json").read_text()))
     net = attach(model, arch, place(arch, load_recipe(recipe).adapter), seed=0)
     assert sorted(a.parameter for a in attached_loras(net)) == sorted(BY_HAND[recipe])
-    # Independent of `attached_loras`: every trainable tensor lies under one of these modules, two for each matrix.
+    # Counted independently of `attached_loras`: two trainable tensors for each matrix, inside one of these modules.
     trainable = [n for n, p in net.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(BY_HAND[recipe])
 
@@ -88,7 +88,7 @@ def test_dora_and_rslora_scales() -> None:
 
 
 def test_peft_by_bare_names_trains_something_else_and_is_caught() -> None:
-    """The trap that placement exists for: PEFT rewrites MLP names to the routed experts on these families."""
+    """PEFT rewrites names of MLPs to the routed experts in these families, which placement has to avoid."""
     model, _, placement = planned("deepseek_v3", targets="safe", rank=4, alpha=8)
     naive = LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj", "gate_proj", "up_proj", "down_proj"])
     wrong = get_peft_model(model, naive)
@@ -108,7 +108,7 @@ def test_wrong_rank_and_stray_trainables_are_caught() -> None:
     model, arch, placement = planned("minicpm3", targets=["W_O"])
     good = attach(model, arch, placement, 0)
     good.base_model.model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(CheckError, match=r"trainable, but no part of an adapter: .*norm\.weight"):
+    with pytest.raises(CheckError, match=r"trainable, but not part of an adapter: .*norm\.weight"):
         check_attached(good, placement)
 
 

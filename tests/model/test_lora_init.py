@@ -1,4 +1,4 @@
-"""Every method × initialization × target × LoRA+ trains, reloads in plain PEFT and merges, or is refused by name."""
+"""Every method × initialization × target × LoRA+ trains, is loaded by plain PEFT and merges, or is refused by name."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def test_nothing_is_changed_before_the_first_step(init: str, method: str) -> Non
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("method", ["lora", "rslora"])
 def test_the_trained_half_begins_where_pefts_own_does(init: str, method: str) -> None:
-    """The oracle: PEFT's initialization of the same matrix, whose B A is s-free and equal up to signs of vectors."""
+    """The oracle: PEFT's initialization of the same matrix, whose product B A is free of s and of the signs of
+    vectors."""
     model, before, placement = tiny_with(init, method)
     lora = next(x for x in attached_loras(model) if x.parameter.endswith("layers.2.self_attn.o_proj.weight"))
     weight = before[lora.parameter]

@@ -1,4 +1,4 @@
-"""`adapter.modules_to_save`: exactly the modules meant, trained, saved, loaded by plain PEFT, merged."""
+"""`adapter.modules_to_save`: exactly the named modules are trained, saved, loaded by plain PEFT, and merged."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_exactly_those_are_trained_and_saved(
         assert not torch.equal(tensor, base[key]), key
     assert run["adapter"]["modules_to_save"] == {path: base[f"{path}.weight"].numel() for path in trained}
     assert run["held_out_loss"]["after"] < run["held_out_loss"]["before"]
-    # Plain PEFT loads it: the loss of the run is the loss of the loaded model.
+    # Plain PEFT loads it: the loaded model has the loss that the run reported.
     plain = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     before = logits(plain)
     tuned = PeftModel.from_pretrained(plain, out / "adapter")
@@ -79,8 +79,8 @@ def test_gradients_and_rates_against_plain_torch(
     rows_file: Path,
     tmp_path: Path,
 ) -> None:
-    """One step of SGD-like size: AdamW's first step moves every number with a gradient by its learning rate.  So the
-    group of the head has learning_rate × mla_lr_scale × modules_to_save_lr_scale, and W_O has no more than its own."""
+    """AdamW's first step changes every number that has a gradient by its learning rate.  So the change shows that the
+    head has learning_rate × mla_lr_scale × modules_to_save_lr_scale, and W_O its own rate."""
     out = tmp_path / "run"
     sets = ["train.max_steps=1", "optimizer.warmup_ratio=0", "optimizer.schedule=constant", "optimizer.weight_decay=0"]
     run = train(cli, rows_file, out, "[lm_head, embed_tokens]", "optimizer.modules_to_save_lr_scale=0.25", *sets)
@@ -91,7 +91,7 @@ def test_gradients_and_rates_against_plain_torch(
     for name in ("lm_head", "model.embed_tokens"):
         moved = (saved[f"base_model.model.{name}.weight"] - base[f"{name}.weight"]).abs()
         assert float(moved.max()) == pytest.approx(rate, rel=1e-2)
-    # Tokens that no row holds are not moved in the embedding, and every row of the head is.
+    # Of the embedding, only tokens that are in the data change; of the head, every row changes.
     moved = (saved["base_model.model.model.embed_tokens.weight"] - base["model.embed_tokens.weight"]).abs()
     assert 0 < float((moved.amax(1) > 0).float().mean()) < 0.5
 
@@ -101,7 +101,7 @@ def test_the_trained_head_takes_part_in_the_loss(
     rows_file: Path,
     tmp_path: Path,
 ) -> None:
-    """run.json's held-out loss, again by plain PEFT and transformers."""
+    """The held-out loss that run.json has, computed again by plain PEFT and transformers."""
     from mla_tune.data.prepare import prepare
     from mla_tune.model.tokenizer import load_tokenizer
 
@@ -112,9 +112,9 @@ def test_the_trained_head_takes_part_in_the_loss(
     data = prepare(load_recipe(str(out / "recipe.yaml")), architecture(config), tokenizer)
     model = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     tuned = PeftModel.from_pretrained(model, out / "adapter").eval()
-    assert data.parts[0].held_out is not None
+    assert data.sources[0].held_out is not None
     total, count = 0.0, 0
-    for sample in data.parts[0].held_out.samples:
+    for sample in data.sources[0].held_out.samples:
         with torch.no_grad():
             scores = tuned(input_ids=torch.tensor([sample.input_ids])).logits[0, :-1].double()
         labels = torch.tensor(sample.labels[1:])
@@ -184,10 +184,10 @@ def test_plan_counts_them(cli: Callable[..., Any]) -> None:
     "sets, says",
     [
         (["adapter.modules_to_save=[lm_haed]"], "no module 'lm_haed'; did you mean 'lm_head'?"),
-        (["adapter.modules_to_save=[mlp]"], "holds other modules"),
+        (["adapter.modules_to_save=[mlp]"], "has modules inside, or is a stack of experts"),
         (["adapter.modules_to_save=[o_proj]"], "has a LoRA already"),
         (["adapter.modules_to_save=[lm_head]", "adapter.method=none"], "with method none every weight is trained"),
-        (["adapter.modules_to_save=[experts]"], "holds other modules"),
+        (["adapter.modules_to_save=[experts]"], "has modules inside, or is a stack of experts"),
         (["adapter.modules_to_save=[kv_b_proj]", "model.quantize=nf4", "model.preset=null", "model.base=embedded"],
          "is quantized in this base"),
     ],

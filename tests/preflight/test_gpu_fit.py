@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mla_tune.arch.lookup import architecture_of, load_config
 from mla_tune.errors import InputError
 from mla_tune.model.load import load_model
 from mla_tune.preflight import gpu_fit as fit_module
 from mla_tune.preflight.gpu_fit import parse_memory
 from mla_tune.preflight.memory import base_bytes
 from mla_tune.recipe.load import load_recipe
+from mla_tune.recipe.model_source import architecture_of, load_config
 from mla_tune.recipe.schema import ModelSection
 from mla_tune.resources import EMBEDDED_MODEL
 from mla_tune.training.resolve import resolve
@@ -108,7 +108,7 @@ def test_from_how_many_gpus() -> None:
 def test_quantized_bases_take_what_is_measured(tmp_path: Path) -> None:
     fp8 = make_fp8(EMBEDDED_MODEL, tmp_path / "fp8", block=(128, 128))
     for section in (ModelSection(base=str(fp8)), ModelSection(base="embedded", quantize="nf4")):
-        loaded = load_model(section, quantized=True)
+        loaded = load_model(section, allow_quantized=True)
         assert loaded.quantized is not None
         others = sum(p.numel() * p.element_size() for p in loaded.model.parameters() if not p.isnan().all())
         kind = "nf4" if section.quantize == "nf4" else "fp8"

@@ -29,9 +29,9 @@ REASON = {
     Role.ATTENTION_GATE: "gate",
     Role.INDEXER: "without gradients",
     Role.LINEAR_ATTENTION: "KDA",
-    Role.HYPER_CONNECTION: "read directly",
+    Role.HYPER_CONNECTION: "not a layer",
     Role.NORM_GATE: "norm gate",
-    Role.TOWER: "text does not pass",
+    Role.TOWER: "processes no text",
 }
 
 
@@ -86,8 +86,8 @@ def test_attention_modules_and_their_sizes(name: str) -> None:
         assert (heads, module.kv_lora_rank, module.v_head_dim) == (d.H, d.C, d.V)
         assert (module.qk_nope_head_dim, module.qk_rope_head_dim) == (d.P, d.R)
         assert attention.owns_cache == (getattr(module, "kv_a_proj_with_mqa", None) is not None)
-        assert attention.indexer == (getattr(module, "indexer", None) is not None)
-        assert attention.window == (getattr(module, "sliding_window", None) is not None)
+        assert attention.has_indexer == (getattr(module, "indexer", None) is not None)
+        assert attention.has_window == (getattr(module, "sliding_window", None) is not None)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

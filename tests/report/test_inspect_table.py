@@ -13,9 +13,9 @@ from rich.console import Console
 
 from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
-from mla_tune.arch.lookup import load_config
 from mla_tune.console import human_count
 from mla_tune.preflight.inspect import inspect_architecture
+from mla_tune.recipe.model_source import load_config
 from mla_tune.recipe.schema import AdapterSection
 from mla_tune.report.inspect_table import WIDE, Depth, render
 from mla_tune.resources import model_names
@@ -130,4 +130,4 @@ def test_a_recipe_without_adapter_says_so() -> None:
 
 def test_models_without_query_compression_and_with_two_attentions() -> None:
     assert "L none" in show(document("deepseek-v2-lite"))
-    assert "28 layers of 2 attentions" in show(document("longcat-flash"))
+    assert "28 layers, 56 attentions" in show(document("longcat-flash"))

@@ -1,6 +1,6 @@
-"""`mla-tune serve-check`: the facts file, what is seen in checkpoints and adapters, verdicts, exit codes, launch lines.
+"""`mla-tune serve-check`: the file of facts, items of checkpoints and adapters, verdicts, exit codes, launch commands.
 
-What the engines do can't be tested here; that no fact is lost, shadowed or read wrongly can.
+The engines themselves are not tested here, but that every fact is read correctly and decides something.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from mla_tune.adapter.files import Adapter, open_adapter
+from mla_tune.adapter.deltas import Adapter
+from mla_tune.adapter.files import open_adapter
 from mla_tune.arch.build import architecture
 from mla_tune.arch.roles import ADAPTABLE, Role
 from mla_tune.checkpoint.index import Checkpoint
@@ -35,7 +36,7 @@ ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]
 MLP = [f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")]
 SHARED = [f"shared_experts.{n}_proj.weight" for n in ("gate", "up", "down")]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-#: What published config.json files of DeepSeek-V3 have and one that transformers makes has not.
+#: Keys of DeepSeek-V3's published config.json that transformers does not write.
 ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
@@ -46,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def v3(root: Path) -> Path:
-    """A DeepSeek-V3 that every engine should take: bfloat16, router keys, a tokenizer."""
+    """A DeepSeek-V3 that every engine should accept: bfloat16, router keys, a tokenizer."""
     base = make_base(root / "v3", dtype="bfloat16")
     edit_json(base / "config.json", **ROUTER)
     (base / "tokenizer.json").write_text("{}")
@@ -81,7 +82,7 @@ def judged(engine: str, base: Path, adapter: Path | None = None) -> Compatibilit
 
 
 def verdicts(judgment: CompatibilityReport) -> dict[str, str]:
-    """Subject → verdict; a subject that comes twice must not differ."""
+    """Subject → verdict; a subject that comes twice must have the same verdict."""
     found: dict[str, str] = {}
     for check in judgment.checks:
         assert found.setdefault(check.item.subject, check.verdict) == check.verdict
@@ -113,7 +114,7 @@ def test_each_fact_is_told_with_its_source(engine: Engine, fact: Fact) -> None:
 
 @pytest.mark.parametrize(("engine", "fact"), FACTS)
 def test_no_fact_is_shadowed(engine: Engine, fact: Fact) -> None:
-    """For each fact there is something that it decides, and no fact before it."""
+    """For each fact there are observations that it matches and no fact before it does."""
 
     def value(wanted: Any) -> list[Any]:
         return [wanted.get("min", wanted.get("max", 1))] if isinstance(wanted, dict) else wanted
@@ -122,12 +123,12 @@ def test_no_fact_is_shadowed(engine: Engine, fact: Fact) -> None:
     seen: list[dict[str, Any]] = [{}]
     for name in names:
         seen = [{**s, name: v} for s in seen for v in value(fact.when[name])]
-    # Observations that the fact leaves open take a value that no fact names, or any that others name.
+    # Other observations have either a value that no fact names (None), or one that another fact names.
     others = {n for f in engine.facts for n in f.when} - set(names)
     for name in others:
         used = [v for f in engine.facts if name in f.when for v in value(f.when[name])]
         seen = [{**s, name: v} for s in seen[:40] for v in [None, *dict.fromkeys(used)]][:4000]
-    assert any(engine.fact(fact.about, subject, s) is fact for subject in fact.of for s in seen)
+    assert any(engine.fact(fact.topic, subject, s) is fact for subject in fact.subjects for s in seen)
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=lambda e: e.id)
@@ -151,7 +152,7 @@ def test_every_role_has_a_fact_or_an_explicit_unknown(engine: Engine, family: st
 @pytest.mark.parametrize(
     ("engine", "role", "family", "verdict"),
     [
-        # The issue that serve-check is for: https://github.com/vllm-project/vllm/issues/48974
+        # The reason why serve-check exists: https://github.com/vllm-project/vllm/issues/48974
         ("vllm", "W_UKV", "deepseek_v3", "dropped"),
         ("vllm", "W_UKV", "deepseek_v2", "dropped"),
         ("vllm", "W_UKV", "glm4_moe_lite", "dropped"),
@@ -221,10 +222,10 @@ def test_a_new_engine_and_fact_need_no_code(tmp_path: Path, v3: Path, plain: Pat
 
 def test_vllm_drops_w_ukv_and_refuses_fused_experts(v3: Path, everything: Path) -> None:
     found = judged("vllm", v3, everything)
-    assert found.named("dropped") == ["W_UKV"]
-    assert found.named("refused") == ["experts_gate_up", "experts_down"]
+    assert found.subjects_with("dropped") == ["W_UKV"]
+    assert found.subjects_with("refused") == ["experts_gate_up", "experts_down"]
     assert found.verdict == "dropped"
-    counts = {c.item.subject: c.item.count for c in found.adapter if c.item.about == "role"}
+    counts = {c.item.subject: c.item.count for c in found.adapter if c.item.topic == "role"}
     # 3 layers, the first dense; 4 routed experts in each of the others.
     assert counts == dict.fromkeys(("W_DQ", "W_UQ", "W_DKV", "W_UKV", "W_O"), 3) | dict.fromkeys(
         ("gate", "up", "down"), 1
@@ -235,10 +236,10 @@ def test_vllm_drops_w_ukv_and_refuses_fused_experts(v3: Path, everything: Path) 
 
 def test_vllm_serves_the_rest(v3: Path, plain: Path) -> None:
     found = judged("vllm", v3, plain)
-    assert not found.named("dropped")
-    assert not found.named("refused")
+    assert not found.subjects_with("dropped")
+    assert not found.subjects_with("refused")
     assert found.merge is None
-    # vLLM takes certain ranks only: 3 becomes 8.
+    # vLLM accepts certain highest ranks only: 3 becomes 8.
     assert found.launch == (f"vllm serve {v3} --enable-lora --max-lora-rank 8 --lora-modules plain={plain}",)
 
 
@@ -358,7 +359,7 @@ def test_a_missing_kv_b_proj(v3: Path, tmp_path: Path) -> None:
 
 def test_mtp_layers(v3: Path, tmp_path: Path) -> None:
     base = copied(v3, tmp_path / "base")
-    # transformers writes num_nextn_predict_layers: 1 for every DeepSeek-V3, and no such layer.
+    # transformers writes num_nextn_predict_layers: 1 for every DeepSeek-V3, but no weights of such a layer.
     assert {verdicts(judged(engine, base))["MTP layers"] for engine in ENGINES} == {"applied"}
     edit_tensors(
         base / "model.safetensors", lambda t: t.update({"model.layers.3.eh_proj.weight": t["lm_head.weight"].clone()})

@@ -1,4 +1,4 @@
-"""What plan says of engines and an unmerged adapter comes from engines.json, and agrees with serve-check's facts."""
+"""The notes of `plan` on serving an adapter unmerged come from engines.json, and agree with serve-check."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 
 from mla_tune.adapter.placement import place
 from mla_tune.arch.build import architecture
-from mla_tune.arch.lookup import load_config
 from mla_tune.recipe.load import load_recipe
+from mla_tune.recipe.model_source import load_config
 from mla_tune.serving.unmerged import unmerged_notes
 
 

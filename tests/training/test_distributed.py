@@ -158,7 +158,8 @@ from mla_tune.training.distributed.launch import apply_launch_config, exit_worke
 from mla_tune.training.run import train
 class Count(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        parts = [getattr(m, name) for m in model.modules() if isinstance(m, QuantizedWeight) for name in m.large]
+        weights = [m for m in model.modules() if isinstance(m, QuantizedWeight)]
+        parts = [getattr(weight, name) for weight in weights for name in weight.large_buffers]
         own = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in parts)
         Path(sys.argv[1] + os.environ.get("RANK", "")).write_text(json.dumps([own, sum(p.nbytes for p in parts)]))
 if "RANK" in os.environ:
@@ -346,8 +347,8 @@ def test_what_all_find_wrong_is_said_once(rows: Path, tmp_path: Path) -> None:
     [
         (["--launch", "fsdp2", "--processes", "1"], "--launch fsdp2 with one process"),
         (["--launch", "fsdp3"], "unknown configuration 'fsdp3'"),
-        (["--processes", "0"], "--processes must be at least 1"),
-        (["--launch", "fsdp2"], "one process for each GPU, and there are none here"),
+        (["--processes", "0"], "--processes is 0; it must be at least 1"),
+        (["--launch", "fsdp2"], "one process for each GPU, and this machine has no GPU"),
     ],
 )
 def test_options_that_contradict(

@@ -62,7 +62,7 @@ def fp8_pair(tmp_path: Path, family: str = "deepseek_v3", fmt: str = "deepseek")
 
 
 def load(folder: Path | str, **keys: Any) -> Loaded:
-    return load_model(ModelSection(base=str(folder), device="cpu", **keys), quantized=True)
+    return load_model(ModelSection(base=str(folder), device="cpu", **keys), allow_quantized=True)
 
 
 def adapter_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -20,7 +20,18 @@ from tests.helpers.marks import fast_cases
 from tests.helpers.tiny_families import FAMILIES
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 8]}
-INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+FP8_CHANNELS = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "all": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    },
+}
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"all": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group"}}},
+}
 #: Name → (family, changes to its config.json, overrides, words of the error).
 REFUSED: dict[str, tuple[str | None, dict[str, Any], list[str], str]] = {
     "nf4 and dora": (
@@ -46,9 +57,21 @@ REFUSED: dict[str, tuple[str | None, dict[str, Any], list[str], str]] = {
     ),
     "compression_config and compile": (
         "deepseek_v3",
-        {"compression_config": INT4},
+        {"compression_config": FP8_CHANNELS},
         ["train.compile=true"],
-        "are quantized (compressed-tensors)",
+        "are quantized (fp8)",
+    ),
+    "a format that nobody claims": (
+        "deepseek_v3",
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        [],
+        "quant_method is 'awq'; understood are",
+    ),
+    "a width that the format can't decode": (
+        "deepseek_v3",
+        {"quantization_config": INT4},
+        [],
+        "config_groups.all: format is 'pack-quantized'; understood are",
     ),
     "fp8 and a whole head": (
         "deepseek_v3",
@@ -72,7 +95,7 @@ REFUSED: dict[str, tuple[str | None, dict[str, Any], list[str], str]] = {
     "dropout through parameters": (None, {}, ["adapter.dropout=0.1"], "adapter.dropout: 0.1: PEFT can't do that"),
     "dora through parameters": (None, {}, ["adapter.method=dora"], "adapter.method: dora: PEFT can't do that"),
     "a role that is not there": (None, {}, ["adapter.targets=[W_Q]"], "has no W_Q"),
-    "an override of nothing": (None, {}, ["adapter.roles={W_UKV: {rank: 2}}"], "nothing of it is adapted"),
+    "an override of nothing": (None, {}, ["adapter.roles={W_UKV: {rank: 2}}"], "none of its roles is adapted"),
     "adapters lost on reload": ("mistral_large4", {}, [], "don't survive saving"),
     "packed attention and linear attention": (
         "kimi_linear",

@@ -76,7 +76,7 @@ def test_a_registered_objective_trains_and_is_evaluated(cli, rows_file: Path, tm
     recipe = load_recipe(str(out / "recipe.yaml"))
     assert recipe.train.objective == "smoothed"
     config = json.loads((out / "base" / "config.json").read_text())
-    held_out = prepare(recipe, architecture(config), load_tokenizer(str(out / "base"))).parts[0].held_out
+    held_out = prepare(recipe, architecture(config), load_tokenizer(str(out / "base"))).sources[0].held_out
     assert held_out is not None
 
     def figures(model: Any) -> tuple[float, float]:

@@ -60,7 +60,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_trained_loss(cli, rows_file:
     recipe = load_recipe(str(out / "recipe.yaml"))
     config = json.loads((out / "base" / "config.json").read_text())
     data = prepare(recipe, architecture(config), load_tokenizer(str(out / "base")))
-    held_out = data.parts[0].held_out
+    held_out = data.sources[0].held_out
     assert held_out is not None
     base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
 
@@ -321,7 +321,7 @@ def test_a_broken_base_is_found_before_training(cli, rows_file: Path, tmp_path: 
         ),
         (["adapter.method=dora"], "PEFT can't do that"),
         (["model.preset=null", "model.base=nowhere/at/all"], "nowhere/at/all"),
-        (["model.preset=null", "model.base=deepseek-v3"], "is known by its config.json alone"),
+        (["model.preset=null", "model.base=deepseek-v3"], "only the config.json is known here"),
         (["model.device=cuda"], "torch sees no GPU here"),
     ],
 )

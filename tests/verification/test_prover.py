@@ -1,4 +1,4 @@
-"""The proof in a process of its own: the same as here, and every way in which the two processes can lose each other."""
+"""The proof in a second process: the same result as in this one, and what happens when either process ends early."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
-from mla_tune.adapter.inputs import Inputs, open_inputs
 from mla_tune.adapter.merge_options import MergeOptions
 from mla_tune.errors import CheckError, FileError, WorkError
 from mla_tune.merge.run import merge_absorb
-from mla_tune.verification.prover import _Beside, _Here, start
+from mla_tune.runs.merge_inputs import MergeInputs, open_inputs
+from mla_tune.verification.prover import InProcessProver, SubprocessProver, start
 from tests.helpers.logits import ATTENTION
 from tests.helpers.merging import edit_tensors, make_adapter, make_base
 
@@ -39,13 +39,13 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def inputs(merged: Path) -> Inputs:
+def inputs(merged: Path) -> MergeInputs:
     return open_inputs([(merged / "adapter", 1.0)], merged / "base", merged / "out")
 
 
 @pytest.fixture
-def beside() -> Iterator[_Beside]:
-    prover = _Beside(logits=False)
+def subprocess_prover() -> Iterator[SubprocessProver]:
+    prover = SubprocessProver(logits=False)
     yield prover
     prover.stop()
 
@@ -68,22 +68,22 @@ def wait_for(what: Any, seconds: float = 60) -> Any:
     raise AssertionError("it did not happen")
 
 
-def test_here_where_torch_is_loaded() -> None:
-    assert isinstance(start(logits=True), _Here)
+def test_the_proof_runs_in_this_process_where_torch_is_loaded() -> None:
+    assert isinstance(start(logits=True), InProcessProver)
 
 
 @pytest.mark.slow
-def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
-    here = _Here(logits=True)
-    here.begin(inputs, MergeOptions(), 2, None)
-    expected = here.finish(merged / "out", [])
-    told: list[tuple[str, int, int]] = []
-    beside = _Beside(logits=True)
+def test_both_provers_return_the_same(merged: Path, inputs: MergeInputs) -> None:
+    in_process = InProcessProver(logits=True)
+    in_process.begin(inputs, MergeOptions(), 2, None)
+    expected = in_process.finish(merged / "out", [])
+    messages: list[tuple[str, int, int]] = []
+    subprocess_prover = SubprocessProver(logits=True)
     try:
-        beside.begin(inputs, MergeOptions(), 2, lambda *message: told.append(message))
-        found = beside.finish(merged / "out", [])
+        subprocess_prover.begin(inputs, MergeOptions(), 2, lambda *message: messages.append(message))
+        found = subprocess_prover.finish(merged / "out", [])
     finally:
-        beside.stop()
+        subprocess_prover.stop()
     assert found.proof == expected.proof
     assert found.hashes == expected.hashes
     assert found.logits is not None
@@ -91,57 +91,63 @@ def test_both_say_the_same(merged: Path, inputs: Inputs) -> None:
     assert found.logits["merged"]["max_error"] == pytest.approx(expected.logits["merged"]["max_error"], abs=1e-5)
     assert found.logits["tokens"] == expected.logits["tokens"]
     for stage in ("check", "logits"):
-        counts = [(done, total) for name, done, total in told if name == stage]
+        counts = [(done, total) for name, done, total in messages if name == stage]
         assert counts
         assert counts == sorted(counts)
         assert counts[-1][0] == counts[-1][1]
 
 
-def test_what_is_wrong_is_told(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
+def test_a_wrong_output_is_an_error_that_names_the_tensor(
+    merged: Path, inputs: MergeInputs, subprocess_prover: SubprocessProver, tmp_path: Path
+) -> None:
     merge_absorb(merged / "adapter", merged / "base", tmp_path / "out", verify=False)
     edit_tensors(tmp_path / "out" / "model.safetensors", lambda t: t[KEY].mul_(2))
-    beside.begin(inputs, MergeOptions(), 2, None)
+    subprocess_prover.begin(inputs, MergeOptions(), 2, None)
     with pytest.raises(CheckError, match=rf"nothing was published:\n  {KEY}: .* numbers are wrong"):
-        beside.finish(tmp_path / "out", [])
+        subprocess_prover.finish(tmp_path / "out", [])
 
 
-def test_other_errors_keep_their_kind(merged: Path, inputs: Inputs, beside: _Beside, tmp_path: Path) -> None:
-    gone = replace(inputs, places=replace(inputs.places, base=tmp_path / "gone"))
-    beside.begin(gone, MergeOptions(), 2, None)
+def test_other_errors_keep_their_class(
+    merged: Path, inputs: MergeInputs, subprocess_prover: SubprocessProver, tmp_path: Path
+) -> None:
+    gone = replace(inputs, paths=replace(inputs.paths, base=tmp_path / "gone"))
+    subprocess_prover.begin(gone, MergeOptions(), 2, None)
     with pytest.raises(FileError, match="gone"):
-        beside.finish(merged / "out", [])
+        subprocess_prover.finish(merged / "out", [])
 
 
-def test_a_worker_that_is_killed(merged: Path, inputs: Inputs, beside: _Beside) -> None:
-    beside.begin(inputs, MergeOptions(), 2, None)
-    os.kill(beside._process.pid, signal.SIGKILL)
+def test_a_worker_that_is_killed(merged: Path, inputs: MergeInputs, subprocess_prover: SubprocessProver) -> None:
+    subprocess_prover.begin(inputs, MergeOptions(), 2, None)
+    os.kill(subprocess_prover._process.pid, signal.SIGKILL)
     with pytest.raises(WorkError, match=r"was killed by signal 9 .*short of memory.*nothing was published"):
-        beside.finish(merged / "out", [])
+        subprocess_prover.finish(merged / "out", [])
 
 
-def test_a_worker_with_a_bug(merged: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_a_worker_that_fails_to_start(
+    merged: Path, inputs: MergeInputs, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     monkeypatch.setattr("mla_tune.verification.prover.WORKER", "mla_tune.merge.no_such_module")
-    beside = _Beside(logits=False)
-    beside.begin(inputs, MergeOptions(), 2, None)
+    subprocess_prover = SubprocessProver(logits=False)
+    subprocess_prover.begin(inputs, MergeOptions(), 2, None)
     with pytest.raises(WorkError, match="ended with exit code 1"):
-        beside.finish(merged / "out", [])
-    beside.stop()
+        subprocess_prover.finish(merged / "out", [])
+    subprocess_prover.stop()
     assert "no_such_module" in capfd.readouterr().err
 
 
-def test_the_folder_of_the_user_is_not_imported_from(
-    merged: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_worker_imports_nothing_from_the_current_folder(
+    merged: Path, inputs: MergeInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
-    beside = _Beside(logits=False)
-    beside.begin(inputs, MergeOptions(), 2, None)
-    beside.finish(merged / "out", [])
-    beside.stop()
+    subprocess_prover = SubprocessProver(logits=False)
+    subprocess_prover.begin(inputs, MergeOptions(), 2, None)
+    subprocess_prover.finish(merged / "out", [])
+    subprocess_prover.stop()
 
 
 def test_the_command_proves_in_another_process(merged: Path) -> None:
-    """The one that merges never loads torch."""
+    """The process that merges never loads torch."""
     code = f"""
 import sys
 from pathlib import Path
@@ -164,31 +170,31 @@ def test_no_worker_is_left(merged: Path, stop: signal.Signals, code: int) -> Non
     process = subprocess.Popen(command(merged), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     (worker,) = wait_for(lambda: workers_of(process.pid))
     process.send_signal(stop)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "Traceback" not in said
-    assert ("stopped" in said) == (stop == signal.SIGINT)
+    assert "Traceback" not in stderr
+    assert ("stopped" in stderr) == (stop == signal.SIGINT)
     wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
     assert not (merged / "new").exists()
 
 
 @pytest.mark.slow
 def test_ctrl_c_reaches_both(merged: Path) -> None:
-    """A terminal sends it to the whole group: only one of them speaks of it."""
+    """A terminal sends Ctrl-C to both processes; only the one that merges prints `stopped`."""
     process = subprocess.Popen(
         command(merged), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     wait_for(lambda: workers_of(process.pid))
     time.sleep(1)  # while it imports
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "stopped"
-    assert said.count("stopped") == 1
+    assert stderr.splitlines()[-1] == "stopped"
+    assert stderr.count("stopped") == 1
 
 
-def test_a_wrong_input_is_told_at_once(merged: Path) -> None:
-    """The worker's start does not hold it up, and leaves nothing on the terminal."""
+def test_a_wrong_input_is_an_error_at_once(merged: Path) -> None:
+    """Starting the worker does not delay the error, and the worker prints nothing."""
     began = time.monotonic()
     done = subprocess.run(
         [*command(merged), "--min-retained", "0.5", "--adapter", str(merged / "nowhere")],

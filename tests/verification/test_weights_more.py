@@ -1,4 +1,4 @@
-"""Attacks on the proof that once got through, and outputs that it once cried wolf over."""
+"""Wrong outputs that an earlier proof accepted, and right outputs that it refused."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.helpers.merging import load, make_adapter, make_base
 KEY = "model.layers.1.self_attn.o_proj.weight"
 
 
-def proven(base: Path, adapters: list[Path], out: Path, **rules: Any) -> dict[str, str]:
-    """What fails, by key."""
+def failures(base: Path, adapters: list[Path], out: Path, **rules: Any) -> dict[str, str]:
+    """Return the failures, by key."""
     checkpoint = Checkpoint.open(base)
     arch = architecture(checkpoint.config)
     opened = [(open_adapter(a, arch, checkpoint.tensors), 1.0) for a in adapters]
@@ -43,14 +43,14 @@ def edit(folder: Path, key: str, change: Any) -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_codes_of_zero_under_a_huge_scale(strict: bool, tmp_path: Path) -> None:
-    """Half a code's step of such a scale is larger than every weight."""
+    """With such a scale, half the distance between two codes is larger than every weight."""
     base = make_fp8(make_base(tmp_path / "plain", dtype="bfloat16"), tmp_path / "base")
     plain = make_adapter(tmp_path / "adapter", tmp_path / "plain", target_modules=["o_proj"])
     merge_absorb(plain, base, tmp_path / "out", options=MergeOptions(quantized="keep", absorb="none"), verify=False)
-    assert not proven(base, [plain], tmp_path / "out", strict=strict)
+    assert not failures(base, [plain], tmp_path / "out", strict=strict)
     edit(tmp_path / "out", KEY, lambda t: torch.zeros_like(t.float()).to(t.dtype))
     edit(tmp_path / "out", f"{KEY}_scale_inv", lambda t: torch.full_like(t, 1e6))
-    assert "scales are too large" in proven(base, [plain], tmp_path / "out", strict=strict)[KEY]
+    assert "scales are too large" in failures(base, [plain], tmp_path / "out", strict=strict)[KEY]
 
 
 def test_truncation_is_not_stochastic_rounding(tmp_path: Path) -> None:
@@ -59,11 +59,11 @@ def test_truncation_is_not_stochastic_rounding(tmp_path: Path) -> None:
     options = MergeOptions(dtype="float32", absorb="none")
     merge_absorb(adapter, base, tmp_path / "sums", options=options, verify=False)
     merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(round="stochastic", absorb="none"), verify=False)
-    assert not proven(base, [adapter], tmp_path / "out", strict=True, rounding="stochastic")
+    assert not failures(base, [adapter], tmp_path / "out", strict=True, rounding="stochastic")
     sums = {k: t for f in (tmp_path / "sums").glob("*.safetensors") for k, t in load_file(f).items()}
     cut = (sums[KEY].view(torch.int32) & -65536).view(torch.float32).bfloat16()
     edit(tmp_path / "out", KEY, lambda _: cut)
-    found = proven(base, [adapter], tmp_path / "out", strict=True, rounding="stochastic")
+    found = failures(base, [adapter], tmp_path / "out", strict=True, rounding="stochastic")
     assert "in one direction: not rounded stochastically" in found[KEY]
 
 
@@ -71,14 +71,14 @@ def test_a_cast_is_exact_whoever_made_it(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["kv_b_proj"])
     merge_absorb(adapter, base, tmp_path / "out", options=MergeOptions(dtype="bfloat16", absorb="none"), verify=False)
-    assert not proven(base, [adapter], tmp_path / "out", strict=False)
+    assert not failures(base, [adapter], tmp_path / "out", strict=False)
 
     def one_ulp(tensor: torch.Tensor) -> torch.Tensor:
         tensor.view(torch.int16).view(-1)[5] += 1
         return tensor
 
     edit(tmp_path / "out", KEY, one_ulp)
-    assert "1 of 2,160 numbers is wrong" in proven(base, [adapter], tmp_path / "out", strict=False)[KEY]
+    assert "1 of 2,160 numbers is wrong" in failures(base, [adapter], tmp_path / "out", strict=False)[KEY]
 
 
 @fast_cases("bfloat16-0")
@@ -94,7 +94,7 @@ def test_two_adapters_that_peft_merges_one_after_the_other(dtype: str, seed: int
     model: Any = PeftModel.from_pretrained(load(base), adapters[0], adapter_name="a")
     model.load_adapter(adapters[1], adapter_name="b")
     model.merge_and_unload(adapter_names=["a", "b"]).save_pretrained(tmp_path / "out")
-    assert not proven(base, adapters, tmp_path / "out", strict=False)
+    assert not failures(base, adapters, tmp_path / "out", strict=False)
     model = PeftModel.from_pretrained(load(base), adapters[1])
     model.merge_and_unload().save_pretrained(tmp_path / "one")
-    assert proven(base, adapters, tmp_path / "one", strict=False), "the first adapter is missing"
+    assert failures(base, adapters, tmp_path / "one", strict=False), "the first adapter is missing"

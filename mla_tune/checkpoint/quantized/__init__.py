@@ -1,7 +1,7 @@
-"""Quantized weights on disk: one file a family of formats, behind one interface (`sockets.QUANT_FORMATS`).
+"""Quantized weights on disk: one file for each family of formats, behind one interface (`sockets.QUANT_FORMATS`).
 
-base         QuantFormat, what a format must say, and QuantizedTensor, one weight in it
-config       which formats config.json declares, and which weights leave a format together
-fp8          E4M3 codes with one scale a block, a row or a tensor
-fp8_config   what config.json says of FP8 weights, read and edited
+base        The interface of a checkpoint format: `QuantFormat`, and `QuantizedTensor`, one quantized weight
+config      Find out which formats config.json declares, and edit it for weights that leave their format
+fp8         FP8 weights: find codes and scales, decode rows to numbers, encode numbers
+fp8_config  Read and edit what config.json says about FP8 weights
 """

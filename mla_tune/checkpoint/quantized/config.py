@@ -1,7 +1,7 @@
-"""config.json about quantized weights, whatever their format: which formats it declares, and what leaves one together.
+"""Find out which formats config.json declares, and edit it for weights that leave their format.
 
-A checkpoint's weights are found by asking every format of `sockets.QUANT_FORMATS` that claims the description in
-config.json.  Nothing is inferred from shapes.
+The quantized weights of a checkpoint are found by asking every format of `sockets.QUANT_FORMATS` that claims the
+description in config.json.  Nothing is inferred from shapes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.checkpoint.quantized.base import QuantFormat, QuantizedTensor
 from mla_tune.errors import InputError
-from mla_tune.sockets import QUANT_FORMATS
+from mla_tune.sockets import QUANT_FORMATS, QUANTIZED_BASES
 
-#: Keys of config.json under which the description may stand; compressed-tensors used the second until 2024.
+#: Keys of config.json that may hold the description of quantized weights; compressed-tensors used the second until
+#: 2024.
 FIELDS = ("quantization_config", "compression_config")
+#: The end of messages about weights that can't be read.
 ADVICE = "Give the bfloat16 or float32 checkpoint of the same model with --base"
-#: The routed experts of one block: by expert on disk, or as one 3-D tensor.  Not `shared_experts`.
+#: A key of routed experts, one by one or as one 3-D tensor; group 1 is the module of all of them.  Not
+#: `shared_experts`.
 _EXPERT = re.compile(r"(.+\.experts)\.(?:\d+\..+|[^.]+)")
-#: Fused by vLLM into `fused_qkv_a_proj` and `gate_up_proj`.
-_FUSED = {
+#: Role → the layer that engines make of it and of the other roles with this name in the same module.  All parts of such
+#: a layer need one precision.  vLLM calls the first two `fused_qkv_a_proj` and `gate_up_proj`.
+FUSED_LAYERS: Mapping[Role, str] = {
     Role.W_DQ: "qkv_a",
     Role.W_DKV: "qkv_a",
     **dict.fromkeys((Role.GATE, Role.UP, Role.SHARED_GATE, Role.SHARED_UP), "gate_up"),
@@ -32,29 +36,49 @@ _FUSED = {
 
 
 def quantization_field(config: Mapping[str, Any]) -> str | None:
-    """The key of config.json that describes quantized weights; None where they are not quantized."""
+    """The key of config.json that holds the description of quantized weights; None where they are not quantized."""
     return next((name for name in FIELDS if config.get(name)), None)
 
 
-def quantized_kind(config: Mapping[str, Any], quantize: str) -> str | None:
-    """How a model's weights stay quantized in memory in training; None for plain ones.
+def format_in_memory(config: Mapping[str, Any], quantize: str, where: Any) -> str | None:
+    """The entry of `sockets.QUANTIZED_BASES` for a model with this config.json (at `where`); None for plain weights.
 
-    `config`: its config.json, whose own quantization counts first.  `quantize`: `model.quantize` of the recipe.
+    A quantized checkpoint keeps its own format; a plain one takes `quantize`, which is `model.quantize` of the recipe.
+    Raises `InputError` for a format that no entry of `sockets.QUANT_FORMATS` claims, for one that models can't keep in
+    memory, and where formats of several kinds claim the checkpoint.
     """
-    field = quantization_field(config)
-    if field is None:
+    formats = formats_of(config, where)
+    if not formats:
         return None if quantize == "none" else quantize
-    table = config[field]
-    return str(table.get("quant_method", "unknown")) if isinstance(table, Mapping) else "unknown"
+    for one in formats:
+        one.check_config(config, where)
+    unsupported = next((f for f in formats if f.name not in QUANTIZED_BASES), None)
+    if unsupported is not None:
+        raise InputError(
+            f"{where}: weights in {unsupported.title} can be merged into, but a model can't keep them in memory; "
+            "train on the bfloat16 checkpoint"
+        )
+    if len({f.kind for f in formats}) > 1:
+        titles = " and ".join(dict.fromkeys(f.title for f in formats))
+        raise InputError(
+            f"{where}: the weights are in {titles}, which a model can't keep in memory side by side; "
+            "train on the bfloat16 checkpoint"
+        )
+    return formats[0].name
+
+
+def format_kind(name: str | None) -> str | None:
+    """The short name of an entry of `sockets.QUANTIZED_BASES` in run.json and tables (`fp8`, `nf4`); None for None."""
+    return name if name is None or name not in QUANT_FORMATS else QUANT_FORMATS.get(name).kind
 
 
 def understood() -> str:
-    """Say which descriptions of quantized weights the registered formats understand."""
+    """The part of an error message that lists what the registered formats read."""
     return "understood are " + " and ".join(dict.fromkeys(f.understood for f in QUANT_FORMATS.values()))
 
 
 def formats_of(config: Mapping[str, Any], where: Any) -> list[QuantFormat]:
-    """The formats that claim the description in a parsed config.json at `where`; none for a plain model.
+    """The formats that claim the description in the parsed config.json at `where`; empty for a plain model.
 
     Raises `InputError` for a description that no format claims.
     """
@@ -72,12 +96,12 @@ def formats_of(config: Mapping[str, Any], where: Any) -> list[QuantFormat]:
 
 
 def quantized_tensors(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
-    """The quantized weights of a checkpoint by their key, in its order; empty for a plain one.
+    """Find the quantized weights of a checkpoint, by key; empty for a plain checkpoint.
 
-    Raises `InputError`, which names the tensor, for whatever can't be turned into numbers for certain.
+    Raises `InputError` with the name of the tensor where it is not certain how to decode one.
     """
     formats = formats_of(checkpoint.config, checkpoint.folder / "config.json")
-    # Without a description every format is asked whether there are codes that need one.
+    # Without a description every format is asked, so that one can refuse codes that lack their description.
     asked = formats or QUANT_FORMATS.values()
     result: dict[str, QuantizedTensor] = {}
     for find in dict.fromkeys(f.find for f in asked):
@@ -88,9 +112,9 @@ def quantized_tensors(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
 def edit_config(
     config: Mapping[str, Any], dequantized: Collection[str], quantized: Mapping[str, QuantizedTensor]
 ) -> dict[str, Any]:
-    """A copy of config.json for a checkpoint in which the weights `dequantized` (keys) are not quantized any more.
+    """Return a copy of config.json for a checkpoint in which the weights `dequantized` (keys) left their format.
 
-    `quantized` are all weights that were.  The format of the weights edits its own description.
+    `quantized` are all weights that were quantized before.  Their format edits its own description.
     """
     formats = dict.fromkeys(tensor.format for tensor in quantized.values())
     if not dequantized or not formats:
@@ -99,28 +123,38 @@ def edit_config(
 
 
 def dequantize_fused_group(arch: Architecture, quantized: Collection[str], touched: Collection[str]) -> set[str]:
-    """The weights that leave their format when those among `touched` do; `quantized` are the keys of all that have one.
+    """The quantized weights that must leave their format together with those among `touched`.
 
-    vLLM makes one layer, of one precision, of q_a_proj and kv_a_proj_with_mqa, of gate_proj and up_proj, and of all
-    routed experts of a block.  Keys of `touched` that are not quantized are left out.
+    vLLM makes one layer, which needs one precision, of q_a_proj and kv_a_proj_with_mqa, of gate_proj and up_proj, and
+    of all routed experts of a block.  `quantized` are the keys of all quantized weights; other keys of `touched` are
+    left out of the result.
     """
-    codes = set(quantized)
+    all_quantized = set(quantized)
     layers: dict[tuple[str, str], set[str]] = {}
     for site in arch.stored_sites:
-        if site.role in _FUSED:
-            layer = layers.setdefault((site.path.rpartition(".")[0], _FUSED[site.role]), set())
+        if site.role in FUSED_LAYERS:
+            layer = layers.setdefault((site.path.rpartition(".")[0], FUSED_LAYERS[site.role]), set())
             # Experts may lie on disk one by one or as one stack.
-            layer.update(key for key in (*site.disk_keys(), site.path) if key in codes)
-    dequantized = codes.intersection(touched)
+            layer.update(key for key in (*site.disk_keys(), site.path) if key in all_quantized)
+    dequantized = all_quantized.intersection(touched)
     return dequantized.union(*(layer for layer in layers.values() if not layer.isdisjoint(dequantized)))
 
 
+def ignored_modules(quant: Mapping[str, Any]) -> list[str]:
+    """The modules that a description of quantized weights leaves out, from all lists that it may have.
+
+    An entry is a module's full name or, with `re:` before it, a pattern.
+    """
+    lists = (quant.get(name) or [] for name in ("modules_to_not_convert", "ignored_layers", "ignore"))
+    return [entry for entries in lists for entry in entries]
+
+
 def module_of(key: str) -> str:
-    """The module of a weight in transformers and vLLM: its own, or that of all routed experts of a block."""
+    """The module of a weight in transformers and vLLM; for a routed expert the module of all experts of the block."""
     expert = _EXPERT.fullmatch(key)
     return expert[1] if expert else key.removesuffix(".weight")
 
 
 def joined(old: Iterable[str] | None, new: Iterable[str]) -> list[str]:
-    """The names of a list in config.json (which may be missing) and new ones, each once."""
+    """The entries of a list in config.json, which may be missing, and new ones after them, without repetitions."""
     return list(dict.fromkeys([*(old or ()), *new]))

@@ -1,11 +1,11 @@
-"""FP8 weights: which tensors are codes, where their scales lie, and codes ↔ numbers, in numpy.
+"""FP8 weights: find codes and scales, decode rows to numbers, encode numbers.  Everything is numpy.
 
     weight[i, j] = code[i, j] * scale[i // bh, j // bw]        bh, bw: rows and columns of a block
 
-The name `weight_scale_inv` of DeepSeek's checkpoints notwithstanding, its scales multiply codes (DeepSeek-V3,
-inference/kernel.py, weight_dequant).  The last block of a row or column may be smaller: 576 rows in blocks of 128 have
-5 rows of scales.  Block sizes are those that config.json declares; a size that fits the shapes is not always the right
-one (576 rows and 5 scales fit blocks of 116 just as well).
+DeepSeek calls the scales `weight_scale_inv`, yet they multiply codes (DeepSeek-V3, inference/kernel.py,
+weight_dequant).  The last block of a row or column may be smaller: 576 rows in blocks of 128 have 5 rows of scales.
+Block sizes are taken from config.json, not from shapes, which do not always tell: 576 rows and 5 scales fit blocks of
+116 as well.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from mla_tune.checkpoint.quantized.fp8_config import (
 from mla_tune.checkpoint.tensor_io import read_raw
 from mla_tune.errors import CheckError, InputError
 
+#: The dtypes that a tensor of scales may have.
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-#: Smallest scale that is written: 1 / it and its relative precision are still good in each dtype.
+#: dtype → the smallest scale that is written in it: its reciprocal is finite, and it has full relative precision.
 _SMALLEST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-20, "F8_E8M0": 2.0**-126}
-#: Endings of tensors that belong to other ways of quantizing.
-_FOREIGN = {
+#: Last part of a key that only other formats have → what such a tensor holds.
+_OTHER_FORMATS = {
     "weight_packed": "packed integers",
     "qweight": "packed integers",
     "weight_zero_point": "a zero point",
@@ -42,18 +43,18 @@ _FOREIGN = {
     "weight_g_idx": "columns in another order",
     "g_idx": "columns in another order",
 }
-#: Tensors that only an FP8 layer reads: scales of its activations.
+#: Last part of the keys of an FP8 layer's activation scales, which decoding its weight does not need.
 _ACTIVATION_SCALES = ("input_scale", "activation_scale")
 
 
 def fp8_weights(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
-    """The FP8 weights of a checkpoint by key, in its order, from headers and config.json; empty for a plain one.
+    """Find the FP8 weights of a checkpoint, by key, from headers and config.json; empty for a plain checkpoint.
 
-    Raises `InputError`, which names the tensor, for whatever can't be turned into numbers for certain.
+    Raises `InputError` with the name of the tensor where it is not certain how to decode one.
     """
     where = checkpoint.folder / "config.json"
     schemes = read_schemes(checkpoint.config, where)
-    _refuse_foreign(checkpoint)
+    _refuse_other_formats(checkpoint)
     codes = [ref for ref in checkpoint.tensors.values() if ref.dtype == CODES]
     if codes and not schemes:
         raise InputError(
@@ -77,7 +78,7 @@ def fp8_weights(checkpoint: Checkpoint) -> dict[str, QuantizedTensor]:
 
 
 def read_scales(q: QuantizedTensor, float_type: type = np.float32) -> np.ndarray:
-    """All scales of a weight, in the shape of the tensor.  Raises `InputError` unless all are positive and finite."""
+    """Read all scales of a weight, in their own shape.  Raises `InputError` unless all are positive and finite."""
     scales = np.asarray(decode(read_raw(q.scale), q.scale.dtype, float_type))
     bad = scales[~((scales > 0) & np.isfinite(scales))]
     if bad.size:
@@ -93,9 +94,9 @@ def dequantize(
     float_type: type = np.float32,
     expert: int | None = None,
 ) -> np.ndarray:
-    """Rows [row0, row0 + n) of a weight: codes (n, in) uint8 → floats (n, in), one rounding each.
+    """Decode rows [row0, row0 + n) of a weight: codes (n, in) uint8 → floats (n, in), each rounded once.
 
-    `scales` are all that `read_scales` gave.  `expert` says which of stacked experts the rows belong to.
+    `scales` is the whole array from `read_scales`; `expert` is the number of the expert among stacked ones.
     """
     result = decode(codes, CODES, float_type)
     scales = scales.astype(float_type, copy=False)
@@ -113,20 +114,22 @@ def dequantize(
 def requantize(
     x: np.ndarray, q: QuantizedTensor, rng: np.random.Generator | None = None, absmax: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whole blocks of rows of a weight, floats (n, in) → (codes uint8 (n, in), fresh scales in the base's dtype).
+    """Encode rows of a weight: floats (n, in) → (codes (n, in) uint8, fresh scales in the dtype of the base's scales).
 
-    A scale is absmax/448 of its block, or the next power of two up, so that the largest number is the largest code; a
-    block of zeros has the scale 1.  The rows begin at the border of a block and end at one or with the matrix; the
-    scales are (⌈n/rows⌉, ⌈in/columns⌉).  With one scale for the whole weight the caller gives the weight's `absmax`,
-    and the scale has the shape of the base's.  Rounds to the nearest, or stochastically with `rng`.
-    Raises `CheckError` where a number is not finite.
+    The rows must begin where a block begins, and end where one or the matrix ends.  A block's scale is its absmax /
+    448, so that its largest number becomes the largest code; where scales are powers of two, it is rounded up to one.
+    A block of zeros has the scale 1.  The scales have the shape (⌈n/rows⌉, ⌈in/columns⌉).
+
+    With one scale for the whole weight the caller gives the weight's `absmax`, and the scale has the shape of the
+    base's.  Codes are rounded to the nearest, or stochastically with `rng`.  Raises `CheckError` where a number is not
+    finite.
     """
     if q.block is None:
         assert absmax is not None, f"{q.codes.key}: one scale for the weight needs its absmax"
         largest = np.full(q.scale.shape, absmax, x.dtype)
     else:
-        columns = _reduced(np.abs(x), q.block[1])
-        largest = np.maximum.reduceat(columns, np.arange(0, len(x), q.block[0]), axis=0)
+        by_row = _block_maxima(np.abs(x), q.block[1])
+        largest = np.maximum.reduceat(by_row, np.arange(0, len(x), q.block[0]), axis=0)
     if not np.isfinite(largest).all() or (q.block is None and not np.isfinite(x).all()):
         raise CheckError(f"'{q.codes.key}': a merged weight is NaN or infinite, which has no FP8 code")
     raw, scales = _fresh_scales(largest, q)
@@ -134,13 +137,13 @@ def requantize(
     if q.block is None:
         scaled /= scales.reshape(()).astype(x.dtype)
     else:
-        by_row = np.repeat(scales.astype(x.dtype), q.block[0], axis=0)[: len(x)]
-        _by_block(np.divide, scaled, by_row, q.block[1])
+        row_scales = np.repeat(scales.astype(x.dtype), q.block[0], axis=0)[: len(x)]
+        _by_block(np.divide, scaled, row_scales, q.block[1])
     return encode(scaled, CODES, rng), raw
 
 
 def _fresh_scales(largest: np.ndarray, q: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
-    """Scales for blocks with these largest magnitudes: (as stored, as float64 numbers)."""
+    """Scales of blocks that have these largest magnitudes: (as stored, as float64 numbers)."""
     scales = np.where(largest > 0, np.maximum(largest.astype(np.float64) / E4M3_MAX, _SMALLEST[q.scale.dtype]), 1.0)
     if q.power_of_two:
         mantissa, exponent = np.frexp(scales)
@@ -150,19 +153,19 @@ def _fresh_scales(largest: np.ndarray, q: QuantizedTensor) -> tuple[np.ndarray, 
 
 
 def _by_block(operation: np.ufunc, x: np.ndarray, scales: np.ndarray, columns: int) -> None:
-    """x (n, in) ← operation(x, scales (n, ⌈in/columns⌉)) with each scale standing for `columns` columns."""
-    whole = x.shape[1] // columns
-    head = x[:, : whole * columns].reshape(len(x), whole, columns)  # splitting an axis: a view
-    operation(head, scales[:, :whole, None], out=head)
-    tail = x[:, whole * columns :]
-    operation(tail, scales[:, whole:], out=tail)
+    """Apply `operation` to x (n, in) and scales (n, ⌈in/columns⌉), a scale for each `columns` columns, in place."""
+    full = x.shape[1] // columns
+    head = x[:, : full * columns].reshape(len(x), full, columns)  # a view: numpy splits an axis without copying
+    operation(head, scales[:, :full, None], out=head)
+    tail = x[:, full * columns :]
+    operation(tail, scales[:, full:], out=tail)
 
 
-def _reduced(x: np.ndarray, columns: int) -> np.ndarray:
-    """Largest of each run of `columns` columns: (n, in) → (n, ⌈in/columns⌉)."""
-    whole = x.shape[1] // columns
-    head = x[:, : whole * columns].reshape(len(x), whole, columns).max(axis=2, initial=0)
-    tail = x[:, whole * columns :]
+def _block_maxima(x: np.ndarray, columns: int) -> np.ndarray:
+    """The largest number of each group of `columns` columns: (n, in) → (n, ⌈in/columns⌉)."""
+    full = x.shape[1] // columns
+    head = x[:, : full * columns].reshape(len(x), full, columns).max(axis=2, initial=0)
+    tail = x[:, full * columns :]
     return np.hstack([head, tail.max(axis=1, keepdims=True)]) if tail.size else head
 
 
@@ -170,16 +173,18 @@ def _module(key: str) -> str:
     return key.removesuffix(".weight")
 
 
-def _refuse_foreign(checkpoint: Checkpoint) -> None:
+def _refuse_other_formats(checkpoint: Checkpoint) -> None:
+    """Raise `InputError` for a tensor that belongs to another format."""
     for key, ref in checkpoint.tensors.items():
-        foreign = _FOREIGN.get(key.rpartition(".")[2])
-        if foreign:
-            raise InputError(f"{ref.file}: '{key}' holds {foreign}; {understood()}. {ADVICE}")
+        content = _OTHER_FORMATS.get(key.rpartition(".")[2])
+        if content:
+            raise InputError(f"{ref.file}: '{key}' holds {content}; {understood()}. {ADVICE}")
         if ref.dtype[:2] in ("F8", "F6", "F4") and ref.dtype not in (CODES, "F8_E8M0"):
             raise InputError(f"{ref.file}: '{key}' is {ref.dtype}; of these formats only {CODES} is read. {ADVICE}")
 
 
 def _quantized(checkpoint: Checkpoint, codes: TensorRef, scheme: Scheme) -> QuantizedTensor:
+    """The weight that has these codes, with its scale checked against the scheme that config.json declares."""
     names = [codes.key + ending for ending in scheme.scale_endings]
     scale = next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
     if scale is None:
@@ -202,19 +207,19 @@ def _quantized(checkpoint: Checkpoint, codes: TensorRef, scheme: Scheme) -> Quan
             f"are not guessed from shapes. {ADVICE}"
         )
     stem = _module(codes.key) + ("." if codes.key.endswith(".weight") else "_")
-    companions = tuple(stem + name for name in _ACTIVATION_SCALES if stem + name in checkpoint.tensors)
+    extra_keys = tuple(stem + name for name in _ACTIVATION_SCALES if stem + name in checkpoint.tensors)
     return QuantizedTensor(
         format=FP8_TENSOR if block is None else FP8_BLOCK,
         codes=codes,
-        scale=scale,
+        scales=(scale,),
         block=block,
         power_of_two=scheme.power_of_two or scale.dtype == "F8_E8M0",
-        companions=companions,
+        extra_keys=extra_keys,
     )
 
 
 def _layout(shape: tuple[int, ...], scheme: Scheme) -> tuple[tuple[int, int] | None, list[tuple[int, ...]]]:
-    """The block of a weight of this shape, and the shapes that its scale may have."""
+    """(block of a weight of this shape, the shapes that its tensor of scales may have)."""
     *experts, rows, columns = shape
     match scheme.strategy:
         case "tensor" if not experts:
@@ -230,9 +235,10 @@ def _layout(shape: tuple[int, ...], scheme: Scheme) -> tuple[tuple[int, int] | N
 
 
 class _Fp8(QuantFormat):
-    """E4M3 codes under the weight's own key, and scales beside them: see the module's docstring."""
+    """E4M3 codes under the weight's own key, with scales beside them (see the module's docstring)."""
 
     title = "FP8"
+    kind = "fp8"
     dtype_name = "float8_e4m3"
     understood = UNDERSTOOD
     #: A byte for the code, and four for the scale of a block of 128 × 128.
@@ -244,6 +250,9 @@ class _Fp8(QuantFormat):
 
     def claims(self, quant: Mapping[str, Any]) -> bool:
         return str(quant.get("quant_method")).lower() in ("fp8", "compressed-tensors")
+
+    def check_config(self, config: Mapping[str, Any], where: Any) -> None:
+        read_schemes(config, where)
 
     def read_scales(self, tensor: QuantizedTensor, float_type: type = np.float32) -> np.ndarray:
         return read_scales(tensor, float_type)
@@ -267,13 +276,14 @@ class _Fp8(QuantFormat):
         *,
         rng: np.random.Generator | None = None,
         absmax: float | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return requantize(numbers, tensor, rng, absmax)
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        codes, scales = requantize(numbers, tensor, rng, absmax)
+        return codes, (scales,)
 
     def decode_fresh(
-        self, codes: np.ndarray, scales: np.ndarray, tensor: QuantizedTensor, float_type: type = np.float32
+        self, codes: np.ndarray, scales: tuple[np.ndarray, ...], tensor: QuantizedTensor, float_type: type = np.float32
     ) -> np.ndarray:
-        return dequantize(codes, decode(scales, tensor.scale.dtype, float_type), tensor, 0, float_type)
+        return dequantize(codes, decode(scales[0], tensor.scale.dtype, float_type), tensor, 0, float_type)
 
     def edit_config(
         self, config: Mapping[str, Any], dequantized: Collection[str], quantized: Collection[str]

@@ -1,4 +1,4 @@
-"""config.json about FP8 weights: which scheme it declares, and how it is told that some weights no longer are FP8.
+"""Read and edit what config.json says about FP8 weights: block sizes, and which modules are not quantized.
 
 Two descriptions are understood: `quant_method: fp8` (DeepSeek, transformers' FineGrainedFP8, vLLM) and
 `quant_method: compressed-tensors` with 8-bit floats (llm-compressor).  Nothing is inferred from shapes.
@@ -16,9 +16,9 @@ from typing import Any, Literal
 from mla_tune.checkpoint.quantized.config import ADVICE, joined, module_of, quantization_field, understood
 from mla_tune.errors import InputError
 
-#: dtype of the codes.
+#: The dtype of the codes.
 CODES = "F8_E4M3"
-#: What is understood, for messages.
+#: What is read here, for error messages.
 UNDERSTOOD = (
     "quant_method 'fp8' (E4M3, one scale a block or a tensor) and 'compressed-tensors' (8-bit floats, symmetric, one "
     "scale a tensor, channel or block)"
@@ -29,23 +29,24 @@ _PLAIN_FORMATS = ("float-quantized", "naive-quantized")
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How the weights of some modules are stored.
-
-    One scale a `strategy`; `block` is (rows, columns) of a block.  A weight's key and one of `scale_endings` make the
-    key of its scale.  `targets` are module names, `re:` patterns or class names; empty means all modules.
-    """
+    """How the weights of some modules are stored."""
 
     strategy: Literal["tensor", "channel", "block"]
+    """What has a scale: a whole tensor, a row (output channel), or a block of rows and columns."""
     block: tuple[int, int] | None
+    """Rows and columns of a block; None for the other strategies."""
     scale_endings: tuple[str, ...]
+    """The key of a scale is the weight's key followed by one of these."""
     power_of_two: bool = False
+    """Whether scales are powers of two (UE8M0)."""
     targets: tuple[str, ...] = ()
+    """Names of modules, patterns (`re:`) or class names; empty for all modules."""
 
 
 def read_schemes(config: Mapping[str, Any], where: Path) -> tuple[Scheme, ...]:
-    """The schemes that a parsed config.json at `where` declares; none for a model that is not quantized.
+    """The schemes that the parsed config.json at `where` declares; empty for a model that is not in FP8.
 
-    Raises `InputError` for whatever could not be turned into numbers for certain.
+    Raises `InputError` for settings under which it is not certain how to decode weights.
     """
     field = quantization_field(config)
     if field is None:
@@ -59,12 +60,15 @@ def read_schemes(config: Mapping[str, Any], where: Path) -> tuple[Scheme, ...]:
         case "compressed-tensors":
             return _compressed_tensors(quant, f"{where}: {field}")
         case _:
-            return ()  # of another format
+            return ()  # another format
 
 
 def scheme_of(module: str, schemes: Iterable[Scheme], where: Path) -> Scheme:
-    """The scheme of one module.  A target by name goes before the class Linear, of which all matrices here are.
-    Raises `InputError` where none applies, or several that differ."""
+    """The scheme of one module.
+
+    A scheme that targets the module by name or pattern goes before one for all modules of the class Linear, which all
+    matrices here have.  Raises `InputError` where no scheme applies, or several that differ.
+    """
     by_name, by_class = [], []
     for scheme in schemes:
         if not scheme.targets or "Linear" in scheme.targets:
@@ -79,6 +83,7 @@ def scheme_of(module: str, schemes: Iterable[Scheme], where: Path) -> Scheme:
 
 
 def _fp8(quant: Mapping[str, Any], where: str) -> Scheme:
+    """The scheme of a description with `quant_method: fp8`."""
     _need(quant, where, "fmt", "e4m3", optional=True)
     _need(quant, where, "expert_dtype", "fp8", optional=True)
     power_of_two = quant.get("scale_fmt") == "ue8m0"
@@ -89,7 +94,8 @@ def _fp8(quant: Mapping[str, Any], where: str) -> Scheme:
 
 
 def _compressed_tensors(quant: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
-    # Rotated or sparse weights: a delta of the plain weight can't be added to them.
+    """The schemes of a description with `quant_method: compressed-tensors`, one for each group that has weights."""
+    # A delta of the plain weight can't be added to rotated or sparse weights.
     sparsity = quant.get("sparsity_config") or {}
     if quant.get("transform_config") or sparsity.get("format", "dense") != "dense":
         raise InputError(f"{where}: the weights are transformed or sparse, and can't be merged into. {ADVICE}")
@@ -111,12 +117,13 @@ def _compressed_tensors(quant: Mapping[str, Any], where: str) -> tuple[Scheme, .
 
 
 def _compressed_group(weights: Mapping[str, Any], targets: tuple[str, ...], where: str) -> Scheme:
+    """The scheme of one group; `weights` is the group's table of that name."""
     _need(weights, where, "num_bits", 8)
     _need(weights, where, "type", "float")
     _need(weights, where, "symmetric", True, optional=True)
     _need(weights, where, "dynamic", False, optional=True)
     _need(weights, where, "actorder", False, optional=True)
-    # compressed-tensors infers a strategy that is left out from group_size: none a tensor, -1 a channel.
+    # As compressed-tensors does where the strategy is left out: no group_size means tensor, -1 means channel.
     strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(weights.get("group_size"), "group")
     if strategy == "block":
         block = _block(weights.get("block_structure"), f"{where}.block_structure")
@@ -127,6 +134,7 @@ def _compressed_group(weights: Mapping[str, Any], targets: tuple[str, ...], wher
 
 
 def _need(table: Mapping[str, Any], where: str, name: str, wanted: Any, *, optional: bool = False) -> None:
+    """Raise `InputError` unless a setting has the one value that is read here; `optional`: it may be missing."""
     found = table.get(name)
     found = found.lower() if isinstance(found, str) else found
     if found != wanted and not (optional and found is None):
@@ -134,7 +142,8 @@ def _need(table: Mapping[str, Any], where: str, name: str, wanted: Any, *, optio
 
 
 def _block(size: Any, where: str) -> tuple[int, int]:
-    if isinstance(size, str):  # "128x128" of old versions
+    """(rows, columns) of a block, from a list or, as old versions wrote it, from a text such as "128x128"."""
+    if isinstance(size, str):
         size = [int(n) if n.isdecimal() else n for n in size.split("x")]
     match size:
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
@@ -143,10 +152,10 @@ def _block(size: Any, where: str) -> tuple[int, int]:
 
 
 def edit_config(config: Mapping[str, Any], dequantized: Collection[str], quantized: Collection[str]) -> dict[str, Any]:
-    """A copy of config.json for a checkpoint in which the weights `dequantized` (keys) are not FP8 any more.
+    """Return a copy of config.json for a checkpoint in which the weights `dequantized` (keys) are not FP8 any more.
 
-    `quantized` are all weights that were.  Where none is left the description goes.  Otherwise the modules are named so
-    that transformers and vLLM both keep them as they are:
+    `quantized` are the keys of all weights that were FP8.  Where none is left, the description is removed.  Otherwise
+    the modules are listed so that transformers and vLLM both take them for unquantized:
 
     - `modules_to_not_convert` (or `ignored_layers`, which vLLM reads first and transformers second): vLLM compares full
       names, for a fused layer those of all its parts; transformers takes a name as a pattern from the start up to a dot
@@ -160,7 +169,7 @@ def edit_config(config: Mapping[str, Any], dequantized: Collection[str], quantiz
     if field is None or not dequantized:
         return result
     quant = result[field]
-    # A calibrated KV cache is described in the same table.
+    # The same table may describe a calibrated KV cache, which stays.
     if set(dequantized) >= set(quantized) and not quant.get("kv_cache_scheme"):
         del result[field]
         return result
@@ -171,7 +180,7 @@ def edit_config(config: Mapping[str, Any], dequantized: Collection[str], quantiz
         return result
     entries = list(modules)
     if "lm_head.weight" not in quantized:
-        # transformers leaves it out by itself only as long as there is no list.
+        # transformers takes the output head for unquantized by itself only as long as there is no list.
         entries.append("lm_head")
     if quant.get("ignored_layers"):
         quant["ignored_layers"] = joined(quant["ignored_layers"], entries)

@@ -1,7 +1,7 @@
-"""Runs of several processes, one for each GPU.
+"""Runs with several processes, one for each GPU.
 
-launch     start processes, and read which one this is
-team       what the processes do together: decide, wait, gather weights; FSDP2
-sampler    the order of rows, the same global batches as one process has
-deepspeed  where DeepSpeed ZeRO-3 differs from torch
+launch     Start the processes of a run, and find out which of them this one is
+team       Let the processes of a run act together: share results, wait, shard and gather weights
+sampler    Order rows so that several processes have the same global batches as one
+deepspeed  Handle what differs under DeepSpeed ZeRO-3, where parameters are handles without numbers
 """

@@ -1,8 +1,8 @@
-"""How a run gets several processes: reads what a launcher put into the environment, and starts processes itself.
+"""Start the processes of a run, and find out which of them this one is.
 
-`torchrun` and `accelerate launch` start the same command once for each GPU, and tell each process by environment
-variables which one it is.  accelerate reads from the environment too how the model is sharded: `accelerate launch` puts
-it there from its configuration file, and `--launch` from a shipped one (`configs/launch`).
+`torchrun` and `accelerate launch` start the same command once for each GPU; environment variables tell each process its
+rank.  accelerate also reads from the environment how the model is sharded: `accelerate launch` sets these variables
+from its configuration file, and `--launch` sets them from a shipped one (`configs/launch`).
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from mla_tune.resources import CONFIGS
 
 #: Values of `--launch`.
 NAMES = ("ddp", "fsdp2", "zero3")
-#: Seconds that processes have to save a checkpoint after SIGTERM, before the launcher kills them.
-PATIENCE = 120
+#: Seconds that processes have after SIGTERM to save a checkpoint, before the launcher kills them.
+SHUTDOWN_SECONDS = 120
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """This process among those of its run."""
+    """This process and its place in the run."""
 
-    #: Number of this process among all, from 0.
     rank: int = 0
-    #: Number of this process among those of its machine, from 0.
+    """Number of this process in the run, from 0."""
     local_rank: int = 0
-    #: Processes of the run.
+    """Number of this process on its machine, from 0."""
     world_size: int = 1
-    #: Processes on this machine.
+    """Number of processes of the run."""
     local_world_size: int = 1
-    #: Whether a launcher started this process.
+    """Number of processes on this machine."""
     launched: bool = False
-    #: How the model lies in the processes: `none` (each holds all of it), `fsdp2` or `zero3` (each holds a shard).
+    """Whether a launcher started this process."""
     sharding: str = "none"
+    """How the model is sharded: `none` (each process holds all of it), `fsdp2` or `zero3` (each holds a shard)."""
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process is the one that prints and writes files."""
+        """Whether this is the process that prints and writes files (rank 0)."""
         return self.rank == 0
 
 
 def current_worker() -> Worker:
-    """Return what the environment says of this process; without a launcher it is the only one."""
+    """Return this process as the environment describes it; without a launcher it is the only one."""
     env = os.environ
-    on = {name: env.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1") for name in ("FSDP", "DEEPSPEED")}
-    sharding = "fsdp2" if on["FSDP"] else "zero3" if on["DEEPSPEED"] else "none"
+    uses = {name: env.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1") for name in ("FSDP", "DEEPSPEED")}
+    sharding = "fsdp2" if uses["FSDP"] else "zero3" if uses["DEEPSPEED"] else "none"
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return Worker(sharding=sharding)
     world_size = int(env["WORLD_SIZE"])
@@ -68,12 +68,12 @@ def launch_file(name: str) -> Path:
 
 
 def apply_launch_config(name: str) -> None:
-    """Put a shipped configuration into the environment, as `accelerate launch` would do."""
+    """Set the environment variables of a shipped configuration, as `accelerate launch` would."""
     os.environ.update(environment_of(name))
 
 
 def environment_of(name: str) -> dict[str, str]:
-    """Return the environment variables by which accelerate learns of a shipped configuration."""
+    """Return the environment variables from which accelerate reads a shipped configuration."""
     import yaml
 
     settings: dict[str, Any] = yaml.safe_load(launch_file(name).read_text(encoding="utf-8"))
@@ -94,31 +94,30 @@ def environment_of(name: str) -> dict[str, str]:
 
 
 def check_options(launch: str | None, processes: int | None) -> None:
-    """Raise `InputError` if `--launch` and `--processes` contradict each other, or the launcher of this process."""
+    """Raise `InputError` where `--launch` and `--processes` contradict each other, or the launcher of this process."""
     if launch is not None and launch not in NAMES:
         raise InputError(f"--launch: unknown configuration '{launch}'. Allowed: {', '.join(NAMES)}")
     here = current_worker()
     if processes is not None and here.launched:
         raise InputError(
-            f"--processes is for a run without a launcher, and a launcher started {here.world_size} processes already: "
-            "leave it out"
+            f"--processes starts processes, but a launcher has already started {here.world_size} of them: leave it out"
         )
     if processes is not None and processes < 1:
-        raise InputError("--processes must be at least 1")
+        raise InputError(f"--processes is {processes}; it must be at least 1")
     if processes == 1 and launch is not None:
         raise InputError(f"--launch {launch} with one process: leave it out, or give --processes 2 or more")
     wanted = {"ddp": "none"}.get(launch or "", launch)
     if launch is not None and here.launched and here.sharding not in ("none", wanted):
         raise InputError(
-            f"--launch {launch}, but the launcher's own configuration says {here.sharding}: give one of them"
+            f"--launch is {launch}, but the launcher's own configuration says {here.sharding}: give only one of them"
         )
 
 
 def launch_processes(arguments: list[str], launch: str | None, processes: int | None) -> None:
-    """Run `mla-tune ARGUMENTS` in `processes` processes (None: one for each GPU) and wait until they end.
+    """Run `mla-tune ARGUMENTS` in `processes` processes (None: one for each GPU), and wait until they end.
 
-    Raises `WorkError` if one was killed; `Interrupted` if this process got a signal and the others stopped; and
-    `SystemExit` with the exit code of the process that failed first, which has printed its error itself.
+    Raises `WorkError` where a process was killed, `Interrupted` where this process got a signal and stopped the others,
+    and otherwise `SystemExit` with the exit code of the process that failed first, which has printed its error itself.
     """
     count = processes if processes is not None else _gpus()
     extra = ["--launch", launch] if launch else []
@@ -126,15 +125,15 @@ def launch_processes(arguments: list[str], launch: str | None, processes: int | 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    options = ["--standalone", "--nproc-per-node", str(count), "--shutdown-timeout", str(PATIENCE)]
+    options = ["--standalone", "--nproc-per-node", str(count), "--shutdown-timeout", str(SHUTDOWN_SECONDS)]
     command = get_args_parser().parse_args([*options, "-m", "mla_tune", *arguments, *extra])
     if not os.environ.get("MLA_TUNE_DEBUG"):
-        logging.disable(logging.ERROR)  # torch's words on a failed process, which has printed its error itself
+        logging.disable(logging.ERROR)  # torch logs a failed process, but that has printed its error itself
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
         run(command)
     except ChildFailedError as error:
-        raise _what_failed(error, count) from None
+        raise _exit_reason(error, count) from None
     except SignalException as error:
         name = signal.Signals(error.sigval).name
         raise Interrupted(f"{name}: all {count} processes were told to save a checkpoint and stop") from None
@@ -143,18 +142,20 @@ def launch_processes(arguments: list[str], launch: str | None, processes: int | 
 
 
 def _gpus() -> int:
+    """The number of GPUs of this machine.  Raises `InputError` for less than two."""
     import torch
 
     count = torch.cuda.device_count()
     if count < 2:
         raise InputError(
-            f"--launch starts one process for each GPU, and there {'is one GPU' if count else 'are none'} here; "
+            f"--launch starts one process for each GPU, and this machine has {'one GPU' if count else 'no GPU'}; "
             "give the number of processes with --processes"
         )
     return count
 
 
-def _what_failed(error: Any, count: int) -> BaseException:
+def _exit_reason(error: Any, count: int) -> BaseException:
+    """The exception for a failed run: which process was killed, or the exit code of the one that failed first."""
     killed = [(rank, f) for rank, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
     if not killed:
         first = min(error.failures.values(), key=lambda f: f.timestamp)
@@ -166,10 +167,10 @@ def _what_failed(error: Any, count: int) -> BaseException:
 
 
 def exit_worker() -> None:
-    """End a launched process whose work is done, at once.
+    """End a launched process whose work is done, without the interpreter's shutdown.
 
-    While the interpreter shuts down, threads of communication libraries that still run can abort the process, and the
-    launcher would take a finished run for a failed one.
+    During the shutdown, threads of communication libraries that still run can abort the process, and the launcher would
+    take a finished run for a failed one.
     """
     if current_worker().launched:
         sys.stdout.flush()
@@ -178,9 +179,9 @@ def exit_worker() -> None:
 
 
 def is_first_to_say(text: str) -> bool:
-    """Return whether no other process of this run has asked for `text` yet: an error that all find is printed once.
+    """Return whether this is the first process of the run to call this with `text`, so that an error is printed once.
 
-    True without a launcher, and where its store can't be asked.
+    It is true without a launcher, and where the launcher's store does not answer.
     """
     if not current_worker().launched or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
@@ -195,7 +196,7 @@ def is_first_to_say(text: str) -> bool:
 
 
 def silence_other_processes() -> None:
-    """Silence standard output and standard error of all but the main process; errors are still printed."""
+    """Turn off mla-tune's output in all processes but the main one; errors are still printed."""
     from mla_tune import console
 
     if not current_worker().is_main_process:

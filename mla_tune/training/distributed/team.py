@@ -1,7 +1,7 @@
-"""`Team`: the processes of a run, seen from one of them; how they start, decide together, and end together.
+"""Let the processes of a run act together: share results, wait, shard and gather weights.
 
-Work that is done once for all (checking a checkpoint's hashes, timing kernels, writing files) is done by the main
-process, rank 0, and the others get its result.  An error ends its process; the launcher sees that and ends the rest.
+Work for all processes (checking hashes of a checkpoint, timing kernels, writing files) is done by the main process,
+rank 0, and the others get its result.  An error ends its process; the launcher then ends the others.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from mla_tune.training.distributed.deepspeed import gather_parameters, is_handle
 from mla_tune.training.distributed.launch import Worker, current_worker
 
 T = TypeVar("T")
-#: Seconds that a process waits for the others before it gives up ($MLA_TUNE_TIMEOUT): reading a large base takes long.
+#: Seconds that a process waits for the others before it gives up, unless $MLA_TUNE_TIMEOUT says otherwise: reading a
+#: large base takes long.
 TIMEOUT = 1800
-#: What torch's and the communication libraries' errors say when another process is gone.
-_LOST = (
+#: Parts of the messages of torch and communication libraries where another process has ended.
+_LOST_PROCESS_WORDS = (
     "connection closed by peer",
     "connection reset",
     "timed out",
@@ -42,14 +43,14 @@ _LOST = (
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The processes of a run, seen from one of them."""
+    """All processes of a run, as one of them uses them."""
 
-    #: This process.
     here: Worker
+    """This process."""
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process is the one that prints and writes files (rank 0)."""
+        """Whether this is the process that prints and writes files (rank 0)."""
         return self.here.is_main_process
 
     @property
@@ -59,7 +60,7 @@ class Team:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a shard of the model only (FSDP2, ZeRO-3)."""
+        """Whether each process holds only a shard of the model (FSDP2, ZeRO-3)."""
         return self.is_distributed and self.here.sharding != "none"
 
     @property
@@ -73,7 +74,7 @@ class Team:
             dist.barrier()
 
     def broadcast(self, value: T) -> T:
-        """Return the main process's `value`, in all processes.  All call it."""
+        """Return the main process's `value` in all processes.  All must call it."""
         if not self.is_distributed:
             return value
         box = [value]
@@ -81,17 +82,17 @@ class Team:
         return box[0]
 
     def main_process_only(self, work: Callable[[], T]) -> T:
-        """Call `work` in the main process, and return its result in all processes.  All call it.
+        """Call `work` in the main process, and return its result in all processes.  All must call it.
 
-        If it raises, the main process raises that error, and the others raise `SystemExit` with its exit code, so the
-        error is told once.
+        Where it raises, the main process raises that error, and the others raise `SystemExit` with its exit code: the
+        error is printed once.
         """
         return self.broadcast(self._main_process_alone(work)) if self.is_distributed else work()  # type: ignore[return-value]
 
     def main_process_first(self, work: Callable[[], T]) -> T:
-        """Call `work` in the main process, then in the others, which find the files that the main process wrote.
+        """Call `work` in the main process, then in the others, which can use the files that the first call wrote.
 
-        Errors of the main process are raised as by `main_process_only`.
+        Errors of the main process are raised as in `main_process_only`.
         """
         if not self.is_distributed:
             return work()
@@ -99,6 +100,7 @@ class Team:
         return result if self.is_main_process else work()  # type: ignore[return-value]
 
     def _main_process_alone(self, work: Callable[[], T]) -> T | None:
+        """Call `work` in the main process; the others wait, then return None, or raise `SystemExit` if it failed."""
         result, error = None, None
         if self.is_main_process:
             try:
@@ -114,7 +116,7 @@ class Team:
 
 
 def init_distributed(recipe: Recipe) -> Team:
-    """Connect to the other processes, if a launcher started several, and return all of them as a `Team`."""
+    """Connect to the other processes, where a launcher started several, and return the `Team` of all."""
     here = current_worker()
     if here.world_size > 1 and not dist.is_initialized():
         gpu = pick_device(recipe.model.device).type == "cuda"
@@ -128,7 +130,7 @@ def init_distributed(recipe: Recipe) -> Team:
 
 
 def destroy_distributed() -> None:
-    """At the end of a run that went well: wait for the other processes and disconnect."""
+    """Wait for the other processes and disconnect, at the end of a run without an error."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -136,9 +138,9 @@ def destroy_distributed() -> None:
 
 @contextlib.contextmanager
 def explain_lost_processes(team: Team, advice: Callable[[], str]) -> Iterator[None]:
-    """Within this context a failed communication raises a `WorkError` that says that another process is gone.
+    """Within this context, turn an error of communication into a `WorkError` that says that another process has ended.
 
-    `advice` returns the end of its sentence: how to go on.
+    `advice` returns the end of its message: how to continue the run.
     """
     try:
         yield
@@ -146,23 +148,23 @@ def explain_lost_processes(team: Team, advice: Callable[[], str]) -> Iterator[No
         raise
     except Exception as error:
         text = str(error).strip()
-        if not team.is_distributed or not any(word in text.lower() for word in _LOST):
+        if not team.is_distributed or not any(word in text.lower() for word in _LOST_PROCESS_WORDS):
             raise
         first = text.splitlines()[0][:160] if text else type(error).__name__
         raise WorkError(f"another process of this run ended, or does not answer ({first}){advice()}") from error
 
 
 def warn_about_idle_gpus(here: Worker, device: torch.device) -> None:
-    """Print a line if the run has one process and the machine has several GPUs."""
+    """Print a line where the run has one process and the machine has several GPUs."""
     if here.world_size == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
         n = torch.cuda.device_count()
-        err.print(f"{n} GPUs are here and one is used; all of them: add --processes {n}")
+        err.print(f"this machine has {n} GPUs, and one is used; to use all, add --processes {n}")
 
 
 def set_up_sharding(accelerator: Any, full: bool) -> None:
-    """Do for FSDP2 what an `Accelerator` does not do by itself, right after it was made.
+    """Set up FSDP2 on a new `Accelerator` where accelerate's own setup does not fit.
 
-    `full`: all weights are trained, not an adapter; they compute in the mixed precision's dtype.
+    `full`: all weights are trained, not an adapter; they then compute in the dtype of mixed precision.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -170,12 +172,12 @@ def set_up_sharding(accelerator: Any, full: bool) -> None:
 
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate 1.15 knows FSDP on accelerators only: on a CPU it would train replicas without a word.
+        # accelerate 1.15 supports FSDP on accelerators only: on a CPU it would silently train unsharded replicas.
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         for shared in (AcceleratorState._shared_state, PartialState._shared_state):
             shared["distributed_type"] = DistributedType.FSDP
-    # A frozen base is in its dtype already, and adapters stay in float32 as in one process.  accelerate's own policy
-    # also rounds gradients before they are added up, and every output, the loss included.
+    # A frozen base already has its dtype, and adapters stay in float32 as in one process.  accelerate's own policy
+    # would also round gradients before they are summed, and every output, the loss included.
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision) if full else None
     state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
     prepare = accelerator.prepare
@@ -185,27 +187,27 @@ def set_up_sharding(accelerator: Any, full: bool) -> None:
             for model in args:
                 if isinstance(model, torch.nn.Module):
                     prepare_for_fsdp(model)
-                    stack.enter_context(_buffers_of_the_first(model))
+                    stack.enter_context(_main_process_buffers(model))
             return prepare(*args, **kwargs)
 
     accelerator.prepare = prepare_with_buffers
 
 
 @contextlib.contextmanager
-def _buffers_of_the_first(model: torch.nn.Module) -> Iterator[None]:
-    """Give all processes the main process's buffers, and hide them from accelerate while it shards the weights.
+def _main_process_buffers(model: torch.nn.Module) -> Iterator[None]:
+    """Give all processes the main process's buffers, and hide these from accelerate within this context.
 
-    accelerate 1.15 hands out weights that only the main process has read, and takes everything in a state dict for
-    sharded; buffers are not.
+    accelerate 1.15 distributes weights that only the main process has read, and treats everything in a state dict as
+    sharded, which buffers are not.
     """
     hidden = []
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is None or name in module._non_persistent_buffers_set:
                 continue
-            whole = torch.empty_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu()
-            dist.broadcast(whole, src=0)
-            module._buffers[name] = whole if buffer.is_meta else buffer.copy_(whole)
+            value = torch.empty_like(buffer, device="cpu") if buffer.is_meta else buffer.detach().cpu()
+            dist.broadcast(value, src=0)
+            module._buffers[name] = value if buffer.is_meta else buffer.copy_(value)
             module._non_persistent_buffers_set.add(name)
             hidden.append((module, name))
     try:
@@ -216,9 +218,9 @@ def _buffers_of_the_first(model: torch.nn.Module) -> Iterator[None]:
 
 
 def gather_trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trained parameters of a sharded model by name, whole, on the CPU.  All processes call it.
+    """Return the trained parameters of a sharded model by name, unsharded, on the CPU.  All processes must call it.
 
-    Under FSDP2 only the main process gets them, and the others an empty dictionary; under ZeRO-3 all get them.
+    Under FSDP2 only the main process gets them, and the others get an empty dictionary; under ZeRO-3 all get them.
     """
     if any(is_handle(p) for p in model.parameters()):
         return gather_parameters(model)

@@ -1,9 +1,9 @@
 """Choose the attention and the implementation of the routed experts by measurement, where the recipe says `auto`.
 
-Candidates are timed, forward and backward, on the run's own shapes, dtype and device.  The result is kept for this
-machine in `choices.json` ($MLA_TUNE_CACHE, else ~/.cache/mla-tune), so that the same recipe uses the same kernels
-tomorrow and gives the same bits.  MLA's heads have two sizes (keys P+R, values V), which some fused kernels take, some
-take after padding, and some refuse; a candidate that fails is left out, and the log says why.
+Candidates are timed, forward and backward, with the shapes, dtype and device of the run.  The result is stored for this
+machine in `choices.json` ($MLA_TUNE_CACHE, else ~/.cache/mla-tune), so that a later run of the same recipe uses the
+same kernels and gives the same bits.  MLA's heads have two sizes (keys P+R, values V), which some fused kernels
+support, some support after padding, and some refuse: a candidate that fails is left out, and the log says why.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.atomic_files import write_json
 from mla_tune.training.kernels import packed_attention as packed
 
-#: Attention that takes a batch as one row with the samples' borders; the others take rows and a mask.
+#: Attention functions that take a batch as one row and the borders of its samples; others take rows and a mask.
 PADDING_FREE = (packed.NAME, "flash_attention_2", "flash_attention_3")
-#: Times that each candidate is measured; the median counts.
+#: Number of timings of each candidate; their median counts.
 ROUNDS = 3
-#: Tokens on which the experts are timed: enough to tell the implementations apart.
+#: Number of tokens with which the experts are timed: enough to tell the implementations apart.
 TOKENS = 2048
-#: Candidates for the experts.  batched_mm is none: it copies a weight for each token (8 M parameters: 17.5 GB).
+#: Candidates for the experts.  batched_mm is not one: it copies a weight for each token (8 M parameters: 17.5 GB).
 EXPERTS = ("grouped_mm", "eager")
 
 
 @dataclass(frozen=True, slots=True)
 class AutotuneResult:
-    """The fastest candidate, and what was measured."""
+    """The fastest candidate, and the timings of all."""
 
-    #: What the candidates are for: `attention` or `experts`.
     what: str
-    #: The fastest candidate.
+    """What the candidates compute: `attention` or `experts`."""
     name: str
-    #: Milliseconds of each candidate, forward and backward; for one that failed, why.
+    """The fastest candidate."""
     tried: dict[str, float | str]
-    #: Whether it was measured by an earlier run.
+    """Candidate → milliseconds, forward and backward; for one that failed, the reason."""
     remembered: bool = False
+    """Whether an earlier run measured them."""
 
     def line(self) -> str:
         """Return a line for the log."""
@@ -60,7 +60,7 @@ class AutotuneResult:
 def autotune_attention(
     arch: Architecture, rows: list[list[int]], device: torch.device, dtype: torch.dtype
 ) -> AutotuneResult:
-    """Find the fastest attention for a batch; `rows` holds for each of its rows the lengths of the row's samples."""
+    """Find the fastest attention for a batch; `rows` has for each of its rows the lengths of the row's samples."""
     packed.register()
     names = [packed.NAME, "sdpa"]
     if device.type == "cuda":
@@ -84,7 +84,7 @@ def autotune_attention(
         else:
             mask = torch.stack([_block_diagonal(row, T) for row in rows])[:, None].to(device)
         call = ALL_ATTENTION_FUNCTIONS[name]
-        module = _Head()
+        module = _AttentionStub()
 
         def run() -> None:
             call(module, *states, mask, scaling=scale, dropout=0.0, **borders)[0].sum().backward()
@@ -96,9 +96,9 @@ def autotune_attention(
 
 
 def _block_diagonal(row: list[int], width: int) -> torch.Tensor:
-    """Return a mask (width, width), true where a query may attend: to itself and earlier tokens of its sample.
+    """Return a mask (width, width) that is true where a query attends: at its own and earlier tokens of its sample.
 
-    `row` holds the lengths of the samples; the rest of the row is padding.
+    `row` has the lengths of the samples; the rest of the width is padding.
     """
     lengths = [*row, width - sum(row)]
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -106,7 +106,7 @@ def _block_diagonal(row: list[int], width: int) -> torch.Tensor:
 
 
 def autotune_experts(model: Any, arch: Architecture, names: tuple[str, ...], device: torch.device) -> AutotuneResult:
-    """Find the fastest implementation of the routed experts among `names`, timed on the model's first expert layer."""
+    """Find the fastest of the implementations `names` of the routed experts, on the model's first expert layer."""
     module = next(m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "down_proj"))
     weight = module.gate_up_proj
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -132,7 +132,7 @@ def autotune_experts(model: Any, arch: Architecture, names: tuple[str, ...], dev
     return _fastest("experts", list(names), prepare, key, device)
 
 
-class _Head(torch.nn.Module):
+class _AttentionStub(torch.nn.Module):
     """Has the attributes of an attention module that attention functions read."""
 
     num_key_value_groups = 1
@@ -148,17 +148,17 @@ def _rounded(count: int) -> int:
 def _fastest(
     what: str, names: list[str], prepare: Callable[[str], Callable[[], None]], key: list[Any], device: torch.device
 ) -> AutotuneResult:
-    """Time the candidates `names` in turn, or find what was measured before under `key` on this machine.
+    """Time the candidates `names` in turn, or return what an earlier run on this machine measured under `key`.
 
     `prepare(name)` returns a function that runs the candidate once, forward and backward.
     """
     if len(names) == 1:
         return AutotuneResult(what, names[0], {})
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {torch.get_num_threads()}"
-    full = hashlib.sha256(json.dumps([what, names, key, machine, torch.__version__]).encode()).hexdigest()[:16]
-    kept = _read()
-    if full in kept:
-        return AutotuneResult(what, kept[full]["name"], kept[full]["tried"], remembered=True)
+    digest = hashlib.sha256(json.dumps([what, names, key, machine, torch.__version__]).encode()).hexdigest()[:16]
+    stored = _read_results()
+    if digest in stored:
+        return AutotuneResult(what, stored[digest]["name"], stored[digest]["tried"], remembered=True)
     tried: dict[str, float | str] = {}
     runs: dict[str, Callable[[], None]] = {}
     for name in names:
@@ -166,7 +166,7 @@ def _fastest(
             run = prepare(name)
             run()
             runs[name] = run
-        except Exception as error:  # a kernel that can't take these sizes says so in whatever way it likes
+        except Exception as error:  # kernels refuse sizes with errors of any class
             tried[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:80]
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
@@ -174,11 +174,12 @@ def _fastest(
             times[name].append(_milliseconds(run, device))
     tried |= {name: round(statistics.median(t), 3) for name, t in times.items()}
     best = min(runs, key=lambda name: tried[name], default=names[0])
-    _write({**kept, full: {"what": what, "name": best, "tried": tried}})
+    _write_results({**stored, digest: {"what": what, "name": best, "tried": tried}})
     return AutotuneResult(what, best, tried)
 
 
 def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds that one call takes, on a GPU until its kernels have ended."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -188,22 +189,23 @@ def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def _file() -> Path:
+def _results_file() -> Path:
     root = os.environ.get("MLA_TUNE_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mla-tune"
     return (Path(root) if root else base) / "choices.json"
 
 
-def _read() -> dict[str, Any]:
+def _read_results() -> dict[str, Any]:
+    """The stored results of all runs; empty where the file is missing or damaged."""
     try:
-        found = json.loads(_file().read_text())
+        found = json.loads(_results_file().read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _write(found: dict[str, Any]) -> None:
-    """Keep the results.  Where they can't be written, the next run measures again."""
+def _write_results(results: dict[str, Any]) -> None:
+    """Store the results of all runs.  Where they can't be written, the next run measures again."""
     with contextlib.suppress(OSError):
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_file(), found)
+        _results_file().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_results_file(), results)

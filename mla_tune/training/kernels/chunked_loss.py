@@ -1,13 +1,13 @@
-"""The cross-entropy without the logits of all tokens: only trained tokens are scored, a chunk at a time.
+"""Cross-entropy without the logits of all tokens: only trained tokens are scored, a chunk at a time.
 
-A frozen, unadapted output head gives its gradient in the forward pass already: with z = (W h + b)/d, capped to
-c·tanh(z/c) in some families, and p = softmax(z),
+With a frozen output head without adapter, the gradient is computed in the forward pass.  With z = (W h + b)/d, capped
+to c·tanh(z/c) in some families, and p = softmax(z),
 
     loss = Σ log Σ exp z − z_target          ∂loss/∂h = Wᵀ (p − 1[target]) / d
 
-so a chunk takes two matrix products, one tile of logits is in memory at a time, and nothing of the head is kept for the
-backward pass (as in Liger's fused linear cross entropy, arXiv:2410.10989, section 3.2).  Any other head (trained, with
-an adapter, sharded) is called as a module, chunk by chunk, and called again in the backward pass.
+so a chunk takes two matrix products, one tile of logits is in memory at a time, and nothing of the head is saved for
+the backward pass (as in Liger's fused linear cross entropy, arXiv:2410.10989, section 3.2).  Any other head (trained,
+with an adapter, sharded) is called as a module for each chunk, and again in the backward pass.
 
     N  trained tokens      D  hidden size      K  vocabulary
 """
@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mla_tune.data.encode import IGNORED
+from mla_tune.data.row_kinds import IGNORED
 from mla_tune.tiling import LOGITS_TILE, LOGITS_TILE_MIN_TOKENS
 from mla_tune.training.distributed.deepspeed import is_handle
 
@@ -33,8 +33,8 @@ KEYWORD = "token_loss"
 def use_chunked_loss(model: Any) -> None:
     """Let `model(…, labels=labels, token_loss=True)` return the loss summed over the trained tokens, float32, in nats.
 
-    `model` is a causal LM.  Without the keyword its forward does what it did.  The forward is patched, so that the
-    wrappers of data-parallel training see one ordinary forward pass.
+    `model` is a causal LM.  Without the keyword its forward stays as it is.  The forward itself is patched, so that
+    wrappers for data-parallel training see an ordinary forward pass.
     """
     original = model.forward
 
@@ -43,7 +43,7 @@ def use_chunked_loss(model: Any) -> None:
         if not kwargs.pop(KEYWORD, False):
             return original(*args, **kwargs)
         labels, kwargs["use_cache"] = kwargs.pop("labels"), False
-        # Both looked up at each call: PEFT and FSDP replace them after this.
+        # Base model and head are looked up at each call, because PEFT and FSDP replace them later.
         hidden = model.base_model(*args, **kwargs).last_hidden_state
         return token_loss(model.get_output_embeddings(), hidden, labels, *scale_and_cap(model))
 
@@ -51,7 +51,7 @@ def use_chunked_loss(model: Any) -> None:
 
 
 def scale_and_cap(model: Any) -> tuple[float, float | None]:
-    """Return the divisor of the head's input (MiniCPM3 has one) and the cap of the logits (Mistral Large), or None."""
+    """Return (divisor of the head's input, as MiniCPM3 has; cap of the logits, as Mistral Large has, or None)."""
     config = model.config.get_text_config()
     divisor = getattr(config, "logits_scaling", None)
     return 1.0 if divisor is None else float(divisor), getattr(config, "final_logit_softcapping", None)
@@ -68,8 +68,8 @@ def token_loss(
 
     Token i is predicted from the hidden state of token i - 1; labels[:, 0] is never used.
     """
-    keep = labels[:, 1:] != IGNORED
-    chosen, targets = hidden[:, :-1][keep], labels[:, 1:][keep]
+    is_trained = labels[:, 1:] != IGNORED
+    chosen, targets = hidden[:, :-1][is_trained], labels[:, 1:][is_trained]
     if divisor != 1.0:
         chosen = chosen / divisor
     tile = LOGITS_TILE.get(hidden.device.type, LOGITS_TILE["cuda"])
@@ -81,19 +81,19 @@ def token_loss(
             chosen = chosen.to(torch.get_autocast_dtype(device))
         return _FrozenHead.apply(chosen, weight, bias, targets, cap, step)  # type: ignore[no-any-return]
     step = max(LOGITS_TILE_MIN_TOKENS, tile // int(getattr(head, "out_features", 1 << 15)))
-    # The sum over no token still hangs on the model: a batch without trained tokens has a gradient of zero.
+    # Depends on the model even without trained tokens, so that the gradient of such a batch is zero and not missing.
     total = chosen.float().sum() * 0.0
-    # Without trained tokens the head is called on none: where it is sharded, other processes wait for this one.
+    # Without trained tokens the head is called with an empty chunk: all processes gather a sharded head together.
     tiles = list(zip(chosen.split(step), targets.split(step), strict=True))
     if is_handle(next(head.parameters())):
-        # ZeRO-3 gathers the head at every call, so all processes call it equally often.
-        tiles += [(chosen[:0], targets[:0])] * (_most(len(tiles), hidden.device) - len(tiles))
+        # ZeRO-3 gathers the head at every call, so all processes must call it equally often.
+        tiles += [(chosen[:0], targets[:0])] * (_maximum_of_processes(len(tiles), hidden.device) - len(tiles))
     for h, y in tiles:
         total = total + checkpoint(_through_module, head, h, y, cap, use_reentrant=False)
     return total
 
 
-def _most(count: int, device: torch.device) -> int:
+def _maximum_of_processes(count: int, device: torch.device) -> int:
     """Return the largest `count` of all processes."""
     box = torch.tensor(count, device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
@@ -101,6 +101,7 @@ def _most(count: int, device: torch.device) -> int:
 
 
 def _through_module(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, cap: float | None) -> Any:
+    """Summed loss of one chunk, with the head called as a module."""
     logits = head(hidden).float()
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
@@ -108,9 +109,9 @@ def _through_module(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.
 
 
 def _is_frozen(head: Any) -> bool:
-    """Return whether the head is a plain linear layer, not trained, with its weight in this process.
+    """Return whether the head is a plain linear layer that is not trained and whose weight is in this process.
 
-    A layer with hooks is none: a hook may be what gathers its weight.
+    A layer with hooks does not count, because a hook may gather its weight.
     """
     return (
         type(head) is torch.nn.Linear
@@ -124,7 +125,7 @@ def _is_frozen(head: Any) -> bool:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """hidden (N, D), weight (K, D), bias (K) or None, targets (N) → summed loss, float32."""
+    """hidden (N, D), weight (K, D), bias (K) or None, targets (N) → summed loss, float32; `step` tokens at a time."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, cap: float | None, step: int) -> Any:

@@ -1,15 +1,19 @@
-"""`train.activation_checkpointing: mla`: the backward pass computes norms and MLA up-projections again.
+"""Recompute norms and MLA up-projections in the backward pass (`train.activation_checkpointing: mla`).
 
 DeepSeek-V3's report (arXiv:2412.19437, section 3.2.3) recomputes "all RMSNorm operations and MLA up-projections during
-back-propagation", so that their outputs are not kept.  The latents (outputs of W_DQ and W_DKV, C + R + L numbers a
-token) and the attention's output are kept.  The norms, and the queries, keys and values of all heads (H(2(P+R) + V)
-numbers a token) with their rotary part, are computed again.  Attention itself, which costs most, is not.
+back-propagation", so that their outputs need not be saved.
 
-Three parts, which work with any family's own forward:
+- Saved: the latents (outputs of W_DQ and W_DKV, C + R + L numbers a token) and the output of attention.
+- Recomputed: the norms, and queries, keys and values of all heads with their rotary part (H(2(P+R) + V) numbers a
+  token).  Attention itself, which costs most, is not recomputed.
 
-- Norms are those of `rms_norm`, which keep their input.
-- Where something keeps a norm's output (the A of a LoRA, the router), a recipe for computing it again is kept instead.
-- An attention module runs inside torch's checkpoint, with W_O taken out and the down-projections' results put in.
+It works with the forward of any family, in three parts:
+
+- Norms are those of `rms_norm`, which save their input.
+- Where autograd would save a norm's output (for the A of a LoRA, for the router), it saves a function that computes the
+  output again.
+- An attention module runs inside torch's checkpoint.  Its down-projections are computed before and their outputs are
+  passed in; W_O is computed after it.
 """
 
 from __future__ import annotations
@@ -25,11 +29,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mla_tune.training.kernels.packed_attention import ATTENTION_CACHE, NAME
 from mla_tune.training.kernels.rms_norm import use_lean_norms
 
-#: Submodules whose results are kept, so that only what comes after them is computed again.
-DOWN = ("q_a_proj", "kv_a_proj_with_mqa")
+#: Down-projections, whose outputs are saved: only what follows them is recomputed.
+DOWN_PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa")
 _aten = torch.ops.aten
-#: torch's fused attention on each device; other libraries' are told by their name.
-_ATTENTION = {
+#: torch's fused attention on each device; that of other libraries is recognized by "flash_attn" in its name.
+_ATTENTION_OPS = {
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",
@@ -39,10 +43,10 @@ _ATTENTION = {
 
 
 def enable_mla_checkpointing(model: torch.nn.Module) -> None:
-    """Make every RMSNorm and MLA attention of `model` recompute; outputs stay the same bits, gradients too but for
-    the order of sums.
+    """Let the backward pass recompute every RMSNorm and MLA attention of `model`.
 
-    Call it after adapters are attached: modules are looked up when they run.
+    Outputs are equal bit for bit; gradients may differ by the order of sums.  Call it after adapters are attached:
+    whether there is dropout, which a LoRA may have, is found out here.  Submodules are looked up when they run.
     """
     outputs = _NormOutputs()
     use_lean_norms(model, outputs.add)
@@ -61,20 +65,21 @@ def enable_mla_checkpointing(model: torch.nn.Module) -> None:
 
 
 class _NormOutputs:
-    """Norm outputs of the forward pass under way, found by their storage; each can be computed again.
+    """The outputs of norms in the current forward pass, and how to recompute each.
 
-    `pack` and `unpack` are autograd's hooks for saved tensors: where a norm's output is to be saved, how to compute it
-    is saved instead.
+    `pack` and `unpack` are autograd's hooks for saved tensors: in the place of a norm's output, autograd saves how to
+    recompute it.
     """
 
     def __init__(self) -> None:
+        #: Storage, dtype and size of an output → how to recompute it.
         self.known: dict[tuple[int, torch.dtype, int], _Recomputable] = {}
 
     def add(self, output: torch.Tensor, recompute: Callable[[], torch.Tensor]) -> None:
-        """Remember how to compute `output` again, as long as it exists."""
+        """Remember how to recompute `output`, as long as it exists."""
         key = self._key(output)
         self.known[key] = _Recomputable(recompute)
-        # Before another tensor can get the same storage.
+        # Forgotten when the output is freed, because another tensor can get the same storage then.
         weakref.finalize(output, self.known.pop, key, None)
 
     @staticmethod
@@ -82,18 +87,18 @@ class _NormOutputs:
         return t.untyped_storage().data_ptr(), t.dtype, t.numel()
 
     def pack(self, t: torch.Tensor) -> Any:
-        """Return what is saved in the place of `t`."""
+        """Return what autograd saves in the place of `t`: (how to recompute it, its shape), or `t` itself."""
         found = self.known.get(self._key(t)) if t.is_contiguous() else None
         return t if found is None else (found, t.shape)
 
     @staticmethod
     def unpack(saved: Any) -> torch.Tensor:
-        """Return the tensor that `pack` was given."""
+        """Return the tensor that was given to `pack`."""
         return saved if isinstance(saved, torch.Tensor) else saved[0]().view(saved[1])
 
 
 class _Recomputable:
-    """Computes a norm's output again when called; while the result is in use, further calls return the same tensor."""
+    """Recomputes a norm's output when it is called; while a result is in use, further calls return the same tensor."""
 
     def __init__(self, recompute: Callable[[], torch.Tensor]) -> None:
         self.recompute = recompute
@@ -109,7 +114,7 @@ class _Recomputable:
 
 
 class _Constant(torch.nn.Module):
-    """Stands in for a module whose result is known; without a result it returns its input."""
+    """A module that returns a given result, or without one its input."""
 
     def __init__(self, result: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -120,28 +125,31 @@ class _Constant(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def _replaced_submodules(module: torch.nn.Module, others: dict[str, torch.nn.Module]) -> Iterator[None]:
-    """Within this context `others` stand in the place of the submodules of the same names."""
-    kept = {name: module._modules[name] for name in others}
-    module._modules.update(others)
+def _replaced_submodules(module: torch.nn.Module, replacements: dict[str, torch.nn.Module]) -> Iterator[None]:
+    """Replace the submodules of these names within this context."""
+    originals = {name: module._modules[name] for name in replacements}
+    module._modules.update(replacements)
     try:
         yield
     finally:
-        module._modules.update(kept)
+        module._modules.update(originals)
 
 
 def _recompute_attention(attention: Any) -> None:
-    """Let an MLA module keep its latents and the attention's output, and compute the rest again."""
+    """Let an MLA module save its latents and the output of attention, and recompute the rest."""
     original = attention.forward
-    down = [name for name in DOWN if isinstance(attention._modules.get(name), torch.nn.Module)]
+    down = [name for name in DOWN_PROJECTIONS if isinstance(attention._modules.get(name), torch.nn.Module)]
     dropouts = [m for m in attention.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
-    draws = bool(getattr(attention, "attention_dropout", 0)) or bool(dropouts)
+    has_dropout = bool(getattr(attention, "attention_dropout", 0)) or bool(dropouts)
 
-    def core(hidden: torch.Tensor, given: dict[str, torch.Tensor], cache: list[Any], kwargs: dict[str, Any]) -> Any:
-        others = {name: _Constant(result) for name, result in given.items()}
+    def recomputed(
+        hidden: torch.Tensor, latents: dict[str, torch.Tensor], cache: list[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the module with the outputs of its down-projections given, and without W_O."""
+        replacements = {name: _Constant(result) for name, result in latents.items()}
         token = ATTENTION_CACHE.set(cache)
         try:
-            with _replaced_submodules(attention, {**others, "o_proj": _Constant()}):
+            with _replaced_submodules(attention, {**replacements, "o_proj": _Constant()}):
                 return original(hidden, **kwargs)
         finally:
             ATTENTION_CACHE.reset(token)
@@ -149,28 +157,30 @@ def _recompute_attention(attention: Any) -> None:
     def forward(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return original(hidden_states, **kwargs)
-        given = {name: attention._modules[name](hidden_states) for name in down}
+        latents = {name: attention._modules[name](hidden_states) for name in down}
         out, *rest = checkpoint(
-            core,
+            recomputed,
             hidden_states,
-            given,
+            latents,
             [],
             kwargs,
             use_reentrant=False,
-            preserve_rng_state=attention.training and draws,
-            # The packed attention keeps its result in the cache; a dispatcher would cost microseconds an operation.
+            preserve_rng_state=attention.training and has_dropout,
+            # Packed attention takes its output from the cache, so it needs no selective checkpointing, whose dispatcher
+            # costs microseconds for each operation.
             context_fn=noop_context_fn if attention.config._attn_implementation == NAME else _contexts,
         )
         return (attention.o_proj(out), *rest)
 
-    attention.forward = torch.compiler.disable(forward)  # a compiled region decides itself what it keeps
+    attention.forward = torch.compiler.disable(forward)  # a compiled region decides by itself what it saves
 
 
 def _contexts() -> tuple[Any, Any]:
+    """Contexts in which torch's checkpoint saves the output of fused attention."""
     return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = op.name() if hasattr(op, "name") else str(op)
-    kept = name.partition("::")[2].partition(".")[0] in _ATTENTION or "flash_attn" in name
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    is_attention = name.partition("::")[2].partition(".")[0] in _ATTENTION_OPS or "flash_attn" in name
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE

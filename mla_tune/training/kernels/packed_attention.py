@@ -1,13 +1,12 @@
-"""Attention of packed samples, one fused call for each sample: no mask, no padding, no scores between samples.
+"""Attention over samples laid end to end, one fused call for each sample: no mask, no padding, no wasted scores.
 
-A batch is one row (1, N) of samples laid end to end.  `cu_seq_lens_q`, their borders as flash attention wants them, is
-passed through the model to its attention function.  transformers' sdpa would get rows of `max_length`, each with a
-mask, and would compute scores that the mask throws away: with samples of a third of a row, two thirds of all scores.
+A batch is one row (1, N) of samples laid end to end.  Their borders, `cu_seq_lens_q` in the convention of flash
+attention, are passed through the model to its attention function.  transformers' sdpa would get rows of `max_length`
+with a mask each, and would compute scores that the mask discards: with samples of a third of a row, two thirds of them.
 
-On a CPU, values are padded to the size P+R of keys, because torch's fused kernel there takes one size for both, and
-without that kernel all scores would be kept in memory.  One autograd node holds the whole batch: its output is the
-tensor that W_O reads and is kept once, and a recomputed forward pass (`mla_checkpointing`) takes it instead of
-computing it again.
+On a CPU, values are padded to the size P+R of keys, because torch's fused kernel there needs one size for both, and
+without the kernel all scores would be in memory.  One autograd node computes the whole batch.  Its output is the tensor
+that W_O reads, so it is saved once, and a recomputed forward pass (`mla_checkpointing`) reuses it.
 
     H  heads      N  tokens of a batch      n  tokens of a sample      P+R, V  sizes of keys and values
 """
@@ -21,21 +20,23 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+#: The name of this attention in transformers.
 NAME = "mla_tune_packed"
-#: What the attention of the module under recomputation gave the first time, if it ran: [output, log-sum-exps].
-ATTENTION_CACHE: ContextVar[list[Any] | None] = ContextVar("attention_memo", default=None)
-#: Arguments that some families pass to their attention, and that this one does not implement.
-UNKNOWN = ("s_aux", "indices", "sliding_window", "softcap", "position_bias")
+#: Under `mla_checkpointing`: [output, log-sum-exps] of the attention that runs, filled by the first forward pass and
+#: used by the recomputed one; an empty list before, None without checkpointing.
+ATTENTION_CACHE: ContextVar[list[Any] | None] = ContextVar("attention_cache", default=None)
+#: Arguments of some families' attention that are not implemented here.
+UNSUPPORTED = ("s_aux", "indices", "sliding_window", "softcap", "position_bias")
 
 
 def register() -> str:
-    """Register the attention, and that it takes no mask, with transformers.  Returns its name."""
+    """Register this attention with transformers, as one that takes no mask, and return its name."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
     return NAME
 
 
-@torch.compiler.disable  # a loop over samples, whose number is another in each batch
+@torch.compiler.disable  # the loop over samples has another length in each batch
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -50,11 +51,15 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """query, key (1, H, N, P+R), value (1, H, N, V), cu_seq_lens_q (samples + 1) → output (1, N, H, V).
 
-    Raises `NotImplementedError` for what it does not implement: a mask, sinks, a window, a choice of an indexer.
+    Raises `NotImplementedError` without borders, for several rows, and for a mask, sinks, a window or an indexer's
+    choice.
     """
-    odd = [k for k in UNKNOWN if kwargs.get(k) is not None]
-    if cu_seq_lens_q is None or attention_mask is not None or odd or query.shape[0] != 1:
-        raise NotImplementedError(f"packed attention: no borders, a mask, or {', '.join(odd) or 'several rows'}")
+    unsupported = [k for k in UNSUPPORTED if kwargs.get(k) is not None]
+    if cu_seq_lens_q is None or attention_mask is not None or unsupported or query.shape[0] != 1:
+        raise NotImplementedError(
+            f"packed attention: no borders, a mask, or {', '.join(unsupported) or 'several rows'}: "
+            "take model.attention: sdpa or eager"
+        )
     cpu, V = query.device.type == "cpu", value.shape[-1]
     if torch.is_autocast_enabled(query.device.type):
         low = torch.get_autocast_dtype(query.device.type)
@@ -75,11 +80,11 @@ def packed_attention(
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Make no mask: the samples' borders replace it."""
+    """Return no mask: the samples' borders replace it."""
 
 
 class _Packed(torch.autograd.Function):
-    """torch's fused attention for CPUs, sample by sample: query, key, value (1, H, N, d) → output (1, N, H, d)."""
+    """torch's fused attention for CPUs, a sample at a time: query, key, value (1, H, N, d) → output (1, N, H, d)."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, lengths: list[int], scale: float) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""RMSNorm with its gradient written out, which keeps one number a token besides its input.
+"""RMSNorm with its gradient written out, which saves its input and one number a token for the backward pass.
 
     ρ = 1/√(mean(x²) + ε)      x̂ = ρ x      y = w ⊙ x̂                         (Zhang and Sennrich, arXiv:1910.07467)
     ∂x = ρ (g w − x̂ · mean(g w x̂))          ∂w = Σ g x̂
 
-With autograd's own gradient a model in bfloat16 keeps a second copy of the input in float32 and takes twice the time.
-The forward pass does the module's own operations in their order, so that outputs are equal bit for bit.
+With autograd's own gradient a model in bfloat16 saves a second copy of the input in float32 and takes twice the time.
+The forward pass runs the operations of the stock module in their order, so that outputs are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any
 
 import torch
 
-#: Called with an output and a function that computes it again.
+#: Called with an output and a function that recomputes it.
 OnOutput = Callable[[torch.Tensor, Callable[[], torch.Tensor]], None]
 
 
 def use_lean_norms(model: torch.nn.Module, on_output: OnOutput | None) -> int:
     """Replace the forward of every RMSNorm that computes the formula above, and return how many there are.
 
-    `on_output(output, recompute)` is called for each output in training; `recompute()` computes it again.  A module
-    that computes anything else, which is found by comparing outputs, keeps its forward.
+    `on_output(output, recompute)` is called for each output in training; `recompute()` computes the output again.  A
+    module whose outputs on test inputs are not those of the formula keeps its forward.
     """
-    found = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _is_plain(m)]
+    found = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm") and _computes_formula(m)]
     for norm in found:
-        forward = _forward_of(norm, on_output)
+        forward = _lean_forward(norm, on_output)
         # A call of `on_output` can't be part of a compiled graph.
         norm.forward = torch.compiler.disable(forward) if on_output is not None else forward  # type: ignore
     return len(found)
 
 
-def _forward_of(norm: Any, on_output: OnOutput | None) -> Callable[[torch.Tensor], torch.Tensor]:
+def _lean_forward(norm: Any, on_output: OnOutput | None) -> Callable[[torch.Tensor], torch.Tensor]:
     original = norm.forward
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -48,12 +48,12 @@ def _forward_of(norm: Any, on_output: OnOutput | None) -> Callable[[torch.Tensor
     return forward
 
 
-def _is_plain(norm: Any) -> bool:
+def _computes_formula(norm: Any) -> bool:
     """Return whether the module's output equals the formula's, bit for bit, in float32 and bfloat16."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if type(weight) is not torch.nn.Parameter or not isinstance(eps, float):
         return False
-    if weight.is_meta:  # another process has the numbers; any numbers will do
+    if weight.is_meta:  # the numbers are in another process, and the test needs none in particular
         weight = torch.linspace(0.5, 2, weight.numel(), dtype=weight.dtype)
     x = torch.linspace(-2, 3, 3 * weight.numel(), dtype=torch.float32, device=weight.device).view(3, -1)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def _is_plain(norm: Any) -> bool:
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (y, ρ), computed by the operations of transformers' modules."""
+    """Return (y, ρ), computed by the operations of transformers' modules in their order."""
     wide = x.float()
     rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (wide * rho).to(x.dtype), rho

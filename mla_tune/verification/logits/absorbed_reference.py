@@ -1,4 +1,4 @@
-"""Absorbed attention for the comparison of logits, in the decoder layers of transformers: prefill only, no cache.
+"""Absorbed attention in transformers' decoder layers, for the comparison of logits: prefill only, no cache.
 
     B batch   T tokens   H heads   P qk_nope_head_dim   R qk_rope_head_dim   V v_head_dim   C kv_lora_rank
     D hidden size   Q what the query up-projection reads: L, or D without query compression
@@ -7,11 +7,11 @@
     fold    q̃ = c_q W_QK[h]      (C)      output = Σ_h W_VO[h] õ[h] (D)     W_QK (H, Q, C)   W_VO (H, D, C)
     both    score = (q̃ · c + q_rope · k_rope) · scale      õ[h] = Σ softmax(score) c (C)
 
-(DeepSeek-V2, arXiv:2405.04434, section 2.1.)  LongCat-Flash multiplies queries and latent by constants: the latent's is
-in c already, the query's is in q_nope and has to be put into q̃ of fold.
+c is the latent and c_q what the query up-projection reads (DeepSeek-V2, arXiv:2405.04434, section 2.1).  LongCat-Flash
+multiplies queries and latent by constants: c and q_nope contain them, but fold's q̃ must be multiplied by the query's.
 
-Two rows of a batch go through each layer: row 0 attends as transformers does, row 1 absorbed.  All else, experts
-included, is computed for both at once.
+A batch of two equal rows goes through each layer.  Row 0 attends as transformers does and row 1 absorbed; everything
+else, experts included, is computed for both rows at once.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from mla_tune.arch.dims import MLADims
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.errors import CheckError
-from mla_tune.verification.logits.streamed_weights import Weights
+from mla_tune.verification.logits.streamed_weights import WeightReader
 
 #: The name under which transformers finds this attention.
 ATTENTION = "mla_tune_logits"
 _STATE = "mla_tune_logits_state"
 
 
-class Absorbed:
-    """One attention module with its absorbed tensors, read for each call."""
+class AbsorbedAttention:
+    """One attention module whose row 1 attends absorbed; its absorbed tensors are read for each call."""
 
     def __init__(
-        self, module: nn.Module, dims: MLADims, refs: Mapping[str, TensorRef], weights: Weights, dtype: torch.dtype
+        self, module: nn.Module, dims: MLADims, refs: Mapping[str, TensorRef], weights: WeightReader, dtype: torch.dtype
     ) -> None:
         self.module, self.dims, self.refs, self.weights, self.dtype = module, dims, refs, weights, dtype
         self.fold = "W_QK" in refs
@@ -55,7 +55,7 @@ class Absorbed:
             module.get_submodule("o_proj").register_forward_hook(self._replace_output)
 
     def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row 0 expanded; row 1 of latent (B, 1, T, C) and rope key (B, 1, T, R) is kept as it is."""
+        """Expand row 0 of latent (B, 1, T, C) and rope key (B, 1, T, R), and keep row 1 for `attend`."""
         self.latent, self.k_rope = latent[1:], k_rope[1:]
         return self.expand(latent[:1], k_rope[:1])
 
@@ -72,8 +72,10 @@ class Absorbed:
         return tensor
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor, scale: float, sinks: torch.Tensor | None) -> torch.Tensor:
-        """query (1, H, T, P+R), mask (1, 1, T, T), sinks (H) → values (1, T, H, V); zeros where `fold` goes on to the
-        output."""
+        """Attend absorbed: query (1, H, T, P+R), mask (1, 1, T, T), sinks (H) → values (1, T, H, V).
+
+        `fold` computes the output of o_proj directly: it returns zeros, and `_replace_output` puts the output in.
+        """
         q_nope, q_rope = query.split([self.dims.P, self.dims.R], dim=-1)
         if self.fold:
             q = torch.einsum("btq,hqc->bhtc", self.c_q, self._read("W_QK")) * getattr(
@@ -82,19 +84,20 @@ class Absorbed:
         else:
             q = torch.einsum("bhtp,hcp->bhtc", q_nope, self._read("W_UK"))
         scores = (q @ self.latent.mT + q_rope @ self.k_rope.mT) * scale + mask
-        summed = _softmax(scores, sinks).to(query.dtype) @ self.latent  # õ (1, H, T, C)
+        weighted_latent = _softmax(scores, sinks).to(query.dtype) @ self.latent  # õ (1, H, T, C)
         if self.fold:
-            self.output = torch.einsum("bhtc,hdc->btd", summed, self._read("W_VO"))
+            self.output = torch.einsum("bhtc,hdc->btd", weighted_latent, self._read("W_VO"))
             return query.new_zeros(*self.output.shape[:2], self.dims.H, self.dims.V)
-        return torch.einsum("bhtc,hvc->bthv", summed, self._read("W_UV"))
+        return torch.einsum("bhtc,hvc->bthv", weighted_latent, self._read("W_UV"))
 
 
 def absorb_attention(
-    model: nn.Module, arch: Architecture, tensors: Mapping[str, TensorRef], weights: Weights, dtype: torch.dtype
+    model: nn.Module, arch: Architecture, tensors: Mapping[str, TensorRef], weights: WeightReader, dtype: torch.dtype
 ) -> None:
-    """Make the attention modules of a model whose attention is `ATTENTION` treat row 1 of a batch of 2 as absorbed.
+    """Make row 1 of a batch of two attend absorbed, in a model that was built with the attention `ATTENTION`.
 
-    `tensors` are by `<attention path>.<name>`.  Raises `CheckError` where one is missing or of another shape.
+    `tensors` are the absorbed tensors by `<attention path>.<name>`.  Raises `CheckError` where one is missing or has
+    another shape.
     """
     fold = any(key.endswith("W_QK") for key in tensors)
     for path in arch.attention_paths:
@@ -103,10 +106,10 @@ def absorb_attention(
         for name, shape in shapes.items():
             ref = tensors.get(f"{path}.{name}")
             if ref is None or ref.shape != shape:
-                what = "is missing" if ref is None else f"is {ref.shape}"
-                raise CheckError(f"absorbed tensors: '{path}.{name}' {what}; {shape} is needed")
+                what = "is missing" if ref is None else f"has the shape {ref.shape}"
+                raise CheckError(f"absorbed tensors: '{path}.{name}' {what}; the model needs {shape}")
             refs[name] = ref
-        Absorbed(model.get_submodule(path), d, refs, weights, dtype)
+        AbsorbedAttention(model.get_submodule(path), d, refs, weights, dtype)
 
 
 def _attention(
@@ -121,13 +124,14 @@ def _attention(
     indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls: row 0 by SDPA, row 1 by `AbsorbedAttention.attend`."""
     if indices is not None:
-        # An indexer's choice (2, T, keys): transformers itself makes a mask of it for eager and sdpa attention only.
+        # The keys that an indexer chose (2, T, keys): transformers turns them into a mask only for eager and sdpa.
         others = torch.ones(mask.shape[0], *mask.shape[2:], dtype=torch.bool).scatter(-1, indices.long(), False)
         mask = mask.masked_fill(others[:, None], float("-inf"))
     if s_aux is None:
         first, _ = sdpa_attention_forward(module, query[:1], key, value, mask[:1], scaling=scaling, **kwargs)
-    else:  # sinks, which sdpa has no place for
+    else:  # attention sinks, which SDPA does not support
         scores = query[:1] @ key.mT * scaling + mask[:1]
         first = (_softmax(scores, s_aux).to(value.dtype) @ value).transpose(1, 2)
     second = getattr(module, _STATE).attend(query[1:], mask[1:], scaling, s_aux)
@@ -135,7 +139,7 @@ def _attention(
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Over keys, scores (1, H, T, S), in float32; sinks (H) are one more score each, which no value belongs to."""
+    """Softmax of scores (1, H, T, S) over keys, in float32; a sink (H) is one more score, without a value."""
     if sinks is None:
         return scores.softmax(dim=-1, dtype=torch.float32)
     column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

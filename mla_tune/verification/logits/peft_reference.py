@@ -1,4 +1,4 @@
-"""Base and adapters, unmerged, by PEFT, and the base's own output beside it, from the same weights."""
+"""The reference of the comparison of logits: base + unmerged adapters by PEFT, and the base alone, in one pass."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mla_tune.adapter.files import Adapter
+from mla_tune.adapter.deltas import Adapter
 from mla_tune.checkpoint.index import TensorRef
 from mla_tune.verification.logits.streamed_model import StreamedModel, placeholders
 from mla_tune.verification.logits.streamed_weights import Slot
 
-#: What PEFT adds to the parameter of a stack of experts while it runs.
-_SUM = "_LoraFactorsProxy"
+#: The private class of PEFT that adds W + s·B·A of stacked experts in a forward pass.
+_PROXY_CLASS = "_LoraFactorsProxy"
 
 
 class PeftUnsupported(Exception):
-    """PEFT doesn't compute with these adapters as they were trained; the text says why."""
+    """PEFT doesn't compute these adapters as they were trained; the message says why."""
 
 
-def attach(streamed: StreamedModel, adapters: Sequence[tuple[Adapter, float]]) -> PeftModel:
-    """Put the adapters on the model, all active, each delta times its weight.  Raises `PeftUnsupported`."""
+def attach_adapters(streamed: StreamedModel, adapters: Sequence[tuple[Adapter, float]]) -> PeftModel:
+    """Attach all adapters to the model with PEFT and activate them, each delta times the adapter's weight.
+
+    Raises `PeftUnsupported`.
+    """
     names = [f"adapter_{i}" for i in range(len(adapters))]
     for adapter, _ in adapters:
         if any(delta.expert is not None for delta in adapter.deltas):
             raise PeftUnsupported(
-                f"{adapter.folder}: adapters of single experts, as older versions wrote them, are loaded otherwise "
-                "than they were trained"
+                f"{adapter.folder}: PEFT loads adapters of single experts, which older versions of transformers made, "
+                "differently from how they were trained"
             )
     options: Any = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False, "torch_device": "cpu"}
     model: Any = streamed.model
@@ -58,7 +61,8 @@ def attach(streamed: StreamedModel, adapters: Sequence[tuple[Adapter, float]]) -
             for (_, weight), name in zip(adapters, names, strict=True):
                 if name in scaling:
                     scaling[name] *= weight
-        # PEFT has them in float32, like the placeholders, and would convert the factors of all experts for each chunk.
+        # PEFT keeps them in float32, like the placeholders, and would convert the factors of all experts for each
+        # chunk of experts.
         if isinstance(module, peft_layer.ParamWrapper | AuxiliaryTrainingWrapper):
             for parameter in module.parameters():
                 if not parameter.is_meta:
@@ -70,21 +74,24 @@ def attach(streamed: StreamedModel, adapters: Sequence[tuple[Adapter, float]]) -
 def _check_complete(
     streamed: StreamedModel, model: nn.Module, adapters: Sequence[tuple[Adapter, float]], names: Sequence[str]
 ) -> None:
-    """PEFT only warns of what is missing, and drops some keys without a word: count the numbers that it took up.
+    """Raise `PeftUnsupported` where PEFT loaded fewer numbers than an adapter's file holds.
 
-    Raises `PeftUnsupported`.
+    PEFT only warns of missing tensors, and ignores some keys silently.
     """
     trained = sum(slot.trained.numel() for slot in streamed.slots() if slot.trained is not None)
     state = model.state_dict(keep_vars=True)
     for (adapter, _), name in zip(adapters, names, strict=True):
         parts = [p for key, p in state.items() if name in key.split(".")]
-        held, stored = sum(p.numel() for p in parts) + trained, sum(prod(ref.shape) for ref in _of_the_model(adapter))
-        if held != stored or any(p.is_meta for p in parts):
-            raise PeftUnsupported(f"{adapter.folder}: of {stored:,} trained numbers PEFT takes up {held:,}")
+        loaded, stored = (
+            sum(p.numel() for p in parts) + trained,
+            sum(prod(ref.shape) for ref in _refs_in_model(adapter)),
+        )
+        if loaded != stored or any(p.is_meta for p in parts):
+            raise PeftUnsupported(f"{adapter.folder}: PEFT loads {loaded:,} of {stored:,} trained numbers")
 
 
-def _of_the_model(adapter: Adapter) -> Iterator[TensorRef]:
-    """The adapter's tensors but those of MTP layers, which transformers' model doesn't have."""
+def _refs_in_model(adapter: Adapter) -> Iterator[TensorRef]:
+    """Yield the adapter's tensors, except for those of MTP layers, which transformers' model doesn't have."""
     for delta in adapter.deltas:
         if not delta.site.mtp:
             yield from delta.refs()
@@ -92,97 +99,103 @@ def _of_the_model(adapter: Adapter) -> Iterator[TensorRef]:
 
 
 class PairedForward:
-    """Makes every adapted module compute the first half of a batch without adapters and the second with them, from the
-    same base weights."""
+    """Makes every adapted module compute the first half of a batch without adapters and the second half with them.
+
+    Both halves use the same base weights, so that each weight is read once.
+    """
 
     def __init__(self, streamed: StreamedModel, model: nn.Module) -> None:
+        #: Outermost adapted module → all modules in it that can switch adapters on and off.
         self._switches: dict[nn.Module, list[Any]] = {}
         inside: dict[nn.Module, nn.Module] = {}
         for module in model.modules():
-            if _is_switch(module) and module not in inside:
+            if _can_switch(module) and module not in inside:
                 inside |= dict.fromkeys(module.modules(), module)
-                self._switches[module] = [m for m in module.modules() if _is_switch(m)]
+                self._switches[module] = [m for m in module.modules() if _can_switch(m)]
+        #: Outermost adapted module → parameters in it that an adapter replaces.
         self._trained: dict[nn.Module, list[Slot]] = {}
         for slot in streamed.slots():
             if slot.trained is not None:
                 root = inside.get(slot.module, slot.module)
                 self._trained.setdefault(root, []).append(slot)
-        stacks = {streamed.model.get_submodule(path) for piece in streamed.pieces.values() for path in piece.stacks}
+        stacks = {streamed.model.get_submodule(path) for part in streamed.parts.values() for path in part.stacks}
         for module in {**self._switches, **self._trained}:
             if module not in stacks:
-                self._split(module)
+                self._wrap(module)
 
-    def parts(self, module: nn.Module) -> list[Callable[[], None] | None]:
-        """The contexts in which the two halves of a batch run through `module`."""
+    def setups(self, module: nn.Module) -> list[Callable[[], None] | None]:
+        """Return what to call before each half of a batch goes through `module`; [None] if halves don't differ."""
         if module not in self._switches:
             return [None]
-        return [partial(self._switch, module, False), partial(self._switch, module, True)]
+        return [partial(self._enable_adapters, module, enabled=enabled) for enabled in (False, True)]
 
-    def _switch(self, module: nn.Module, on: bool) -> None:
+    def _enable_adapters(self, module: nn.Module, *, enabled: bool) -> None:
         for switch in self._switches.get(module, ()):
-            switch.enable_adapters(on)
+            switch.enable_adapters(enabled)
 
-    def _split(self, module: nn.Module) -> None:
+    def _wrap(self, module: nn.Module) -> None:
         inner: Callable[..., Any] = module.forward
 
         def forward(x: torch.Tensor) -> Any:
             first, second = x.chunk(2)
-            self._switch(module, False)
+            self._enable_adapters(module, enabled=False)
             plain = inner(first)
-            self._switch(module, True)
+            self._enable_adapters(module, enabled=True)
             base = [(slot, slot.value.data) for slot in self._trained.get(module, ())]
             for slot, _ in base:
                 assert slot.trained is not None
-                slot.put(slot.trained)
-            tuned = inner(second)
+                slot.set(slot.trained)
+            adapted = inner(second)
             for slot, tensor in base:
-                slot.put(tensor)
+                slot.set(tensor)
             if isinstance(plain, tuple):  # a router
-                return tuple(torch.cat(pair) for pair in zip(plain, tuned, strict=True))
-            return torch.cat((plain, tuned))
+                return tuple(torch.cat(pair) for pair in zip(plain, adapted, strict=True))
+            return torch.cat((plain, adapted))
 
         module.forward = forward
 
 
-def _is_switch(module: nn.Module) -> bool:
+def _can_switch(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
-def needs_whole_stacks(adapters: Sequence[tuple[Adapter, float]]) -> bool:
-    """Whether PEFT adds the deltas of all experts of a layer up, so that it needs them all: with several adapters at
-    once, or when it has not the part that `summed_where_used` replaces."""
+def needs_all_experts(adapters: Sequence[tuple[Adapter, float]]) -> bool:
+    """Tell whether PEFT must have the weights of all experts of a layer in memory at once.
+
+    It must for several adapters on experts, and where PEFT lacks the class that `expert_deltas_in_place` replaces.
+    """
     on_experts = any(delta.site.is_experts for adapter, _ in adapters for delta in adapter.deltas)
-    return on_experts and (len(adapters) > 1 or not hasattr(peft_layer, _SUM))
+    return on_experts and (len(adapters) > 1 or not hasattr(peft_layer, _PROXY_CLASS))
 
 
 @contextmanager
-def summed_where_used(streamed: StreamedModel) -> Iterator[None]:
-    """Meanwhile PEFT's W + s·B·A of a stack of experts is made in the place of W, for the experts that run.
+def expert_deltas_in_place(streamed: StreamedModel) -> Iterator[None]:
+    """Within this context, PEFT computes W + s·B·A of stacked experts in the memory of W, for the experts in memory.
 
-    PEFT makes it for all experts, beside W, and twice.  The factors of each expert and s are still PEFT's.  The row
-    without adapters has been computed when W is overwritten, and W is read anew for the next layer.
+    PEFT itself computes it for all experts, in new memory, and twice.  The factors of each expert and s are still
+    PEFT's.  Overwriting W is safe: the half of the batch without adapters runs first, and each layer's W is read again.
     """
 
     class InPlace(nn.Module):
         def __init__(self, lhs: torch.Tensor, rhs: torch.Tensor, scaling: float) -> None:
             super().__init__()
-            self.factors, self.done = (lhs, rhs, scaling), False
+            self.factors, self.is_done = (lhs, rhs, scaling), False
 
         def forward(self, W: torch.Tensor) -> torch.Tensor:
-            if not self.done:  # it is asked for again to check its shape
+            if not self.is_done:  # PEFT calls it twice, once to check the shape
                 lhs, rhs, scaling = self.factors
                 for expert, at in streamed.experts:
                     if at < len(W):
                         W[at].addmm_(lhs[expert], rhs[expert], alpha=scaling)
-                self.done = True
+                self.is_done = True
             return W
 
-    original = getattr(peft_layer, _SUM, None)
+    original = getattr(peft_layer, _PROXY_CLASS, None)
     if original is None:
         yield
         return
-    setattr(peft_layer, _SUM, InPlace)
+    setattr(peft_layer, _PROXY_CLASS, InPlace)
     try:
         yield
     finally:
-        setattr(peft_layer, _SUM, original)
+        setattr(peft_layer, _PROXY_CLASS, original)

@@ -1,9 +1,9 @@
-"""A transformers model whose weights are read from a checkpoint piece by piece, while it computes.
+"""A transformers model whose weights are read from a checkpoint layer by layer, while it computes.
 
-The model is built from config.json without weights.  A piece (the embedding, a decoder layer, the last norm, the head)
-gets its weights right before it runs and gives them back right after; of routed experts only those that are sent a
-token are read, a few at a time, and of the embedding the rows of the tokens.  So a plain `model(input_ids)` of a model
-of any size needs the memory of one layer without its experts.
+`empty_model` builds it without weights.  Each part (the embedding, a decoder layer, the last norm, the head) reads its
+weights right before it runs and frees them right after.  Of the routed experts only those are read that get a token, a
+few at a time, and of the embedding only the rows of the tokens.  So `model(input_ids)` of a model of any size needs the
+memory of one layer without its experts.
 """
 
 from __future__ import annotations
@@ -17,156 +17,129 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
 from mla_tune.arch.site import Architecture
-from mla_tune.checkpoint.index import Checkpoint, TensorRef
+from mla_tune.checkpoint.index import TensorRef
 from mla_tune.errors import CheckError
-from mla_tune.model.auto import auto_class, set_experts
-from mla_tune.verification.logits.streamed_weights import BufferPool, Slot, Weights, find_slots
+from mla_tune.verification.logits.streamed_weights import BufferPool, Slot, WeightReader, find_slots
 
-#: Bytes of a matrix that is multiplied by some rows at a time.
-_ROWS = 1 << 24
-
-
-def build(checkpoint: Checkpoint, arch: Architecture, attention: str) -> PreTrainedModel:
-    """The model of config.json in float32 with parameters on the meta device and real buffers, as if not quantized."""
-    left_out = ("quantization_config", "compression_config", "auto_map", "model_type")
-    settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
-    # A published type may be an alias that transformers doesn't know.
-    kind = arch.model_type if arch.model_type in CONFIG_MAPPING else arch.family.model_type
-    if kind not in CONFIG_MAPPING:
-        raise NotComputed(f"transformers has no model of the type '{arch.model_type}'")
-    config = CONFIG_MAPPING[kind].from_dict(settings)
-    with no_init_weights(), init_empty_weights(include_buffers=False), _EmptyOnMeta():
-        model = auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=attention)
-    set_experts(model, "eager")
-    return model.eval()
+#: Bytes of the output head that are read and multiplied at a time.
+_HEAD_BYTES = 1 << 24
 
 
-class NotComputed(Exception):
-    """Logits can't be had; the text says why."""
+class BatchSplit(Protocol):
+    """Runs equal parts of a batch through a module in different ways."""
 
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """`init_empty_weights` allocates each parameter before it drops it, which fails where the experts of one layer are
-    more than the machine's memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-class Halves(Protocol):
-    """Runs parts of a batch in different ways."""
-
-    def parts(self, module: nn.Module) -> list[Callable[[], None] | None]:
-        """What to call before each equal part of a batch goes through the module: one entry a part."""
+    def setups(self, module: nn.Module) -> list[Callable[[], None] | None]:
+        """Return what to call before each part of a batch goes through the module: one entry for each part."""
         ...
 
 
 @dataclass(eq=False)
 class StreamedPart:
-    """What is filled and emptied at once; `stacks` are the routed experts in it, by the path of their module."""
+    """A part of the model whose weights are read and freed together."""
 
     path: str
+    """Module path."""
     slots: list[Slot] = field(default_factory=list)
+    """Its parameters and buffers, without routed experts."""
     stacks: dict[str, list[Slot]] = field(default_factory=dict)
+    """Its stacked parameters of routed experts, by the path of their module."""
 
 
 class StreamedModel:
-    """A model of `build`, its weights from `weights`, computing in `dtype`.
-
-    `reader` reads experts while others are used: `ahead` chunks of about `chunk` bytes, or of one expert, beside the
-    one at hand.  `chunk` None means all experts of a layer that run at once, in a stack as large as the model's.
-    `progress` is told the bytes that a piece has on the disk, of all its experts, when it has run.
-    """
+    """A model of `build_empty_model`, with weights from `weights`, that computes in `dtype`."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         arch: Architecture,
-        weights: Weights,
+        weights: WeightReader,
         dtype: torch.dtype,
         *,
-        reader: Executor,
-        ahead: int,
+        threads: Executor,
+        read_ahead: int,
         chunk: int | None,
         progress: Callable[[int], None],
     ) -> None:
+        """`threads` read the next `read_ahead` chunks of experts while one is computed.
+
+        A chunk has about `chunk` bytes, but at least one expert; None: all experts of a layer that get a token.
+        `progress(n)` is called when a part that has n bytes on disk, all experts included, has run.
+        """
         self.model, self.arch, self.weights = model, arch, weights
-        self.dtype, self.reader, self.chunk = dtype, reader, chunk
+        self.dtype, self.threads, self.chunk = dtype, threads, chunk
         self.progress = progress
-        self.pieces = {path: StreamedPart(path) for path in _piece_paths(model, arch.prefix)}
-        #: Which expert lies where in the stacks at hand.
+        self.parts = {path: StreamedPart(path) for path in _part_paths(model, arch.prefix)}
+        #: (expert, its index in the stacked parameters) of the experts that are in memory now.
         self.experts: list[tuple[int, int]] = []
         self._dense = BufferPool(dtype)
-        self._chunk_memory = [BufferPool(dtype) for _ in range(1 if chunk is None else ahead + 1)]
+        self._chunk_memory = [BufferPool(dtype) for _ in range(1 if chunk is None else read_ahead + 1)]
         for slot in find_slots(model, weights, arch):
-            path = next((p for p in self.pieces if slot.name.startswith(f"{p}.")), None)
+            path = next((p for p in self.parts if slot.name.startswith(f"{p}.")), None)
             if path is None:
-                raise CheckError(f"'{slot.name}' of {type(model).__name__} is in no part of the model that is known")
+                raise CheckError(f"'{slot.name}' of {type(model).__name__} is in no known part of the model")
             if slot.site is None:
-                self.pieces[path].slots.append(slot)
+                self.parts[path].slots.append(slot)
             else:
-                self.pieces[path].stacks.setdefault(slot.name.rpartition(".")[0], []).append(slot)
+                self.parts[path].stacks.setdefault(slot.name.rpartition(".")[0], []).append(slot)
 
     def release(self) -> None:
-        """Give back the memory of the weights: a model, which holds itself in circles, is freed some time later."""
+        """Free the memory of all weights now; the model itself has reference cycles and is freed only later."""
         for memory in (self._dense, *self._chunk_memory):
             memory.reserve([])
-        for parameter in self.model.parameters():  # those of adapters
+        for parameter in self.model.parameters():  # parameters of adapters
             if not parameter.is_meta:
                 parameter.data = torch.empty(0)
 
     def slots(self) -> Iterator[Slot]:
-        """All slots of the model, part by part."""
-        for piece in self.pieces.values():
-            yield from piece.slots
-            for stack in piece.stacks.values():
+        """Yield all slots of the model, part by part."""
+        for part in self.parts.values():
+            yield from part.slots
+            for stack in part.stacks.values():
                 yield from stack
 
-    def stream(self, tokens: torch.Tensor, sides: Halves | None = None) -> None:
-        """From now on the model fills its pieces itself.  `tokens` are those that it will be given."""
-        rows = sorted(set(tokens.flatten().tolist()))
-        for piece in self.pieces.values():
-            module = self.model.get_submodule(piece.path)
-            whole = len(piece.slots) == 1 and piece.slots[0].trained is None
-            if type(module) is nn.Linear and whole:  # the head, if no adapter is on it
-                self._wrap_matrix(module, piece.slots[0].refs[0])
-            else:
-                self._wrap(module, piece, rows)
-            for path, stack in piece.stacks.items():
-                self._wrap_experts(self.model.get_submodule(path), stack, sides)
+    def stream(self, tokens: torch.Tensor, split: BatchSplit | None = None) -> None:
+        """Make the model read its weights while it computes.  Its input must consist of `tokens`.
 
-    def _wrap(self, module: nn.Module, piece: StreamedPart, rows: list[int]) -> None:
+        `split` runs parts of the batch through the experts in different ways.
+        """
+        rows = sorted(set(tokens.flatten().tolist()))
+        for part in self.parts.values():
+            module = self.model.get_submodule(part.path)
+            is_stored_matrix = len(part.slots) == 1 and part.slots[0].trained is None
+            if type(module) is nn.Linear and is_stored_matrix:  # the head, if no adapter is on it
+                self._wrap_head(module, part.slots[0].refs[0])
+            else:
+                self._wrap(module, part, rows)
+            for path, stack in part.stacks.items():
+                self._wrap_experts(self.model.get_submodule(path), stack, split)
+
+    def _wrap(self, module: nn.Module, part: StreamedPart, rows: list[int]) -> None:
+        """Make a part read its weights before it runs and free them after; `rows` of an embedding are read."""
         inner: Callable[..., Any] = module.forward
-        every = [*piece.slots, *(slot for stack in piece.stacks.values() for slot in stack)]
-        size = sum(ref.nbytes for slot in every for ref in slot.refs)
+        all_slots = [*part.slots, *(slot for stack in part.stacks.values() for slot in stack)]
+        size = sum(ref.nbytes for slot in all_slots for ref in slot.refs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             try:
-                self._fill(piece, rows)
+                self._read_part(part, rows)
                 result = inner(*args, **kwargs)
             finally:
-                for slot in piece.slots:
+                for slot in part.slots:
                     if not slot.is_buffer:
-                        slot.empty()
+                        slot.free()
             self.progress(size)
             return result
 
         module.forward = forward
 
-    def _wrap_matrix(self, module: nn.Linear, ref: TensorRef) -> None:
-        """Multiply by some rows at a time: the matrix of a large vocabulary is larger than a layer."""
+    def _wrap_head(self, module: nn.Linear, ref: TensorRef) -> None:
+        """Make the output head read and multiply some rows at a time: it can be larger than a layer."""
         rows, width = module.out_features, module.in_features
-        step = max(1, _ROWS // (width * self.dtype.itemsize))
+        step = max(1, _HEAD_BYTES // (width * self.dtype.itemsize))
 
         def forward(input: torch.Tensor) -> torch.Tensor:
             out = input.new_empty(*input.shape[:-1], rows)
@@ -174,74 +147,76 @@ class StreamedModel:
                 last = min(first + step, rows)
                 shape = torch.Size((last - first, width))
                 self._dense.reserve([shape])
-                part = self._dense.take(shape)
-                self.weights.read(ref, part, first, last)
-                out[..., first:last] = F.linear(input, part)
+                weight = self._dense.take(shape)
+                self.weights.read(ref, weight, first, last)
+                out[..., first:last] = F.linear(input, weight)
             self.progress(ref.nbytes)
             return out
 
         module.forward = forward
 
-    def _fill(self, piece: StreamedPart, rows: list[int]) -> None:
+    def _read_part(self, part: StreamedPart, rows: list[int]) -> None:
         memory = self._dense
-        memory.reserve(slot.shape for slot in piece.slots if not slot.is_buffer)
-        for slot in piece.slots:
+        memory.reserve(slot.shape for slot in part.slots if not slot.is_buffer)
+        for slot in part.slots:
             tensor = slot.value if slot.is_buffer else memory.take(slot.shape)
             if isinstance(slot.module, nn.Embedding):
                 for row in rows:
                     self.weights.read(slot.refs[0], tensor[row], row, row + 1)
             else:
-                parts = tensor.chunk(len(slot.refs)) if len(slot.refs) > 1 else (tensor,)
-                for ref, part in zip(slot.refs, parts, strict=True):
-                    self.weights.read(ref, part)
+                rows_of_refs = tensor.chunk(len(slot.refs)) if len(slot.refs) > 1 else (tensor,)
+                for ref, target in zip(slot.refs, rows_of_refs, strict=True):
+                    self.weights.read(ref, target)
             if not slot.is_buffer:
-                slot.put(tensor)
+                slot.set(tensor)
 
-    def _wrap_experts(self, module: nn.Module, stack: list[Slot], sides: Halves | None) -> None:
-        """Run the module for a few experts at a time, on those tokens that are sent to them."""
+    def _wrap_experts(self, module: nn.Module, stack: list[Slot], split: BatchSplit | None) -> None:
+        """Make a module of routed experts run a few experts at a time, on the tokens that are routed to them."""
         inner: Callable[..., torch.Tensor] = module.forward
-        parts = sides.parts(module) if sides else [None]
+        setups = split.setups(module) if split else [None]
         assert stack[0].site is not None
         count = stack[0].site.count
-        zeros = self.arch.family.moe is not None and self.arch.family.moe.identity_experts_key is not None
+        moe = self.arch.family.moe
+        has_identity_experts = moe is not None and moe.identity_experts_key is not None
 
         def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
             out = torch.zeros_like(hidden_states)
-            halves = [t.chunk(len(parts)) for t in (hidden_states, top_k_index, top_k_weights, out)]
-            hit = sorted(set(top_k_index.flatten().tolist()))
-            chunks = self._chunks([e for e in hit if e < count], stack)
-            # Experts beyond those of the checkpoint hand their tokens through (LongCat-Flash).
-            if hit[-1] >= count:
-                chunks.append([(e, e) for e in hit if e >= count])
-            coming: deque[Future[list[torch.Tensor]]] = deque()
+            batch_parts = [t.chunk(len(setups)) for t in (hidden_states, top_k_index, top_k_weights, out)]
+            routed = sorted(set(top_k_index.flatten().tolist()))
+            chunks = self._chunks([e for e in routed if e < count], stack)
+            # Experts beyond those of the checkpoint are LongCat-Flash's identity experts, which have no weights.
+            if routed[-1] >= count:
+                chunks.append([(e, e) for e in routed if e >= count])
+            reads: deque[Future[list[torch.Tensor]]] = deque()
             for i, self.experts in enumerate(chunks):
                 memory = self._chunk_memory
-                for turn in range(i + len(coming), min(i + len(memory), len(chunks))):
+                for turn in range(i + len(reads), min(i + len(memory), len(chunks))):
                     job = (stack, chunks[turn], memory[turn % len(memory)])
-                    coming.append(self.reader.submit(self._read_experts, *job))
-                for slot, tensor in zip(stack, coming.popleft().result(), strict=True):
-                    slot.put(tensor)
-                place = torch.full((hit[-1] + 1,), -1)
+                    reads.append(self.threads.submit(self._read_experts, *job))
+                for slot, tensor in zip(stack, reads.popleft().result(), strict=True):
+                    slot.set(tensor)
+                index_in_stack = torch.full((routed[-1] + 1,), -1)
                 for expert, at in self.experts:
-                    place[expert] = at
-                for enter, x, index, weights, y in zip(parts, *halves, strict=True):
-                    at = place[index]
+                    index_in_stack[expert] = at
+                for setup, x, index, weights, y in zip(setups, *batch_parts, strict=True):
+                    at = index_in_stack[index]
                     token, choice = (at >= 0).nonzero(as_tuple=True)
-                    if enter:
-                        enter()
+                    if setup:
+                        setup()
                     if len(token):
                         to, weight = at[token, choice, None], weights[token, choice, None]
-                        if zeros:  # LongCat-Flash's code can't do with one choice a token
+                        if has_identity_experts:
+                            # LongCat-Flash's code fails with one expert for each token: add one with the weight 0.
                             to, weight = to.expand(-1, 2), F.pad(weight, (0, 1))
                         y.index_add_(0, token, inner(x[token], to, weight))
                 for slot in stack:
-                    slot.empty()
+                    slot.free()
             return out
 
         module.forward = forward
 
     def _chunks(self, experts: list[int], stack: list[Slot]) -> list[list[tuple[int, int]]]:
-        """(expert, place in the stack) of each chunk."""
+        """Divide experts into chunks; each is a list of (expert, its index in the stack)."""
         if self.chunk is None:
             return [[(e, e) for e in experts]]
         size = sum(slot.shape[1:].numel() for slot in stack) * self.dtype.itemsize
@@ -249,18 +224,18 @@ class StreamedModel:
         return [[(e, at) for at, e in enumerate(experts[i : i + step])] for i in range(0, len(experts), step)]
 
     def _read_experts(self, stack: list[Slot], chunk: list[tuple[int, int]], memory: BufferPool) -> list[torch.Tensor]:
-        """The stacks of a chunk."""
+        """Read the stacked parameters of a chunk of experts into `memory`."""
         assert stack[0].site is not None
         count = stack[0].site.count
-        held = [pair for pair in chunk if pair[0] < count]
-        shapes = [s.shape if self.chunk is None else torch.Size((len(held), *s.shape[1:])) for s in stack]
+        stored = [pair for pair in chunk if pair[0] < count]
+        shapes = [s.shape if self.chunk is None else torch.Size((len(stored), *s.shape[1:])) for s in stack]
         memory.reserve(shapes)
         tensors = []
         for slot, shape in zip(stack, shapes, strict=True):
             assert slot.site is not None
             height, tensor = slot.site.shape[0], memory.take(shape)
-            for expert, at in held:
-                if slot.fused:
+            for expert, at in stored:
+                if slot.is_fused:
                     self.weights.read(slot.refs[0], tensor[at], expert * height, (expert + 1) * height)
                     continue
                 parts = len(slot.refs) // count  # 2 for gate and up
@@ -270,28 +245,31 @@ class StreamedModel:
         return tensors
 
 
-def _piece_paths(model: nn.Module, decoder: str) -> list[str]:
-    """The decoder layers, and beside them all that has weights and that text passes through."""
+def _part_paths(model: nn.Module, decoder: str) -> list[str]:
+    """Return the paths of the decoder layers and of all other modules of the language model that have weights."""
     paths: list[str] = []
     for name, child in model.get_submodule(decoder).named_children():
         path = f"{decoder}.{name}"
-        many = isinstance(child, nn.ModuleList)
-        paths += [f"{path}.{i}" for i in range(len(child))] if many else [path]
+        is_list = isinstance(child, nn.ModuleList)
+        paths += [f"{path}.{i}" for i in range(len(child))] if is_list else [path]
     paths += [name for name, _ in model.named_children() if not decoder.startswith(name)]
     return [path for path in paths if model.get_submodule(path).state_dict()]
 
 
 @contextmanager
 def placeholders(streamed: StreamedModel) -> Iterator[None]:
-    """Meanwhile every parameter is on the CPU, though without memory: PEFT puts adapters where the base's weights are,
-    and what is put on the meta device is lost.  What is loaded meanwhile in place of one becomes `Slot.trained`."""
-    kept = {}
+    """Within this context, every parameter is on the CPU, though without memory of its own.
+
+    PEFT creates adapters on the device of the base's weights, and loses them on the meta device.  A parameter that
+    PEFT replaces within the context (`modules_to_save`) becomes `Slot.trained`.
+    """
+    placed = {}
     for slot in streamed.slots():
         if not slot.is_buffer:
-            slot.put(torch.zeros((), dtype=torch.float32).expand(slot.shape))
-            kept[slot] = slot.value
+            slot.set(torch.zeros((), dtype=torch.float32).expand(slot.shape))
+            placed[slot] = slot.value
     yield
-    for slot, tensor in kept.items():
+    for slot, tensor in placed.items():
         if slot.value is not tensor:
             slot.trained = slot.value.data.to(streamed.dtype)
-        slot.put(torch.empty(slot.shape, device="meta"))
+        slot.set(torch.empty(slot.shape, device="meta"))

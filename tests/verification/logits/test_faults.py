@@ -1,4 +1,4 @@
-"""The comparison of logits where something is wrong: merge, checkpoint, what PEFT can do, or too little memory."""
+"""The comparison of logits of wrong merges and checkpoints, of adapters that PEFT can't compute, and without memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from transformers import AutoModelForCausalLM
 
-import mla_tune.verification.logits.compare as compare_module
+import mla_tune.verification.logits.memory as memory_module
 from mla_tune.checkpoint.index import Checkpoint
 from mla_tune.errors import CheckError
 from tests.helpers import merging as merge_helpers
@@ -113,8 +113,8 @@ def test_an_adapter_that_does_nothing(tmp_path: Path) -> None:
     assert report.effect.max_error == 0
 
 
-def test_what_peft_cannot_is_said(tmp_path: Path) -> None:
-    """Two adapters on different sets of parameters are more than PEFT does, or is known to do right."""
+def test_what_peft_can_not_compute_is_reported(tmp_path: Path) -> None:
+    """PEFT may not support two adapters on different parameters: then the report says so."""
     make_base(tmp_path / "base")
     one = make_adapter(tmp_path / "one", tmp_path / "base", target_parameters=EXPERTS)
     two = make_adapter(tmp_path / "two", tmp_path / "base", target_parameters=EXPERTS[1:])
@@ -129,7 +129,7 @@ def test_what_peft_cannot_is_said(tmp_path: Path) -> None:
 
 
 def test_adapters_of_single_experts(tmp_path: Path) -> None:
-    """PEFT loads those of older versions otherwise than they were trained."""
+    """PEFT loads adapters of older versions differently from how they were trained."""
     make_base(tmp_path / "base")
     adapter = tmp_path / "adapter"
     stem = "base_model.model.model.layers.1.mlp.experts.2.gate_proj"
@@ -207,7 +207,7 @@ def test_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def counting(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls % 23 == 0:  # looking through all objects takes long
+        if calls % 23 == 0:  # listing all objects takes long
             seen.append(sum(nbytes for storage, nbytes in _storages().items() if storage not in before))
         return forward(self, x)
 
@@ -231,11 +231,11 @@ def _as_model(adapter: Path) -> Path:
     return folder
 
 
-def test_memory_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_with_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["o_proj"])
     merged = merge(tmp_path, adapter)
-    monkeypatch.setattr(compare_module, "_free_memory", lambda: 1_000_000)
+    monkeypatch.setattr(memory_module, "free_memory", lambda: 1_000_000)
     report = run(tmp_path, adapter, merged)
     assert not report.ran
     assert "GB" in report.reason

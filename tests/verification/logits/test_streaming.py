@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mla_tune.verification.logits.compare as compare_module
+import mla_tune.verification.logits.memory as memory_module
 import mla_tune.verification.logits.peft_reference as peft_reference
 import mla_tune.verification.logits.streamed_model as streamed_model
 from mla_tune.checkpoint.index import Checkpoint, TensorRef
+from mla_tune.verification.logits.differences import difference
 from mla_tune.verification.logits.streamed_model import StreamedModel
-from mla_tune.verification.logits.streamed_weights import Weights
+from mla_tune.verification.logits.streamed_weights import WeightReader
 from tests.helpers import merging as merge_helpers
 from tests.helpers.logits import (
     ATTENTION,
@@ -58,8 +59,8 @@ def test_one_expert_at_a_time(
     make_base(tmp_path / "base", family)
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets(family))
     merged = merge(tmp_path, adapter, "split")
-    monkeypatch.setattr(compare_module, "_CHUNK", 1)
-    monkeypatch.setattr(compare_module, "_readers", lambda: readers)
+    monkeypatch.setattr(memory_module, "CHUNK", 1)
+    monkeypatch.setattr(memory_module, "reader_threads", lambda: readers)
     read_experts, chunks = StreamedModel._read_experts, []
 
     def recorded(self: StreamedModel, stack: Any, chunk: Any, memory: Any) -> Any:
@@ -80,17 +81,17 @@ def test_one_expert_at_a_time(
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3"])
 def test_the_head_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """97 rows in tens; minicpm3's is the embedding."""
+    """97 rows, ten at a time; the head of minicpm3 is the embedding."""
     make_base(tmp_path / "base", family)
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=ATTENTION)
-    monkeypatch.setattr(streamed_model, "_ROWS", 10 * 48 * 4)
+    monkeypatch.setattr(streamed_model, "_HEAD_BYTES", 10 * 48 * 4)
     report = run(tmp_path, adapter, merge(tmp_path, adapter, "split"))
     check(report.effect, logits(load(tmp_path / "base")), adapted(tmp_path / "base", adapter))
     exact(report.merged)
 
 
 def test_a_trained_head_that_is_no_adapter(tmp_path: Path) -> None:
-    """`save_embedding_layers` adds the matrices as they are, and nothing marks their modules."""
+    """`save_embedding_layers` stores whole matrices, which PEFT does not mark in the module."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=ATTENTION)
     head = load_file(tmp_path / "base" / WEIGHTS)["lm_head.weight"]
@@ -104,7 +105,7 @@ def test_a_trained_head_that_is_no_adapter(tmp_path: Path) -> None:
 def test_three_experts_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: None) -> None:
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
-    monkeypatch.setattr(compare_module, "_CHUNK", 3 * 3 * 40 * 48 * 4)
+    monkeypatch.setattr(memory_module, "CHUNK", 3 * 3 * 40 * 48 * 4)
     report = run(tmp_path, adapter, merge(tmp_path, [(adapter, 2.0)]))
     check(report.merged, adapted(tmp_path / "base", adapter), logits(load(tmp_path / "out")))
     wrong(report.merged)
@@ -117,13 +118,13 @@ def test_only_what_runs_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     edit_tensors(tmp_path / "base" / WEIGHTS, lambda t: t[bias].copy_(torch.tensor([0.0, 0, -9, 0, 0, 0, 0])))
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter)
-    read, seen = Weights.read, []
+    read, seen = WeightReader.read, []
 
-    def recorded(self: Weights, ref: TensorRef, out: torch.Tensor, begin: int = 0, end: int | None = None) -> None:
+    def recorded(self: WeightReader, ref: TensorRef, out: torch.Tensor, begin: int = 0, end: int | None = None) -> None:
         seen.append((ref.key, begin))
         read(self, ref, out, begin, end)
 
-    monkeypatch.setattr(Weights, "read", recorded)
+    monkeypatch.setattr(WeightReader, "read", recorded)
     exact(run(tmp_path, adapter, merged).merged)
     keys = {key for key, _ in seen}
     of = "model.layers.1.mlp.experts"
@@ -152,17 +153,17 @@ def test_experts_in_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         tensors["model.layers.3.enorm.weight"] = torch.ones(48)
 
     edit_tensors(tmp_path / "out" / WEIGHTS, fuse)
-    monkeypatch.setattr(compare_module, "_CHUNK", chunk)
+    monkeypatch.setattr(memory_module, "CHUNK", chunk)
     exact(run(tmp_path, adapter, Checkpoint.open(tmp_path / "out")).merged)
 
 
-def test_a_peft_that_sums_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where PEFT's class that is replaced has another name, PEFT adds up all experts, and the figures are the same."""
+def test_a_peft_without_the_class_that_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then PEFT sums the deltas of all experts itself, and the logits are the same."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter)
     usual = run(tmp_path, adapter, merged)
-    monkeypatch.setattr(peft_reference, "_SUM", "_NotThere")
+    monkeypatch.setattr(peft_reference, "_PROXY_CLASS", "_NotThere")
     report = run(tmp_path, adapter, merged)
     check(report.effect, logits(load(tmp_path / "base")), adapted(tmp_path / "base", adapter))
     exact(report.merged)
@@ -182,14 +183,14 @@ def test_tokens_and_seed(tmp_path: Path) -> None:
 
 
 def test_bfloat16_where_float32_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: None) -> None:
-    """Rounded by up to 0.4 % at each step, the right merge is near, and twice the delta is not."""
+    """Each step rounds by up to 0.4 %: the right merge is close, a merge of twice the delta is not."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter, "split")
-    monkeypatch.setattr(compare_module, "_CHUNK", 1)
-    monkeypatch.setattr(compare_module, "_BESIDE", 0)
+    monkeypatch.setattr(memory_module, "CHUNK", 1)
+    monkeypatch.setattr(memory_module, "OVERHEAD", 0)
     full = run(tmp_path, adapter, merged)
-    monkeypatch.setattr(compare_module, "_free_memory", lambda: (full.memory - 1) / compare_module._SHARE)
+    monkeypatch.setattr(memory_module, "free_memory", lambda: (full.memory - 1) / memory_module.SHARE)
     report = run(tmp_path, adapter, merged)
     assert (full.dtype, report.dtype) == ("float32", "bfloat16")
     assert report.memory < full.memory
@@ -201,7 +202,7 @@ def test_bfloat16_where_float32_does_not_fit(tmp_path: Path, monkeypatch: pytest
     assert 0 < report.absorbed.kl < 0.05 * report.effect.kl
 
 
-def test_infinite_logits_are_said(tmp_path: Path) -> None:
+def test_infinite_logits_are_reported(tmp_path: Path) -> None:
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["o_proj"])
     merge(tmp_path, adapter)
@@ -212,8 +213,8 @@ def test_infinite_logits_are_said(tmp_path: Path) -> None:
     json.dumps(report.to_json(), allow_nan=False)
 
 
-def test_an_adapter_that_peft_takes_up_in_part(tmp_path: Path) -> None:
-    """PEFT only warns of factors that are not in the file, and starts them anew."""
+def test_an_adapter_that_peft_loads_in_part(tmp_path: Path) -> None:
+    """PEFT only warns of factors that are missing in the file, and initializes them."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["o_proj", "kv_b_proj"])
     edit_tensors(
@@ -222,7 +223,7 @@ def test_an_adapter_that_peft_takes_up_in_part(tmp_path: Path) -> None:
     )
     report = run(tmp_path, adapter, merge(tmp_path, adapter, "split"))
     assert (report.ran, report.merged) == (True, None)
-    assert "trained numbers PEFT takes up" in report.reason
+    assert "trained numbers" in report.reason
 
 
 @pytest.mark.slow
@@ -243,7 +244,7 @@ def test_figures_against_numpy() -> None:
     """The comparison itself, on logits that differ in every way."""
     generator = torch.Generator().manual_seed(5)
     a, b = (torch.randn(6, 11, generator=generator) * 4 for _ in range(2))
-    found = compare_module._compare("a", a, "b", b)
+    found = difference("a", a, "b", b)
     error, kl, top1 = figures(a.double().numpy(), b.double().numpy())
     assert found.max_error == pytest.approx(error)
     assert found.kl == pytest.approx(kl)
@@ -253,7 +254,7 @@ def test_figures_against_numpy() -> None:
 
 
 def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
-    """Read ahead in another thread, it comes out here, not as garbage."""
+    """The file is read ahead in another thread: its error is raised here, and no garbage is computed with."""
     make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", **targets("deepseek_v3"))
     merged = merge(tmp_path, adapter)

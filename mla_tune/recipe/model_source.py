@@ -1,4 +1,7 @@
-"""MODEL as a user types it → the parsed config.json, without weights and without torch."""
+"""Find the config.json of a model that a user names: a shipped name, a preset, a folder, a file or a hub id.
+
+No weights are read and no torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from mla_tune.user_files import read_json_object
 if TYPE_CHECKING:  # pydantic takes a tenth of a second, which `inspect` need not spend
     from mla_tune.recipe.schema import ModelSection
 
-#: Names for published models whose config.json has the shapes of a shipped one.
+#: Published models whose shapes are those of a shipped config.json: their name → the shipped name.
 ALIASES = {
     "deepseek-r1": "deepseek-v3",
     "deepseek-v3.1": "deepseek-v3",
@@ -27,17 +30,19 @@ ALIASES = {
 
 
 def load_config(model: str) -> tuple[dict[str, Any], str, Path | None]:
-    """The config.json of `model`, a name for it in messages, and its folder when it is a local one.
+    """Return (config.json, its name for messages, the model's folder or None if it has none on this computer).
 
-    Tried in this order: `embedded`; a shipped name in any spelling of case, `-`, `_` and `.`; a preset; a folder;
-    a config.json; a hub id (the only step that uses the network, for config.json alone).  `./name` is always a path.
-    Raises `InputError` for a name that nothing has and `FileError` for a file or folder that can't be used.
+    `model` is tried in this order: the word `embedded`; a shipped name or a preset, whatever its case and its use of
+    `-`, `_` and `.`; a folder; a config.json; a hub id, the only one for which the network is used (config.json alone
+    is downloaded).  `./name` is always a path.
+
+    Raises `InputError` for a name that is none of these, and `FileError` for a file or folder that can't be used.
     """
     if model == "embedded" and (EMBEDDED_MODEL / "config.json").is_file():
         return _read(EMBEDDED_MODEL / "config.json", model), model, EMBEDDED_MODEL
-    known = _by_spelling(model)
-    if known:
-        return _read(known, model), model, None
+    shipped = _shipped_file(model)
+    if shipped:
+        return _read(shipped, model), model, None
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(path, model)
@@ -46,39 +51,42 @@ def load_config(model: str) -> tuple[dict[str, Any], str, Path | None]:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(".") and not model.endswith(".json"):
         return _from_hub(model)
     if "/" in model or model.endswith(".json"):
-        raise FileError(f"{model}: no such file or folder. {_what_fits()}")
-    raise InputError(f"{model}: not a known model{did_you_mean(model, _names()) or '.'} {_what_fits()}")
+        raise FileError(f"{model}: no such file or folder. {_allowed_models()}")
+    raise InputError(f"{model}: not a known model{did_you_mean(model, _known_names()) or '.'} {_allowed_models()}")
 
 
 def architecture_of(section: ModelSection) -> Architecture:
-    """The architecture of a recipe's model: of its preset, or of its base (`embedded` where neither is given)."""
-    return described(section)[1]
+    """Return the architecture of a recipe's model (`config_and_architecture`)."""
+    return config_and_architecture(section)[1]
 
 
-def described(section: ModelSection) -> tuple[dict[str, Any], Architecture]:
-    """A recipe's model: its config.json and its architecture."""
+def config_and_architecture(section: ModelSection) -> tuple[dict[str, Any], Architecture]:
+    """Return the config.json and the architecture of a recipe's model: its preset, its base, or else `embedded`.
+
+    Raises what `load_config` and `arch.build.architecture` raise.
+    """
     config, where, _ = load_config(section.preset or section.base or "embedded")
     return config, architecture(config, where)
 
 
-def _names() -> list[str]:
+def _known_names() -> list[str]:
     return [*model_names(), *ALIASES, *preset_names()]
 
 
-def _by_spelling(model: str) -> Path | None:
-    """The shipped file that `model` names, whatever its case and separators."""
+def _shipped_file(model: str) -> Path | None:
+    """Return the shipped config.json that `model` names, whatever its case and separators; None if it names none."""
 
-    def plain(name: str) -> str:
+    def normalize(name: str) -> str:
         return re.sub(r"[-_. ]", "", name.lower())
 
     if not re.fullmatch(r"[\w. -]+", model) or model.startswith("."):
         return None
     for folder, names in (("models", model_names()), ("presets", preset_names())):
         for name in names:
-            if plain(name) == plain(model):
+            if normalize(name) == normalize(model):
                 return CONFIGS / folder / f"{name}.json"
     for alias, name in ALIASES.items():
-        if plain(alias) == plain(model):
+        if normalize(alias) == normalize(model):
             return CONFIGS / "models" / f"{name}.json"
     return None
 
@@ -91,11 +99,11 @@ def _from_folder(folder: Path, model: str) -> tuple[dict[str, Any], str, Path]:
     if adapter:
         base = _read(adapter / "adapter_config.json", model).get("base_model_name_or_path")
         raise FileError(f"{model}: holds an adapter, not a model. Inspect its base model: {base or 'not named there'}")
-    raise FileError(f"{model}: no config.json in this folder. {_what_fits()}")
+    raise FileError(f"{model}: no config.json in this folder. {_allowed_models()}")
 
 
 def _from_hub(model: str) -> tuple[dict[str, Any], str, None]:
-    """From the hub's cache on this computer, else from the hub."""
+    """Read config.json from the hub's cache on this computer, or else from the hub."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     where = f"{model} (hub) config.json"
@@ -106,10 +114,10 @@ def _from_hub(model: str) -> tuple[dict[str, Any], str, None]:
             file = hf_hub_download(model, "config.json")
     except Exception as error:  # the hub's errors share no class with those of its HTTP library
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = did_you_mean(model.rsplit("/", 1)[1], _names())
+        hint = did_you_mean(model.rsplit("/", 1)[1], _known_names())
         raise FileError(
             f"{model}: no such folder here, and the hub gave no config.json ({why.rstrip('.')}){hint or '.'} "
-            f"{_what_fits()}"
+            f"{_allowed_models()}"
         ) from None
     return _read(Path(file), where), where, None
 
@@ -118,7 +126,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     return read_json_object(path, "the model's configuration", where)
 
 
-def _what_fits() -> str:
-    """What MODEL may be, with every shipped name."""
+def _allowed_models() -> str:
+    """Say what a user may name as a model, with every shipped name."""
     presets = ", ".join(preset_names())
     return f"Shipped: {', '.join(model_names())}; presets: {presets}; or a folder, a config.json or a hub id"

@@ -1,4 +1,4 @@
-"""What MODEL may be, and what is said when it is nothing."""
+"""What a user may name as a model, and the error for a name that is none of these."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mla_tune.arch.lookup import load_config
 from mla_tune.errors import FileError, InputError
+from mla_tune.recipe.model_source import load_config
 from mla_tune.resources import model_names, preset_names
 
 CONFIG = {"model_type": "deepseek_v3", "kv_lora_rank": 8}
@@ -87,7 +87,7 @@ def test_an_unknown_name_lists_what_ships() -> None:
 
 @pytest.mark.parametrize("path", ["./none", "/none/such", "a/b/c", "none.json", "../x"])
 def test_a_path_that_is_not_there_never_asks_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mla_tune.arch.lookup._from_hub", lambda model: pytest.fail("asked the hub"))
+    monkeypatch.setattr("mla_tune.recipe.model_source._from_hub", lambda model: pytest.fail("asked the hub"))
     with pytest.raises(FileError, match="no such file or folder"):
         load_config(path)
 
