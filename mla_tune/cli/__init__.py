@@ -14,8 +14,8 @@ verify          `mla-tune verify`: prove a merged checkpoint, made by any tool, 
 import_adapter  `mla-tune import-adapter`: an adapter of NeMo, Megatron-Bridge or Automodel becomes one for PEFT
 serve_check     `mla-tune serve-check`: what an inference engine will do with an adapter or a checkpoint, before it is
                 served
-generate        `mla-tune generate`
-chat            `mla-tune chat`
-bench           `mla-tune bench`: what decoding and training take on this machine
+generate        `mla-tune generate`: answer prompts with a model, merged or with unmerged adapters
+chat            `mla-tune chat`: talk to a model, and switch between its adapters
+bench           `mla-tune bench`: measure decoding and training on this machine, against stock transformers and TRL
 schema          `mla-tune schema`: the JSON Schema of a recipe, for editors
 """

@@ -342,7 +342,7 @@ def test_chat(adapters: dict[str, str], oracle: dict[str, list[str]]) -> None:
         "conversation forgotten",
         "no adapter is called 'nobody'",
         "there is no command /",
-        "/reset   forget",
+        "/reset          forget",
     ):
         assert words in done.stderr
 
