@@ -30,7 +30,7 @@ from mla_tune.sockets import QUANT_FORMATS
 from mla_tune.verification.decoders import DECODERS, Decoder
 from mla_tune.verification.read import read_tensor
 from mla_tune.verification.verify import verify
-from tests.helpers.merging import make_adapter, make_base
+from tests.helpers.merging import delta_of, make_adapter, make_base
 
 CODES, SCALE = "_q8", "_q8_scale"
 
@@ -139,15 +139,6 @@ def make_toy(plain: Path, out: Path, matrices: tuple[str, ...] = MATRICES) -> di
     return numbers
 
 
-def change(adapter: Path, key: str) -> torch.Tensor:
-    """s·B·A of one matrix, in float64."""
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    stem = f"base_model.model.{key.removesuffix('.weight')}"
-    A, B = (tensors[f"{stem}.lora_{f}.weight"].double() for f in "AB")
-    return B @ A * (settings["lora_alpha"] / settings["r"])
-
-
 @pytest.mark.parametrize("quantized", ["dequantize", "keep"])
 def test_a_registered_format_is_merged_and_verified(toy: ToyFormat, quantized: str, tmp_path: Path) -> None:
     plain = make_base(tmp_path / "plain", dtype="bfloat16")
@@ -166,7 +157,7 @@ def test_a_registered_format_is_merged_and_verified(toy: ToyFormat, quantized: s
     changed = [k for k in numbers if k.endswith(("q_b_proj.weight", "kv_b_proj.weight", "o_proj.weight"))]
     assert changed
     for key in changed:
-        right = numbers[key].double() + change(adapter, key)
+        right = numbers[key].double() + delta_of(adapter, key)
         if quantized == "dequantize":
             assert key + CODES not in out
             assert key + SCALE not in out

@@ -32,7 +32,7 @@ from mla_tune.sockets import QUANT_FORMATS
 from mla_tune.verification.decoders import DECODERS, Decoder
 from mla_tune.verification.read import read_tensor
 from mla_tune.verification.verify import verify
-from tests.helpers.merging import make_adapter, make_base
+from tests.helpers.merging import delta_of, make_adapter, make_base
 
 NAME, BLOCK, LARGEST, E4M3_MAX = "toy-int4", 4, 7, 448.0
 #: Endings of the three tensors of a weight.
@@ -169,15 +169,6 @@ def make_quantized(plain: Path, out: Path) -> None:
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the checkpoint's own files."""
     return load_file(folder / "model-1.safetensors") | load_file(folder / "model-2.safetensors")
-
-
-def delta_of(adapter: Path, key: str) -> torch.Tensor:
-    """s·B·A of one matrix, in float64."""
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    stem = f"base_model.model.{key.removesuffix('.weight')}"
-    A, B = (tensors[f"{stem}.lora_{f}.weight"].double() for f in "AB")
-    return B @ A * (settings["lora_alpha"] / settings["r"])
 
 
 @pytest.fixture(autouse=True)

@@ -59,10 +59,6 @@ class LoraDelta:
         if self.bias is not None:
             yield self.bias
 
-    def vector(self, name: str) -> TensorRef | None:
-        """Return the vector of this name; None if the method has no such vector."""
-        return dict(zip(self.method.vectors, self.vectors, strict=True)).get(name)
-
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from mla_tune.data.prepare import Prepared
-from mla_tune.data.row_kinds import IGNORED
+from mla_tune.data.row_kinds import IGNORED, ROW_KINDS
 from mla_tune.errors import InputError
 from mla_tune.recipe.schema import Recipe
 
@@ -39,7 +39,7 @@ class Objective(ABC):
     """What a training step minimizes.  One is made for each run, from the run's recipe."""
 
     #: Kinds of rows that it takes (`data.row_kinds.Kind`: prompt, chat, text, tokens).
-    row_kinds: ClassVar[tuple[str, ...]] = ("prompt", "chat", "text", "tokens")
+    row_kinds: ClassVar[tuple[str, ...]] = tuple(ROW_KINDS)
     #: Names of further figures that its losses come with; they go into metrics.jsonl and to the trackers.
     metrics: ClassVar[tuple[str, ...]] = ()
     #: Columns that each row for the collator must have.

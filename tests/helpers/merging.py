@@ -93,6 +93,15 @@ def make_adapter(folder: Path, base: Path, **settings: Any) -> Path:
     return folder
 
 
+def delta_of(adapter: Path, key: str) -> torch.Tensor:
+    """s·B·A of one matrix, in float64."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    stem = f"base_model.model.{key.removesuffix('.weight')}"
+    A, B = (tensors[f"{stem}.lora_{f}.weight"].double() for f in "AB")
+    return B @ A * (settings["lora_alpha"] / settings["r"])
+
+
 def peft_merge(base: Path, adapter: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(logits with the adapter unmerged, state dict after `merge_and_unload`)."""
     model = PeftModel.from_pretrained(load(base), adapter).eval()

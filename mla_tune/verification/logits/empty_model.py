@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 
 from mla_tune.arch.site import Architecture
 from mla_tune.checkpoint.index import Checkpoint
+from mla_tune.checkpoint.quantized.config import FIELDS
 from mla_tune.model.auto import auto_class, set_experts
 
 
@@ -21,7 +22,7 @@ def build_empty_model(checkpoint: Checkpoint, arch: Architecture, attention: str
     `attention` is transformers' name of the attention implementation.  Raises `LogitsUnavailable` for a model type
     that transformers doesn't have.
     """
-    ignored = ("quantization_config", "compression_config", "auto_map", "model_type")
+    ignored = (*FIELDS, "auto_map", "model_type")
     settings = {k: v for k, v in checkpoint.config.items() if k not in ignored}
     # A published config.json may name a model type that transformers doesn't know: then the family's is used.
     kind = arch.model_type if arch.model_type in CONFIG_MAPPING else arch.family.model_type
